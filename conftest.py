@@ -1,0 +1,17 @@
+"""Fixtures that tests in several folders use."""
+
+import pytest
+import torch
+
+from utils.testing import write_tiny_corpus
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A corpus of nine short utterances by three speakers; not to be changed by a test."""
+    return write_tiny_corpus(tmp_path_factory.mktemp("tiny_corpus"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,106 @@
+"""Reading and writing files so that each is complete or absent, and none can run code."""
+
+import contextlib
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.misc import UserError
+
+TEMPORARY_PREFIX = ".writing-"  # leftovers of killed runs are recognised by it
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
+
+    Whatever happens, a reader finds the old file, the new one or none, never a part of one. If
+    the body raises, the temporary file is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(
+        prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent
+    )
+    os.close(handle)
+    try:
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; others read results too
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def remove_leftovers(directory):
+    """Delete the temporary files that killed runs left in `directory`."""
+    for leftover in Path(directory).glob(TEMPORARY_PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def save_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def load_json(path):
+    """The content of a JSON file. Raises UserError, naming the file, if it can't be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read as JSON ({error})") from error
+
+
+def save_tensors(path, value):
+    """`torch.save` of tensors and plain containers, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(value, temporary)
+
+
+def load_tensors(path, device="cpu"):
+    """`torch.load` of tensors and plain containers only: nothing in the file can run code.
+
+    Raises UserError, naming the file, if it is missing, damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, since it isn't a file of plain tensors: loading it could run code "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: can't be loaded, it is damaged or no PyTorch file ({reason})"
+        ) from error
