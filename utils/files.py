@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -70,9 +71,21 @@ def load_json(path):
 
 
 def save_tensors(path, value):
-    """`torch.save` of tensors and plain containers, atomically."""
+    """`torch.save` of tensors and plain containers, atomically. Raises OSError on a full disk."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # how torch reports any trouble while it writes
+            reason = error.__context__
+            if isinstance(reason, OSError):
+                raise OSError(reason.errno, reason.strerror, str(path)) from error
+            raise
+
+
+def save_figure(path, figure):
+    """Write a matplotlib figure as a picture of the type that `path` ends in, atomically."""
     with atomic_path(path) as temporary:
-        torch.save(value, temporary)
+        figure.savefig(temporary)
 
 
 def load_tensors(path, device="cpu"):
@@ -81,7 +94,9 @@ def load_tensors(path, device="cpu"):
     Raises UserError, naming the file, if it is missing, damaged, or holds anything else.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():  # about odd pickles: what can't be read is said below
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, since it isn't a file of plain tensors: loading it could run code "

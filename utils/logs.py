@@ -3,6 +3,7 @@
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
@@ -65,3 +66,92 @@ class PlainProgress:
 
     def close(self):
         pass
+
+
+class RunningMeans:
+    """Means, over windows, of the losses and accuracies of each prediction step.
+
+    Sums stay on the device: adding to them never waits for it, reading means does. The gradient's
+    norm is averaged over batches where it is given.
+    """
+
+    def __init__(self):
+        self.sums, self.norms = 0.0, 0.0  # (2, n) float64: losses, accuracies; a float64 scalar
+        self.windows, self.batches = 0, 0
+        self._marked = (0.0, 0)
+
+    def add(self, losses, accuracies, windows, gradient_norm=0.0):
+        """Add a batch of `windows` windows with losses (1, n) and accuracies (1, n)."""
+        self.sums = self.sums + windows * torch.cat([losses, accuracies]).detach().double()
+        self.norms = self.norms + gradient_norm
+        self.windows += windows
+        self.batches += 1
+
+    def means(self):
+        """(losses, accuracies): two lists of n numbers. Needs at least one batch."""
+        return (self.sums / self.windows).tolist()
+
+    def mean_gradient_norm(self):
+        return float(self.norms) / self.batches
+
+    def means_since_mark(self):
+        """`means()` of the batches added since this method was called last."""
+        sums, windows = self._marked
+        self._marked = (self.sums, self.windows)
+        return ((self.sums - sums) / (self.windows - windows)).tolist()
+
+    def state(self):
+        """What a checkpoint keeps of an epoch in progress."""
+        return {
+            "sums": self.sums,
+            "norms": self.norms,
+            "windows": self.windows,
+            "batches": self.batches,
+        }
+
+    def restore(self, state, device):
+        """Go on from `state()`."""
+        self.sums, self.norms = (
+            value.to(device) if torch.is_tensor(value) else value
+            for value in (state["sums"], state["norms"])
+        )
+        self.windows, self.batches = state["windows"], state["batches"]
+        self._marked = (self.sums, self.windows)
+
+
+class Clock:
+    """How fast windows go by, and which share of the time is spent waiting for them."""
+
+    def __init__(self):
+        self.started, self.waited, self.windows = time.perf_counter(), 0.0, 0
+
+    def wait_for(self, function, *arguments):
+        """Call a function; its time counts as waiting."""
+        before = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            self.waited += time.perf_counter() - before
+
+    def __str__(self):
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return f"{self.windows / seconds:.3g} windows/s, data wait {percent(self.waited / seconds)}"
+
+
+def append_epoch(logs, epoch, values):
+    """Append an epoch to the lists of `checkpoint_logs.json`; what has no value gets None."""
+    done = len(logs.setdefault("epoch", []))
+    logs["epoch"].append(epoch)
+    for key in values:
+        logs.setdefault(key, [None] * done)
+    for key, series in logs.items():
+        if isinstance(series, list) and key != "epoch":
+            series.append(values.get(key))
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+def percent(share):
+    return f"{100 * share:.1f} %"

@@ -1,6 +1,8 @@
 """Small things that every floor of the program uses: units, errors, seeds, the allocator."""
 
+import argparse
 import ctypes
+import functools
 import hashlib
 import sys
 
@@ -50,12 +52,28 @@ def keep_freed_memory():
     mallopt(top_pad, 64 * 2**20)
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose refusals are one line: the usage of dozens of flags would bury it."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def command(main):
+    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def program(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return program
+
+
 def run_command(main, argv=None):
-    """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit status 2."""
-    try:
-        status = main(argv)
-    except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
+    """Run `main(argv)` as a program and exit with its status."""
+    sys.exit(command(main)(argv))

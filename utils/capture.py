@@ -1,0 +1,272 @@
+"""The files of a capture: how they are written, and how they are read back.
+
+    <directory>/<name>/<name>_batch<first>-<last>.pt   one CPU tensor; its rows are these windows
+    <directory>/index.json                             where each window came from, and with what
+                                                       model and flags it was captured
+
+`directory` is that of one epoch, `<pathCaptureSave>/<epoch>`. With B windows in a batch, S frames
+in a window, M matched frames, W = S - M positions predicted from, and P predictions:
+
+    conv_repr          (B, S, E)     float32   output of the encoder
+    ctx_repr           (B, S, A)     float32   output of the autoregressive network
+    speaker_align      (B,)          int64     speaker
+    phone_align        (B, S)        int64     phone label of each frame
+    pred               (B, W, E, P)  float32   predictions; P is ordered as `prediction_names` says
+    cpcctc_align       (B, W, M)     int64     which prediction each matched frame is aligned to
+    cpcctc_log_scores  (B, W, M, P)  float32   log-score of each matched frame under each prediction
+"""
+
+import contextlib
+import os
+import re
+from bisect import bisect_right
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from utils.files import load_json, load_tensors, remove_leftovers, save_json, save_tensors
+from utils.misc import UserError
+
+INDEX = "index.json"
+_FILE_NAME = re.compile(r"(?P<name>.+)_batch(?P<first>\d+)-(?P<last>\d+)\.pt")
+
+
+def prediction_names(n_predictions, flags):
+    """Names of the P predictions in the order of the criterion: blank, self loop, 1, 2, ...
+
+    `flags` are those of the run (a dict). Where they don't tell (a capture of the original has no
+    index) the extra ones can't be told apart: all are numbered from 0, with a `#` in front.
+    """
+    if "CPCCTCSelfLoop" not in flags:
+        return [f"#{p}" for p in range(n_predictions)]
+    extra = ["blank"] * bool(flags.get("CPCCTCLearnBlank"))
+    extra += ["self"] * bool(flags["CPCCTCSelfLoop"])
+    return extra + [str(k) for k in range(1, n_predictions - len(extra) + 1)]
+
+
+class CaptureWriter:
+    """Writes the capture of one epoch; used as a context manager, or ended by `close`.
+
+    A capture replaces the one that was in its directory, so that a reader never meets windows of
+    two captures: `removed` says how many files that took. Each tensor is written at once and then
+    forgotten; only the places of the windows are kept, for the index that `close` writes.
+
+    Several processes may write different windows into one directory: each makes a writer, `main`
+    for one of them, and passes `gather`, a collective function that hands every process the list
+    of all processes' values. The main one clears the directory before any other writes, and
+    writes the index.
+
+    Raises UserError, naming the directory, if that can't be written or the disk is full.
+    """
+
+    def __init__(
+        self, directory, what, *, epoch, checkpoint=None, flags=None, main=True, gather=None
+    ):
+        self.directory, self.what, self.main = Path(directory), tuple(what), main
+        self.removed = 0
+        self._gather = gather or (lambda value: [value])
+        self._header = {
+            "epoch": epoch,
+            "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
+            "what": list(self.what),
+            "flags": dict(flags or {}),
+        }
+        self._windows = []
+        with self._explained_errors():
+            if main:
+                self.removed = _remove_capture(self.directory)
+            for name in self.what:
+                (self.directory / name).mkdir(parents=True, exist_ok=True)
+        self._gather(None)  # nobody writes before the old files are gone
+
+    def write(self, first, tensors, locations):
+        """Write one batch: windows `first`, `first + 1`, ..., as many as there are locations.
+
+        `tensors` maps names to tensors with a row for each window; those that aren't to be
+        captured are passed over. `locations` holds (file, offset in samples) of each window.
+        """
+        last = first + len(locations) - 1
+        for name in self.what:
+            if len(tensors[name]) != len(locations):
+                raise ValueError(f"{name}: {len(tensors[name])} rows, {len(locations)} locations")
+            with self._explained_errors():
+                path = self.directory / name / f"{name}_batch{first}-{last}.pt"
+                save_tensors(path, _as_stored(tensors[name]))
+        self._windows += [
+            {"window": window, "file": os.fspath(file), "offset": int(offset)}
+            for window, (file, offset) in enumerate(locations, first)
+        ]
+
+    def close(self):
+        """Write the index of all windows, in order."""
+        windows = [entry for entries in self._gather(self._windows) for entry in entries]
+        if self.main:
+            windows.sort(key=lambda entry: entry["window"])
+            with self._explained_errors():
+                save_json(self.directory / INDEX, {**self._header, "windows": windows})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        if error is None:
+            self.close()
+
+    @contextlib.contextmanager
+    def _explained_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: the capture can't be written there "
+                f"({error.strerror or error}); free some space, or name another directory with "
+                f"--pathCaptureSave"
+            ) from error
+
+
+def _as_stored(tensor):
+    """As a CPU tensor of the type to be stored, with a storage that holds nothing else."""
+    dtype = torch.float32 if tensor.is_floating_point() else torch.int64
+    stored = tensor.detach().to("cpu", dtype).contiguous()
+    whole = stored.untyped_storage().nbytes() == stored.nbytes
+    return stored if whole else stored.clone()  # a view would be saved with all that it views
+
+
+def _capture_files(directory):
+    """(name, first, last, path) of each file of a capture: nothing outside `directory`."""
+    for folder in sorted(directory.iterdir()):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        for path in folder.iterdir():
+            match = _FILE_NAME.fullmatch(path.name)
+            if match and match["name"] == folder.name:
+                yield folder.name, int(match["first"]), int(match["last"]), path
+
+
+def _remove_capture(directory):
+    """Remove the capture that is in `directory`, and nothing else; says how many files it had."""
+    if not directory.exists():
+        return 0
+    (directory / INDEX).unlink(missing_ok=True)
+    files = [path for *_, path in _capture_files(directory)]
+    for path in files:
+        path.unlink()
+    for folder in {directory, *(path.parent for path in files)}:
+        remove_leftovers(folder)
+    return len(files)
+
+
+class CapturedWindow(NamedTuple):
+    """All that was captured of one window, and where it came from (None: no index tells)."""
+
+    window: int
+    tensors: dict[str, torch.Tensor]  # without the batch dimension
+    file: str | None  # relative to the root of the database
+    offset: int | None  # samples
+
+
+class CaptureReader:
+    """Reads a capture, this program's or the original's (which has no index).
+
+    Iterating yields one batch after the other, in order of windows, as a dict name -> tensor; its
+    length is the number of batches. `names` restricts it to some of what was captured. The
+    attributes: `names`, `ranges` (first and last window of each batch), `n_windows`, and from the
+    index `epoch`, `checkpoint` and `flags` (None, None and {} without one).
+
+    Raises UserError if there is no capture, a name in it is missing, or a file is missing or
+    damaged, and names it.
+    """
+
+    def __init__(self, directory, names=None):
+        self.directory = Path(directory)
+        found = _find_capture(self.directory)
+        missing = sorted(set(names or ()) - found.keys())
+        if missing:
+            raise UserError(
+                f"{self.directory}: {', '.join(missing)} not captured, only {', '.join(found)}"
+            )
+        self.names = tuple(name for name in found if names is None or name in names)
+        self._paths = {name: found[name] for name in self.names}
+        self.ranges = _common_ranges(self.directory, self._paths)
+        self.n_windows = sum(last - first + 1 for first, last in self.ranges)
+        self._read_index()
+
+    def _read_index(self):
+        path = self.directory / INDEX
+        index = load_json(path) if path.exists() else {"windows": []}
+        try:
+            self._locations = {w["window"]: (w["file"], w["offset"]) for w in index["windows"]}
+            self.flags = dict(index.get("flags", {}))
+            self.epoch, self.checkpoint = index.get("epoch"), index.get("checkpoint")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: no index of a capture ({error!r})") from error
+        held = {window for first, last in self.ranges for window in range(first, last + 1)}
+        lost = sorted(self._locations.keys() - held)
+        if lost:
+            raise UserError(
+                f"{self.directory}: the files of window {lost[0]} and {len(lost) - 1} others are "
+                f"missing, which {INDEX} lists; capture again"
+            )
+
+    def __len__(self):
+        return len(self.ranges)
+
+    def __iter__(self):
+        return map(self._batch, self.ranges)
+
+    def window(self, window):
+        """The `CapturedWindow` with this number."""
+        at = bisect_right(self.ranges, (window, float("inf"))) - 1
+        if at < 0 or window > self.ranges[at][1]:
+            raise UserError(
+                f"{self.directory}: no window {window} in this capture, which has "
+                f"{self.ranges[0][0]} to {self.ranges[-1][1]}"
+            )
+        row = window - self.ranges[at][0]
+        tensors = {name: batch[row] for name, batch in self._batch(self.ranges[at]).items()}
+        return CapturedWindow(window, tensors, *self._locations.get(window, (None, None)))
+
+    def _batch(self, windows):
+        first, last = windows
+        batch = {}
+        for name, paths in self._paths.items():
+            tensor = load_tensors(paths[windows])
+            if not isinstance(tensor, torch.Tensor) or tensor.shape[:1] != (last - first + 1,):
+                raise UserError(
+                    f"{paths[windows]}: damaged, should hold {last - first + 1} windows; "
+                    f"capture again"
+                )
+            batch[name] = tensor
+        return batch
+
+
+def _find_capture(directory):
+    """Name -> {(first, last): path} of all that was captured into `directory`."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    found = {}
+    for name, first, last, path in _capture_files(directory):
+        found.setdefault(name, {})[first, last] = path
+    if not found:
+        epochs = [path.name for path in directory.iterdir() if path.name.lstrip("-").isdigit()]
+        advice = f"; choose an epoch: {', '.join(sorted(epochs, key=int))}" if epochs else ""
+        raise UserError(f"{directory}: holds no capture{advice}")
+    return found
+
+
+def _common_ranges(directory, paths):
+    """The sorted windows ranges, which must be the same for all names and not overlap."""
+    ranges = sorted({windows for files in paths.values() for windows in files})
+    for before, after in zip(ranges, ranges[1:], strict=False):
+        if after[0] <= before[1]:
+            raise UserError(
+                f"{directory}: files of two captures, with windows {before[0]}-{before[1]} and "
+                f"{after[0]}-{after[1]}; remove those of one"
+            )
+    for name, files in paths.items():
+        for first, last in ranges:
+            if (first, last) not in files:
+                missing = directory / name / f"{name}_batch{first}-{last}.pt"
+                raise UserError(f"{missing}: missing, others of its capture exist; capture again")
+    return ranges

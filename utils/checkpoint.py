@@ -1,0 +1,204 @@
+"""Checkpoint files: finding, reading and writing them.
+
+A run's directory holds
+
+- `checkpoint_<epoch>.pt`, written after an epoch. The original program's keys: `gEncoder` (state of
+  the whole CPC model), `cpcCriterion`, `optimizer`, `best` (state of the best model so far). Ours
+  besides: `args`, `logs`, `position` (where training goes on), `best_accuracy`, `sums` (running
+  sums of the epoch), `hidden` (kept hidden state), `fingerprint` (of the corpus), `machine`,
+  `models` (architecture of each of several concatenated models) and `format`;
+- `checkpoint_resume.pt`, the same inside an epoch, newer than every other or absent;
+- `checkpoint_args.json` and `checkpoint_logs.json`, copies of `args` and `logs` for people and for
+  the original program. They are read only beside a checkpoint of the original.
+
+All of it loads with `torch.load(..., weights_only=True)`.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.files import load_json, load_tensors, save_json, save_tensors
+from utils.misc import UserError
+
+FORMAT = 1  # of our additions to the original's keys
+RESUME_NAME = "checkpoint_resume.pt"
+NUMBERED_NAME = re.compile(r"checkpoint_(\d+)\.pt")
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint file holds, completed where the original program wrote it."""
+
+    path: Path
+    state: dict
+
+    @property
+    def epoch(self):
+        """The epoch (from 0) that the weights belong to: the last in which they were trained."""
+        epoch, pack, batch = self.state["position"]
+        return epoch if (pack, batch) != (0, 0) else epoch - 1
+
+
+def numbered_checkpoints(directory):
+    """(epoch, path) of the checkpoints in a directory, the earliest first."""
+    matches = ((NUMBERED_NAME.fullmatch(p.name), p) for p in Path(directory).glob("*.pt"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def open_checkpoint(path):
+    """The checkpoint in the file `path`, or the newest readable one of the directory `path`.
+
+    Raises UserError if there is none, or none that can be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_checkpoint(path)
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(
+            f"--pathCheckpoint {path}: no checkpoint there (checkpoint_<epoch>.pt)"
+            if path.is_dir()
+            else f"--pathCheckpoint {path}: no such directory or file"
+        )
+    return checkpoint
+
+
+def newest_checkpoint(directory):
+    """The newest readable checkpoint of a run's directory; None if it has none at all.
+
+    Unreadable ones are named on the way. Raises UserError if all are unreadable, so that a run is
+    never silently begun anew over what may be saved yet.
+    """
+    directory = Path(directory)
+    numbered = numbered_checkpoints(directory)
+    failures = []
+
+    def readable(path):
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            failures.append(str(error))
+            print(f"warning: {error}")
+            return None
+
+    resume = directory / RESUME_NAME
+    within_epoch = readable(resume) if resume.is_file() else None
+    while numbered and (
+        within_epoch is None or tuple(within_epoch.state["position"]) < (numbered[-1][0] + 1, 0, 0)
+    ):
+        _, path = numbered.pop()
+        checkpoint = readable(path)
+        if checkpoint:
+            return checkpoint
+    if within_epoch is None and failures:
+        raise UserError(
+            f"{directory}: no checkpoint there can be read ({failures[0]}); give back an intact "
+            "one, or begin anew with --restart"
+        )
+    return within_epoch
+
+
+def read_checkpoint(path):
+    """Read a checkpoint of this program or of the original. Raises UserError if it can't be."""
+    path = Path(path)
+    state = load_tensors(path)
+    if not isinstance(state, dict) or not isinstance(state.get("gEncoder"), dict):
+        raise UserError(f"{path}: isn't a CPC checkpoint (it has no `gEncoder`)")
+    if "format" not in state:
+        _complete_original(path, state)
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path}: written by a newer version of this program (format {state['format']})"
+        )
+    _check_types(path, state)
+    return Checkpoint(path, state)
+
+
+def _complete_original(path, state):
+    """Fill in from the JSON files beside it what the original program keeps there."""
+    match = NUMBERED_NAME.fullmatch(path.name)
+    arguments = path.parent / "checkpoint_args.json"
+    if not arguments.is_file():
+        raise UserError(f"{path}: checkpoint_args.json is missing beside it")
+    state["format"] = FORMAT
+    state["args"] = load_json(arguments)
+    state["logs"] = {}
+    with contextlib.suppress(UserError):  # its logs are welcome, not needed
+        state["logs"] = load_json(path.parent / "checkpoint_logs.json")
+    epochs = len(state["logs"].get("epoch", [])) if isinstance(state["logs"], dict) else 0
+    done = int(match[1]) + 1 if match else epochs
+    state["logs"] = {
+        key: value[:done] if isinstance(value, list) else value
+        for key, value in state["logs"].items()
+    }
+    state["position"] = [done, 0, 0]
+
+
+def _check_types(path, state):
+    """Refuse a file whose parts can't be what they are called, before they are used."""
+    position = state.get("position")
+    sound = (
+        isinstance(state.get("cpcCriterion"), dict)
+        and isinstance(state.get("args"), dict)
+        and isinstance(state.get("logs"), dict)
+        and isinstance(position, list)
+        and len(position) == 3
+        and all(isinstance(number, int) and number >= 0 for number in position)
+    )
+    if not sound:
+        raise UserError(f"{path}: damaged: parts of the checkpoint are missing or of a wrong type")
+
+
+def save_checkpoint(directory, state, epoch=None):
+    """Write the checkpoint of `epoch`, or, without one, `checkpoint_resume.pt`.
+
+    `state` is what `Checkpoint.state` describes, without `format`. The `.pt` comes first: if
+    anything fails after it, the JSON files are stale, never ahead. Raises OSError if the disk is
+    full; the files written before are then as they were.
+    """
+    directory = Path(directory)
+    name = RESUME_NAME if epoch is None else f"checkpoint_{epoch}.pt"
+    save_tensors(directory / name, {**state, "format": FORMAT})
+    save_json(directory / "checkpoint_args.json", state["args"])
+    save_json(directory / "checkpoint_logs.json", state["logs"])
+    if epoch is not None:
+        with contextlib.suppress(FileNotFoundError):
+            (directory / RESUME_NAME).unlink()
+    return directory / name
+
+
+def copy_to_cpu(state):
+    """A state dict's own copy in host memory."""
+    return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+
+
+def load_weights(module, state, source):
+    """`module.load_state_dict(state)`. Raises UserError, naming the file, where they don't fit."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise UserError(
+            f"{source}: its weights don't fit this architecture: {' '.join(reasons)[:300]}"
+        ) from error
+
+
+def load_optimizer(optimizer, state, source):
+    """Load Adam's state; settings such as `fused` stay as this program made them."""
+    settings = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                moments = optimizer.state.get(parameter, {})
+                if any(moments[key].shape != parameter.shape for key in moments if key != "step"):
+                    raise ValueError("moments of another shape than the weights")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: its optimizer state doesn't fit ({error})") from error
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

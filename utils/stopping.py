@@ -1,0 +1,58 @@
+"""Being asked to stop: SIGTERM, Ctrl-C and SIGUSR1 (Slurm's warning) end a run without a loss."""
+
+import contextlib
+import os
+import signal
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+class Stopped(BaseException):
+    """The user or the scheduler asked the program to stop. `status` is its exit status."""
+
+    def __init__(self, signal_number):
+        super().__init__(signal.Signals(signal_number).name)
+        self.status = 128 + signal_number
+
+
+class StopSignals:
+    """Turns the first stop signal into a `Stopped`, raised where nothing is left half done.
+
+    Inside `deferred()` it is raised at the end of the block, elsewhere at once. A second signal
+    ends the process on the spot. Use as a context manager; the old handlers come back after it.
+    """
+
+    def __init__(self):
+        self.requested = None
+        self._deferring = False
+        self._previous = {}
+
+    def __enter__(self):
+        for number in SIGNALS:
+            with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self.requested is not None:
+            os._exit(128 + number)
+        self.requested = number
+        if not self._deferring:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """A block that is always finished before the program stops. Blocks may be nested."""
+        outer, self._deferring = self._deferring, True
+        try:
+            yield
+        finally:
+            self._deferring = outer
+        if self.requested is not None and not outer:
+            raise Stopped(self.requested)

@@ -1,0 +1,414 @@
+"""Tests of the building blocks: arguments, checkpoint files, schedule, logs, stop signals."""
+
+import os
+import pickle
+import signal
+import stat
+
+import pytest
+import torch
+
+from utils.arguments import (
+    ARCHITECTURE,
+    INHERITED,
+    ORDER,
+    PER_CALL,
+    build_parser,
+    check_arguments,
+    follow_checkpoint,
+    parse_arguments,
+    stored_arguments,
+)
+from utils.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
+from utils.files import TEMPORARY_PREFIX, atomic_path, load_tensors, remove_leftovers, save_tensors
+from utils.logs import RunningMeans, append_epoch
+from utils.misc import UserError, seed_from
+from utils.report.plots import draw_curves
+from utils.schedule import learning_rate
+from utils.stopping import Stopped, StopSignals
+from utils.testing import GOLDEN, assert_close, golden_cases
+
+# ------------------------------------------------------------------------------------- arguments
+
+ORIGINAL_DEFAULTS = {  # SPEC 8: names and defaults that command lines of the original rely on
+    "hiddenEncoder": 256, "hiddenGar": 256, "nPredicts": 12, "CPCCTC": False,
+    "CPCCTCNumMatched": 16, "CPCCTCSkipBeg": 0, "CPCCTCSkipEnd": 0, "CPCCTCSelfLoop": False,
+    "CPCCTCLearnBlank": False, "CPCCTCNoNegsMatchWin": False, "CPCCTCMasq": "",
+    "CPCCTCLossTemp": 1.0, "CPCCTCNormalizeEncs": False, "CPCCTCNormalizePreds": False,
+    "limitNegsInBatch": 0, "negativeSamplingExt": 128, "learningRate": 2e-4, "schedulerStep": -1,
+    "schedulerRamp": None, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "sizeWindow": 20480,
+    "nEpoch": 200, "samplingType": "samespeaker", "nLevelsPhone": 1, "cpc_mode": None,
+    "encoder_type": "cpc", "normMode": "layerNorm", "onEncoder": False, "random_seed": None,
+    "speakerEmbedding": 0, "arMode": "LSTM", "nLevelsGRU": 1, "rnnMode": "transformer",
+    "dropout": False, "abspos": False, "pathDB": None, "file_extension": ".flac",
+    "pathTrain": None, "pathVal": None, "onlyCapture": False, "pathCaptureDS": None,
+    "captureDSfreq": None, "captureDStotNr": None, "n_process_loader": 8, "ignore_cache": False,
+    "max_size_loaded": 4_000_000_000, "gru_level": -1, "supervised": False, "CTC": False,
+    "path_phone_data": None, "supervised_classif_metric": False, "speaker_sep": False,
+    "CTCphones": False, "linsepBatchSizeGPU": 8, "linsep_n_epoch": 10, "phone_get_encoded": False,
+    "linsep_lr": 2e-4, "linsep_beta1": 0.9, "linsep_beta2": 0.999, "linsep_epsilon": 2e-8,
+    "only_classif_metric": False, "linsep_logs_dir": None, "linsep_checkpoint_dir": None,
+    "linsep_task_logging_step": 1, "linsep_classif_each_epochs": 20, "linsep_net_layers": 1,
+    "captureSetStats": None, "pathCheckpoint": None, "logging_step": 1000, "save_step": 5,
+    "pathCaptureSave": None, "captureEachEpochs": 10, "captureConvRepr": False,
+    "captureCtxRepr": False, "captureSpeakerAlign": False, "capturePhoneAlign": False,
+    "captureEverything": False, "capturePred": False, "captureCPCCTCalign": False,
+    "captureCPCCTClogScores": False, "load": None, "loadCriterion": False, "restart": False,
+    "nullspace": False, "nGPU": -1, "batchSizeGPU": 8, "debug": False,
+}  # fmt: skip
+
+
+def test_flags_of_the_original_keep_their_names_and_defaults():
+    defaults = vars(build_parser().parse_args([]))
+    assert {name: defaults[name] for name in ORIGINAL_DEFAULTS} == ORIGINAL_DEFAULTS
+
+
+def test_every_flag_is_in_exactly_one_class():
+    classes = [ARCHITECTURE, ORDER, INHERITED, PER_CALL]
+    flags = vars(build_parser().parse_args([]))
+    assert sum(map(len, classes)) == len(flags)
+    assert frozenset().union(*classes) == flags.keys()
+
+
+def test_help_explains_every_flag():
+    parser = build_parser()
+    text = parser.format_help()
+    assert all(f"--{name}" in text for name in vars(parser.parse_args([])))
+
+
+def checked(*words):
+    args, given = parse_arguments(words)
+    check_arguments(args, given)
+    return args
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Flags that every training run needs, with an existing database and list."""
+    (tmp_path / "db").mkdir()
+    (tmp_path / "list.txt").write_text("a\n")
+    return ["--pathDB", str(tmp_path / "db"), "--pathCheckpoint", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--nPredicts 13 --CPCCTC --CPCCTCNumMatched 12", "--CPCCTCNumMatched 12"),
+        ("--nPredicts 12 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop", "--CPCCTCNumMatched 12"),
+        ("--nPredicts 11 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCLearnBlank",
+         "and 2 more"),
+        ("--nPredicts 128", "must be under 128"),
+        ("--CPCCTC --CPCCTCNumMatched 128", "must be under 128"),
+        ("--CPCCTCSelfLoop", "--CPCCTCSelfLoop needs --CPCCTC"),
+        ("--CPCCTC --CPCCTCSkipBeg -1", "--CPCCTCSkipBeg -1: must be at least 0"),
+        ("--sizeWindow 20500", "such as 20480"),
+        ("--learningRate nan", "--learningRate nan"),
+        ("--beta1 1", "--beta1 1.0"),
+        ("--batchSizeGPU 0", "--batchSizeGPU 0"),
+        ("--hiddenGar 128", "--rnnMode transformer needs --hiddenGar (128)"),
+        ("--speakerEmbedding 8", "--speakerEmbedding can't be used with --rnnMode transformer"),
+        ("--hiddenEncoder 100 --hiddenGar 100", "8 attention heads"),
+        ("--arMode no_ar --hiddenGar 128", "--arMode no_ar"),
+        ("--arMode transformer --nLevelsGRU 2", "--nLevelsGRU 2"),
+        ("--abspos", "--abspos needs --arMode transformer"),
+        ("--encoder_type mfcc --normMode batchNorm", "--normMode batchNorm needs"),
+        ("--captureConvRepr", "--captureConvRepr needs --pathCaptureDS"),
+        ("--pathCaptureDS LIST --captureConvRepr", "--captureConvRepr needs --pathCaptureSave"),
+        ("--pathCaptureDS LIST --pathCaptureSave X", "nothing to capture"),
+        ("--pathCaptureDS LIST --pathCaptureSave X --capturePhoneAlign", "--path_phone_data"),
+        ("--pathCaptureDS LIST --pathCaptureSave X --captureCPCCTCalign", "needs --CPCCTC"),
+        ("--pathCaptureDS LIST --pathCaptureSave X --captureEverything --captureDSfreq 5 "
+         "--captureDStotNr 5", "choose one"),
+        ("--pathCaptureDS LIST --pathCaptureSave X --captureEverything --captureDSfreq 101",
+         "from 1 to 100"),
+        ("--supervised_classif_metric --linsep_logs_dir X", "--speaker_sep"),
+        ("--supervised_classif_metric --speaker_sep", "--linsep_logs_dir"),
+        ("--speaker_sep", "--speaker_sep needs --supervised_classif_metric"),
+        ("--supervised_classif_metric --linsep_logs_dir X --path_phone_data LIST --CTCphones "
+         "--phone_get_encoded", "--CTCphones can't be used with --phone_get_encoded"),
+        ("--supervised_classif_metric --linsep_logs_dir X --speaker_sep --CTCphones",
+         "--CTCphones needs --path_phone_data"),
+        ("--CTC", "--CTC needs --supervised"),
+        ("--supervised --CTC", "--CTC needs --path_phone_data"),
+        ("--loadCriterion", "--loadCriterion needs --load"),
+        ("--gru_level 1", "--gru_level needs --load"),
+        ("--onlyCapture --only_classif_metric", "choose one"),
+        ("--onlyCapture --restart", "leave out --restart"),
+        ("--onlyCapture", "--onlyCapture needs --pathCaptureDS"),
+        ("--pathTrain /no/such/list", "--pathTrain /no/such/list: no such file"),
+        ("--load /no/such.pt", "--load /no/such.pt: no such file"),
+        ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
+        ("--nGPU 0", "--nGPU 0"),
+        ("--arMode lstm", "invalid choice"),
+        ("--random_seed -1", "--random_seed"),
+        ("--onlyCapture --pathCaptureDS LIST --captureSetStats x --speaker_sep", "no probe"),
+        ("--only_classif_metric --speaker_sep --captureConvRepr", "captures nothing"),
+    ],
+)  # fmt: skip
+def test_what_can_not_work_is_refused_with_the_reason(words, reason, paths, tmp_path):
+    words = words.replace("LIST", str(tmp_path / "list.txt")).split()
+    with pytest.raises(UserError) as refused:
+        checked(*paths, *words)
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_needs_a_place_and_audio(tmp_path):
+    with pytest.raises(UserError, match="--pathCheckpoint DIR"):
+        checked("--pathDB", str(tmp_path))
+    with pytest.raises(UserError, match="--pathDB DIR"):
+        checked("--pathCheckpoint", str(tmp_path))
+    with pytest.raises(UserError, match="--pathDB .*: no such directory"):
+        checked("--pathDB", str(tmp_path / "none"), "--pathCheckpoint", str(tmp_path))
+
+
+def test_contexts_have_the_encoders_channels_where_no_recurrent_network_makes_them(paths):
+    assert checked(*paths, "--arMode", "no_ar", "--hiddenEncoder", "64").hiddenGar == 64
+
+
+def test_every_example_of_the_documentation_is_accepted(paths, tmp_path):
+    path = str(tmp_path / "list.txt")
+    capture = ["--pathCaptureDS", path, "--pathCaptureSave", str(tmp_path / "save")]
+    common = ["--nPredicts", "8", "--CPCCTC", "--CPCCTCNumMatched", "12", "--CPCCTCSelfLoop"]
+    checked(*paths, *common, *capture, "--captureEverything", "--path_phone_data", path)
+    checked(
+        *paths, "--captureSetStats", "reprDiff:cosine,ctx_repr,0.05,../x", "--pathCaptureDS", path
+    )
+    checked(*paths, "--normMode", "batchNorm", "--rnnMode", "linear")
+    checked(*paths, "--rnnMode", "ffd", "--schedulerRamp", "10")
+
+
+def resumed(words, stored, tmp_path):
+    args, given = parse_arguments(["--pathCheckpoint", str(tmp_path), *words])
+    return args, follow_checkpoint(args, given, stored_arguments(stored, "the checkpoint"))
+
+
+def test_a_resumed_run_takes_each_flag_from_where_its_class_says(tmp_path):
+    stored = {"hiddenEncoder": 64, "CPCCTC": True, "batchSizeGPU": 4, "nEpoch": 7, "debug": True,
+              "learningRate": 1e-3, "captureEverything": True, "unknown_flag": 3}  # fmt: skip
+    words = "--hiddenEncoder 32 --nEpoch 9 --batchSizeGPU 16".split()
+    args, said = resumed(words, stored, tmp_path)
+    assert (args.hiddenEncoder, args.CPCCTC, args.batchSizeGPU) == (64, True, 4)
+    assert (args.nEpoch, args.learningRate, args.captureEverything) == (9, 1e-3, True)
+    assert args.debug is False
+    assert len(said) == 2
+    assert "--hiddenEncoder" in said[1]
+    assert "64" in said[1]
+
+
+def test_a_list_that_is_gone_can_be_given_anew(tmp_path):
+    (tmp_path / "new").write_text("a")
+    stored = {"pathTrain": str(tmp_path / "old"), "random_seed": 3}
+    args, _ = resumed(["--pathTrain", str(tmp_path / "new")], stored, tmp_path)
+    assert (args.pathTrain, args.random_seed) == (str(tmp_path / "new"), 3)
+
+
+def test_capture_on_a_checkpoint_takes_what_to_capture_from_the_command_line(tmp_path):
+    stored = {"captureConvRepr": True, "pathCaptureDS": "x", "rnnMode": "linear", "pathDB": "db",
+              "captureDSfreq": 10, "batchSizeGPU": 4}  # fmt: skip
+    args, _ = resumed(["--onlyCapture", "--captureDStotNr", "3"], stored, tmp_path)
+    assert (args.captureConvRepr, args.pathCaptureDS, args.captureDSfreq) == (False, None, None)
+    assert (args.rnnMode, args.pathDB, args.batchSizeGPU) == ("linear", "db", 4)
+
+
+def test_of_two_exclusive_flags_the_one_given_replaces_the_stored_one(tmp_path):
+    args, _ = resumed(["--captureDStotNr", "3"], {"captureDSfreq": 10}, tmp_path)
+    assert (args.captureDSfreq, args.captureDStotNr) == (None, 3)
+
+
+@pytest.mark.parametrize("stored", [{"nPredicts": "many"}, {"arMode": 3}, {"nEpoch": [1]}])
+def test_damaged_stored_arguments_are_refused_by_name(stored):
+    with pytest.raises(UserError, match=f"some.pt: .*--{next(iter(stored))}"):
+        stored_arguments(stored, "some.pt")
+
+
+# -------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("case", golden_cases("schedulers"))
+def test_golden_learning_rates(case):
+    for ramp, step in case.config["combos"]:
+        expected = case[f"lr_ramp{ramp}_step{step}"]
+        rates = [learning_rate(e, case.config["lr"], ramp, step) for e in range(len(expected))]
+        assert_close(torch.tensor(rates, dtype=torch.float64), expected, 1e-12)
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_leftover(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail():
+        with atomic_path(path) as temporary:
+            with open(temporary, "w") as file:
+                file.write("half of the n")
+            raise OSError("disk full")
+
+    pytest.raises(OSError, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_written_files_are_readable_by_others_and_leftovers_go(tmp_path):
+    save_tensors(tmp_path / "x.pt", {"a": torch.ones(2)})
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "x.pt").stat().st_mode) == 0o666 & ~umask
+    (tmp_path / f"{TEMPORARY_PREFIX}abc.pt").write_text("")
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
+    torch.save({"gEncoder": Malicious()}, tmp_path / "zip.pt")
+    for name in ("plain.pt", "zip.pt"):
+        with pytest.raises(UserError, match=f"{name}: refused"):
+            load_tensors(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<!doctype html><p>404", b"PK\x03\x04 torn", b"\x80"])
+def test_what_is_no_checkpoint_is_named_in_one_line(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="x.pt") as refused:
+        load_tensors(tmp_path / "x.pt")
+    assert "\n" not in str(refused.value)
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+def state(position, **more):
+    return {
+        "gEncoder": {"w": torch.ones(2)}, "cpcCriterion": {}, "optimizer": {}, "best": None,
+        "args": {"nPredicts": 3}, "logs": {"epoch": [0]}, "position": list(position), **more,
+    }  # fmt: skip
+
+
+def test_the_newest_checkpoint_is_found_inside_an_epoch_too(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, state((1, 0, 0)), epoch=0)
+    save_checkpoint(tmp_path, state((10, 0, 0)), epoch=9)
+    (tmp_path / "checkpoint_last.pt").write_text("not numbered")
+    assert newest_checkpoint(tmp_path).epoch == 9
+    save_checkpoint(tmp_path, state((10, 0, 4)))
+    assert newest_checkpoint(tmp_path).state["position"] == [10, 0, 4]
+    save_checkpoint(tmp_path, state((11, 0, 0)), epoch=10)
+    assert not (tmp_path / "checkpoint_resume.pt").exists()
+    assert newest_checkpoint(tmp_path).path.name == "checkpoint_10.pt"
+
+
+def test_a_stale_resume_file_does_not_hide_a_newer_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, state((3, 0, 0)), epoch=2)
+    save_checkpoint(tmp_path, state((1, 0, 4)))
+    assert newest_checkpoint(tmp_path).epoch == 2
+
+
+def test_an_unreadable_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
+    save_checkpoint(tmp_path, state((1, 0, 0)), epoch=0)
+    (tmp_path / "checkpoint_1.pt").write_bytes(b"torn")
+    assert newest_checkpoint(tmp_path).epoch == 0
+    assert "checkpoint_1.pt" in capsys.readouterr().out
+
+
+def test_a_directory_of_unreadable_checkpoints_is_never_a_new_run(tmp_path):
+    (tmp_path / "checkpoint_1.pt").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"no checkpoint there can be read .*--restart"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [{"gEncoder": 3}, {"position": [1]}, {"args": []}])
+def test_a_checkpoint_with_parts_missing_is_refused(damage, tmp_path):
+    save_checkpoint(tmp_path, {**state((1, 0, 0)), "args": {}, **damage}, epoch=0)
+    with pytest.raises(UserError, match="checkpoint_0.pt"):
+        read_checkpoint(tmp_path / "checkpoint_0.pt")
+
+
+@pytest.mark.skipif(not (GOLDEN / "checkpoint").is_dir(), reason="no checkpoint of the original")
+def test_a_golden_checkpoint_of_the_original_is_completed():
+    checkpoint = newest_checkpoint(GOLDEN / "checkpoint")
+    assert checkpoint.state["position"] == [checkpoint.epoch + 1, 0, 0]
+    assert len(checkpoint.state["logs"]["locLoss_val"]) == checkpoint.epoch + 1
+    assert checkpoint.state["args"]["CPCCTC"] is True
+
+
+# ------------------------------------------------------------------------------------------ logs
+
+
+def test_running_means_weigh_windows():
+    running = RunningMeans()
+    running.add(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.0]]), windows=1)
+    running.add(torch.tensor([[4.0, 5.0]]), torch.tensor([[1.0, 0.0]]), windows=2)
+    assert running.means() == [[3.0, 4.0], [2.5 / 3, 0.0]]
+    assert running.means_since_mark() == running.means()
+    running.add(torch.tensor([[7.0, 7.0]]), torch.tensor([[1.0, 1.0]]), windows=1)
+    assert running.means_since_mark() == [[7.0, 7.0], [1.0, 1.0]]
+
+
+def test_running_means_go_on_from_their_state():
+    batches = [(torch.rand(1, 3), torch.rand(1, 3), n, torch.rand(())) for n in (2, 3, 1)]
+    whole, first, second = RunningMeans(), RunningMeans(), RunningMeans()
+    for batch in batches:
+        whole.add(*batch)
+    first.add(*batches[0])
+    second.restore(first.state(), "cpu")
+    for batch in batches[1:]:
+        second.add(*batch)
+    assert second.means() == whole.means()
+    assert second.mean_gradient_norm() == whole.mean_gradient_norm()
+
+
+def test_a_value_that_comes_or_goes_leaves_gaps_in_the_logs():
+    logs = {"saveStep": 5}
+    append_epoch(logs, 0, {"a": 1})
+    append_epoch(logs, 1, {"b": 2})
+    assert logs == {"saveStep": 5, "epoch": [0, 1], "a": [1, None], "b": [None, 2]}
+
+
+def test_curves_are_drawn_from_full_partial_and_single_logs(tmp_path):
+    rows = [[2.0, 2.5], None, [1.5, 2.0]]
+    series = dict.fromkeys(("locLoss_train", "locLoss_val", "locAcc_train", "locAcc_val"), rows)
+    probe = {"phone_best_val_acc": [None, None, [0.4]]}
+    logs = {"epoch": [0, 1, 2], **series, **probe, "learningRate": [1]}
+    draw_curves(logs, tmp_path / "full.png")
+    draw_curves({"epoch": [0], "locLoss_val": [[1.0]]}, tmp_path / "small.png")
+    assert (tmp_path / "full.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_seeds_of_neighbours_differ_and_repeat():
+    seeds = {seed_from(seed, epoch, g) for seed in range(9) for epoch in range(9) for g in range(9)}
+    assert len(seeds) == 729
+    assert seed_from(1, 23) != seed_from(12, 3)
+    assert seed_from("a", 1) == 1229552645
+
+
+# --------------------------------------------------------------------------------- stop signals
+
+
+def test_a_stop_signal_waits_for_the_end_of_a_deferred_block():
+    done = []
+    with StopSignals() as stop, pytest.raises(Stopped) as stopped, stop.deferred():
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append(1)
+        done.append(2)
+    assert done == [1, 2]
+    assert stopped.value.status == 143
+
+
+def test_outside_a_deferred_block_a_stop_signal_acts_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals(), pytest.raises(Stopped) as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+    assert stopped.value.status == 130
+    assert signal.getsignal(signal.SIGINT) is before
