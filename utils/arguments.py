@@ -27,15 +27,24 @@ ARCHITECTURE = names(
     cpc_mode encoder_type normMode speakerEmbedding arMode nLevelsGRU rnnMode dropout abspos
     supervised CTC nLevelsPhone onEncoder"""
 )
+MODEL = names(  # the part of it that describes encoder and AR network
+    """hiddenEncoder hiddenGar encoder_type normMode arMode nLevelsGRU abspos cpc_mode sizeWindow"""
+)
 ORDER = names("random_seed batchSizeGPU samplingType max_size_loaded pathTrain pathVal")
 PER_CALL = names(
     """pathCheckpoint restart onlyCapture only_classif_metric debug load loadCriterion gru_level
     nullspace nGPU device precision compile threads n_process_loader ignore_cache resume_every"""
 )
-CAPTURE = names(
-    """captureConvRepr captureCtxRepr captureSpeakerAlign capturePhoneAlign captureEverything
-    capturePred captureCPCCTCalign captureCPCCTClogScores"""
-)
+CAPTURED_BY = {  # flag -> name of what it captures (utils/capture.py)
+    "captureConvRepr": "conv_repr",
+    "captureCtxRepr": "ctx_repr",
+    "captureSpeakerAlign": "speaker_align",
+    "capturePhoneAlign": "phone_align",
+    "capturePred": "pred",
+    "captureCPCCTCalign": "cpcctc_align",
+    "captureCPCCTClogScores": "cpcctc_log_scores",
+}
+CAPTURE = CAPTURED_BY.keys() | {"captureEverything"}
 CAPTURE_GROUP = CAPTURE | names(
     """pathCaptureDS captureDSfreq captureDStotNr pathCaptureSave captureEachEpochs
     captureSetStats"""
@@ -358,6 +367,28 @@ def follow_checkpoint(args, given, kept):
 def gone(name, kept):
     """Whether a flag of the checkpoint names a file that isn't there any more."""
     return name in FILES and getattr(kept, name) and not os.path.isfile(getattr(kept, name))
+
+
+# ------------------------------------------------------------------------------ what they ask for
+
+
+def capturable_names(args):
+    """Names of all that can be captured in such a run."""
+    available = ["conv_repr", "ctx_repr", "speaker_align"]
+    if args.path_phone_data:
+        available.append("phone_align")
+    if args.cpc_mode != "none" and not args.supervised:
+        available.append("pred")
+        if args.CPCCTC:
+            available += ["cpcctc_align", "cpcctc_log_scores"]
+    return available
+
+
+def captured_names(args):
+    """Names of what the flags say is to be captured, in a fixed order."""
+    if args.captureEverything:
+        return capturable_names(args)
+    return [name for flag, name in CAPTURED_BY.items() if getattr(args, flag)]
 
 
 # ------------------------------------------------------------------------ rules between the flags

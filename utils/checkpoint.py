@@ -14,6 +14,7 @@ A run's directory holds
 All of it loads with `torch.load(..., weights_only=True)`.
 """
 
+import argparse
 import contextlib
 import re
 from dataclasses import dataclass
@@ -29,10 +30,14 @@ NUMBERED_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint file holds, completed where the original program wrote it."""
+    """What a checkpoint file holds, completed where another program wrote it.
+
+    `of_original` says so: the original program, its parent CPC_audio, or a published model.
+    """
 
     path: Path
     state: dict
+    of_original: bool = False
 
     @property
     def epoch(self):
@@ -47,6 +52,12 @@ def numbered_checkpoints(directory):
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
+def saved_checkpoints(directory):
+    """Paths of all checkpoints in a directory, the one inside an epoch included."""
+    resume = Path(directory, RESUME_NAME)
+    return [path for _, path in numbered_checkpoints(directory)] + [resume] * resume.is_file()
+
+
 def open_checkpoint(path):
     """The checkpoint in the file `path`, or the newest readable one of the directory `path`.
 
@@ -58,9 +69,9 @@ def open_checkpoint(path):
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
         raise UserError(
-            f"--pathCheckpoint {path}: no checkpoint there (checkpoint_<epoch>.pt)"
+            f"{path}: no checkpoint there (checkpoint_<epoch>.pt)"
             if path.is_dir()
-            else f"--pathCheckpoint {path}: no such directory or file"
+            else f"{path}: no such directory or file"
         )
     return checkpoint
 
@@ -101,11 +112,21 @@ def newest_checkpoint(directory):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint of this program or of the original. Raises UserError if it can't be."""
+    """Read a checkpoint of this program, of the original, or a published model.
+
+    The parent of the original, CPC_audio, writes the same files; flags that aren't known here are
+    left out and missing ones have their defaults (utils/arguments.py). A published model is one
+    file of `config` and `weights`. Raises UserError if the file is none of these.
+    """
     path = Path(path)
     state = load_tensors(path)
+    of_original = isinstance(state, dict) and "format" not in state
+    if of_original and {"config", "weights"} <= state.keys():
+        state = _complete_published(state)
     if not isinstance(state, dict) or not isinstance(state.get("gEncoder"), dict):
-        raise UserError(f"{path}: isn't a CPC checkpoint (it has no `gEncoder`)")
+        raise UserError(
+            f"{path}: isn't a CPC checkpoint (it has neither `gEncoder` nor `config` and `weights`)"
+        )
     if "format" not in state:
         _complete_original(path, state)
     if state["format"] != FORMAT:
@@ -113,11 +134,29 @@ def read_checkpoint(path):
             f"{path}: written by a newer version of this program (format {state['format']})"
         )
     _check_types(path, state)
-    return Checkpoint(path, state)
+    return Checkpoint(path, state, of_original)
+
+
+def _complete_published(state):
+    """The parts of a checkpoint that a published model has; it has no criterion.
+
+    How long it was trained isn't known: it counts as one epoch.
+    """
+    config = state["config"]
+    return {
+        "format": FORMAT,
+        "gEncoder": state["weights"],
+        "cpcCriterion": {},
+        "optimizer": {},
+        "best": None,
+        "args": vars(config) if isinstance(config, argparse.Namespace) else config,
+        "logs": {},
+        "position": [1, 0, 0],
+    }
 
 
 def _complete_original(path, state):
-    """Fill in from the JSON files beside it what the original program keeps there."""
+    """Fill in what the original program keeps in the JSON files beside a checkpoint."""
     match = NUMBERED_NAME.fullmatch(path.name)
     arguments = path.parent / "checkpoint_args.json"
     if not arguments.is_file():
@@ -128,7 +167,7 @@ def _complete_original(path, state):
     with contextlib.suppress(UserError):  # its logs are welcome, not needed
         state["logs"] = load_json(path.parent / "checkpoint_logs.json")
     epochs = len(state["logs"].get("epoch", [])) if isinstance(state["logs"], dict) else 0
-    done = int(match[1]) + 1 if match else epochs
+    done = int(match[1]) + 1 if match else max(epochs, 1)
     state["logs"] = {
         key: value[:done] if isinstance(value, list) else value
         for key, value in state["logs"].items()
@@ -146,6 +185,8 @@ def _check_types(path, state):
         and isinstance(position, list)
         and len(position) == 3
         and all(isinstance(number, int) and number >= 0 for number in position)
+        and isinstance(state.get("models", []), list)
+        and all(isinstance(flags, dict) for flags in state.get("models", []))
     )
     if not sound:
         raise UserError(f"{path}: damaged: parts of the checkpoint are missing or of a wrong type")

@@ -1,5 +1,6 @@
 """Reading and writing files so that each is complete or absent, and none can run code."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.serialization import safe_globals
 
 from utils.misc import UserError
 
@@ -91,11 +93,12 @@ def save_figure(path, figure):
 def load_tensors(path, device="cpu"):
     """`torch.load` of tensors and plain containers only: nothing in the file can run code.
 
+    An argparse.Namespace is such a container, and how many programs keep their flags.
     Raises UserError, naming the file, if it is missing, damaged, or holds anything else.
     """
     try:
-        with warnings.catch_warnings():  # about odd pickles: what can't be read is said below
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about odd pickles: what can't be read is said below
             return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

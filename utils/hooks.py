@@ -1,22 +1,33 @@
 """What happens between epochs: hooks, and the promise that they leave training as it was.
 
-A hook has `due(epoch) -> bool` and `run(epoch, model, criterion) -> dict` of values to log.
+A hook has `due(epoch) -> bool` and `run(epoch, model, criterion) -> dict` of values to log. What a
+hook works with is handed to it, so that it needs to know neither stats nor probes.
 """
 
 import contextlib
+from pathlib import Path
+
+import torch
+
+from utils.capture import CaptureWriter
+from utils.logs import progress
+from utils.misc import generator_from
+
+PREDICTED = frozenset(("pred", "cpcctc_align", "cpcctc_log_scores"))  # captured in the criterion
 
 
 @contextlib.contextmanager
-def untouched(step):
-    """A block after which the networks in `step` are as before it.
+def untouched(model, criterion=None):
+    """A block after which the networks are as before it.
 
-    Restores train or eval mode and `requires_grad` of everything in `step`, and the kept hidden
-    state of `step.model`. Weights and buffers are the block's own business: it must not train them.
+    Restores train or eval mode and `requires_grad` everywhere, and the model's kept hidden state.
+    Weights and buffers are the block's own business: it must not train them.
     """
-    modes = [(module, module.training) for module in step.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in step.parameters()]
-    hidden = step.model.hidden_state()
-    step.model.reset_hidden()
+    networks = [model] if criterion is None else [model, criterion]
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    gradients = [(p, p.requires_grad) for network in networks for p in network.parameters()]
+    hidden = model.hidden_state()
+    model.reset_hidden()
     try:
         yield
     finally:
@@ -24,4 +35,95 @@ def untouched(step):
             module.training = training
         for parameter, requires in gradients:
             parameter.requires_grad_(requires)
-        step.model.set_hidden_state(hidden)
+        model.set_hidden_state(hidden)
+
+
+class CaptureHook:
+    """Computes what is to be captured, batch by batch: files and statistics of it.
+
+    loader: BatchLoader of the capture set; what: names to write (utils/capture.py lists them);
+    collector: StatsCollector; directory: captures go to `<directory>/<epoch>/`; every: epochs
+    between captures; flags: a dict of the run's flags, and checkpoint: the file that the model
+    comes from if it comes from one, both for the index.
+    """
+
+    def __init__(
+        self, loader, what, collector, directory, *, every, seed, flags, device, checkpoint=None
+    ):
+        self.loader, self.what, self.collector = loader, tuple(what), collector
+        self.directory, self.every = directory, every
+        self.seed, self.flags, self.device = seed, flags, device
+        self.checkpoint = checkpoint
+
+    name = "the capture"
+
+    def due(self, epoch):
+        return epoch % self.every == 0
+
+    def run(self, epoch, model, criterion):
+        """Capture once; returns the values of the stats."""
+        model.eval()
+        criterion.eval()
+        self.collector.zeroStats()
+        with self.writer(epoch) as write:
+            for position, batch in progress(
+                self.loader.epoch(epoch),
+                what=f"epoch {epoch}: capture",
+                unit=" batches",
+                total=len(self.loader),
+            ):
+                generator = generator_from(self.seed, epoch, "capture", *position[1:])
+                tensors = self.compute(batch.to(self.device), model, criterion, generator)
+                windows = batch.window.tolist()
+                write(windows[0], tensors, [self.loader.locate(window) for window in windows])
+                self.collector.batchUpdate(tensors)
+        values = self.collector.logStats(epoch)
+        for name, value in values.items():
+            print(f"    {name}: {value:.4g}")
+        return values
+
+    @contextlib.contextmanager
+    def writer(self, epoch):
+        """The function that writes a batch: a capture's, or one that does nothing."""
+        if not self.what:
+            yield lambda first, tensors, locations: None
+            return
+        directory = Path(self.directory, str(epoch))
+        with CaptureWriter(
+            directory, self.what, epoch=epoch, checkpoint=self.checkpoint, flags=self.flags
+        ) as writer:
+            yield writer.write
+        print(f"epoch {epoch}: captured {', '.join(self.what)} in {directory}")
+
+    @torch.no_grad()
+    def compute(self, batch, model, criterion, generator):
+        """Everything asked for, name -> tensor with a row for each window."""
+        names = frozenset(self.what) | self.collector.needs
+        # Every window starts from an empty state: what is captured of it can't depend on how the
+        # list of windows was cut into batches.
+        context, encoded = model(batch.waveform, torch.zeros_like(batch.continues))
+        tensors = {
+            "conv_repr": encoded,
+            "ctx_repr": context,
+            "speaker_align": batch.speaker,
+            "phone_align": batch.phone,
+        }
+        if names & PREDICTED:
+            output = criterion(
+                context, encoded, batch.speaker, capture=names & PREDICTED, generator=generator
+            )
+            tensors |= output.captured
+        return {name: tensors[name] for name in names}
+
+
+class ProbeHook:
+    """Trains a probe on the model as it is: `probe(epoch, model)` does, and returns the values."""
+
+    def __init__(self, name, probe, *, every):
+        self.name, self.probe, self.every = name, probe, every
+
+    def due(self, epoch):
+        return epoch > 0 and epoch % self.every == 0
+
+    def run(self, epoch, model, criterion):
+        return self.probe(epoch, model)

@@ -64,6 +64,9 @@ class PlainProgress:
     def set_postfix_str(self, text, refresh=True):
         self.postfix = f", {text}" if text else ""
 
+    def write(self, text):
+        print(text, flush=True)
+
     def close(self):
         pass
 
@@ -123,7 +126,8 @@ class Clock:
     """How fast windows go by, and which share of the time is spent waiting for them."""
 
     def __init__(self):
-        self.started, self.waited, self.windows = time.perf_counter(), 0.0, 0
+        self.started, self.stopped = time.perf_counter(), None
+        self.waited, self.windows = 0.0, 0
 
     def wait_for(self, function, *arguments):
         """Call a function; its time counts as waiting."""
@@ -133,8 +137,11 @@ class Clock:
         finally:
             self.waited += time.perf_counter() - before
 
+    def stop(self):
+        self.stopped = time.perf_counter()
+
     def __str__(self):
-        seconds = max(time.perf_counter() - self.started, 1e-9)
+        seconds = max((self.stopped or time.perf_counter()) - self.started, 1e-9)
         return f"{self.windows / seconds:.3g} windows/s, data wait {percent(self.waited / seconds)}"
 
 

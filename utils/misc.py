@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import os
 import sys
 
 import torch
@@ -50,6 +51,47 @@ def keep_freed_memory():
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 * 2**20)
+
+
+def device_from(flag):
+    """The device that `--device auto`, `cpu` or `cuda` means here. Raises UserError if none."""
+    available = torch.cuda.is_available()
+    if flag == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    return torch.device("cuda" if available and flag != "cpu" else "cpu")
+
+
+def first_few(items, limit=5):
+    """The first items of a list as text, for a message; safe to print whatever a file is named."""
+    items = list(items)
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return (", ".join(items[:limit]) + rest).encode("utf-8", "replace").decode()
+
+
+def available_memory(device):
+    """Bytes that may still be taken on this device: on a CPU what the system and, in a container,
+    its limit leave; half of the machine's memory where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = dict(line.split()[:2] for line in file)
+        free = 1024 * int(kilobytes["MemAvailable:"])
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(free, _left_in_container())
+
+
+def _left_in_container():
+    """Bytes until the memory limit of the control group (version 2), infinite without one."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
+            taken = int(dict(line.split() for line in file)["anon"])
+    except (OSError, KeyError, ValueError):  # no such file, or the limit is the word "max"
+        return float("inf")
+    return limit - taken
 
 
 class CommandLine(argparse.ArgumentParser):

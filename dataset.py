@@ -1,0 +1,624 @@
+"""Corpora in LibriSpeech layout -> batches of windows with their labels.
+
+In the order of the data's way: listing a database (`scan_corpus`), choosing among its sequences
+(`select_sequences`, `read_phone_labels`), their audio in memory (`AudioDataset`), and batches of
+windows of it (`BatchLoader`). Lengths are in samples at 16 kHz; `B` is the number of windows in a
+batch, `L` the samples in a window.
+"""
+
+import hashlib
+import mmap
+import os
+from bisect import bisect_right
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils.audio import decode_into
+from utils.listing import list_audio_files
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few, generator_from
+from utils.windows import Layout, cumulated, plan_pack, split_in_packs
+from utils.workers import Workers
+
+MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
+SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
+
+
+# --------------------------------------------------------------------------- listing and choosing
+
+
+class Sequence(NamedTuple):
+    """One audio file of a corpus, as its header describes it."""
+
+    speaker: int  # index into Corpus.speakers
+    path: str  # relative to the root of the database, with "/"
+    samples: int
+    rate: int = SAMPLE_RATE  # Hz
+    fits_int16: bool = True  # mono, and 16 bits hold its samples exactly
+    problem: str = ""  # why the file can't be used, if it can't
+
+    @property
+    def name(self):
+        """What lists and label files call it: the file's name without folder and extension."""
+        file = self.path.rpartition("/")[2]
+        return file.rpartition(".")[0] or file
+
+
+class Corpus(NamedTuple):
+    """All audio files below `root`: speakers in sorted order, sequences by speaker and name."""
+
+    root: str
+    sequences: tuple[Sequence, ...]
+    speakers: tuple[str, ...]
+
+
+def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_threads=8):
+    """Find every file below `root` whose name ends with `extension` and read its header.
+
+    The speaker of a file is the first `speaker_level` folders of its path, joined by "/" ("" if
+    there are none); speaker ids follow the sorted order of these strings. Files that can't be
+    used are kept, with the reason in `problem`, so that ids don't depend on them. The list is kept
+    in the database (see utils/listing.py) and read from there next time, unless `ignore_cache`.
+
+    Returns a `Corpus`. Raises UserError if there is no such directory or no such file in it.
+    """
+    root = os.fspath(root)
+    if not os.path.isdir(root):
+        raise UserError(f"no such directory: {root} (--pathDB)")
+    columns = list_audio_files(root, extension, ignore_cache, n_threads)
+    level = max(0, speaker_level)
+    names = ["/".join(path.split("/")[:-1][:level]) for path in columns["path"]]
+    speakers = tuple(sorted(set(names)))
+    number = {speaker: i for i, speaker in enumerate(speakers)}
+    rows = zip((number[name] for name in names), *columns.values(), strict=True)
+    return Corpus(root, tuple(_in_order(map(Sequence._make, rows))), speakers)
+
+
+def _in_order(sequences):
+    return sorted(sequences, key=lambda s: (s.speaker, s.name, s.path))
+
+
+def read_sequence_list(path):
+    """The names in a list: one per line, without the blanks that end it; empty lines are ignored.
+
+    Raises UserError if the file can't be read or names nothing.
+    """
+    names = [name for line in _lines_of(path) if (name := line.rstrip())]
+    if not names:
+        raise UserError(f"{path}: an empty list of sequences")
+    return names
+
+
+def _lines_of(path):
+    """The lines of a text file, whatever their ends, without a byte order mark."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            yield from file
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def select_sequences(sequences, names, list_path):
+    """The sequences whose name is among `names`, sorted by name; `list_path` is for messages.
+
+    Files of the same name in different folders are all kept. Says how many names have no file.
+    Raises UserError if none has one.
+    """
+    wanted = set(names)
+    chosen = sorted((s for s in sequences if s.name in wanted), key=lambda s: s.name)
+    missing = sorted(wanted - {s.name for s in chosen})
+    if not missing:
+        return chosen
+    found = (
+        f"{list_path}: {len(missing)} of {len(wanted)} names have no file in the database: "
+        f"{first_few(missing)} (names go without folder and extension; files that are new in the "
+        "database are seen with --ignore_cache)"
+    )
+    if not chosen:
+        raise UserError(found)
+    print(found)
+    return chosen
+
+
+def keep_percentage(sequences, percentage):
+    """About `percentage` % of the sequences (above 0), spread evenly over their order."""
+    kept = []
+    for i, sequence in enumerate(sequences):
+        if 100 * len(kept) / (i + 1) < percentage:
+            kept.append(sequence)
+    return kept
+
+
+def keep_total(sequences, total):
+    """`total` of the sequences, or all where there are fewer, spread evenly over their order."""
+    step = max(len(sequences) / total, 1.0)
+    kept, last = [], -1.0
+    for i, sequence in enumerate(sequences):
+        if i >= round(last + step):
+            kept.append(sequence)
+            last += step
+    return kept
+
+
+class PhoneLabels(NamedTuple):
+    """Phone classes of sequences by name, one label for each frame of 10 ms."""
+
+    labels: dict[str, np.ndarray]  # (frames,) int16
+    n_phones: int  # highest label + 1
+    path: str
+
+
+def read_phone_labels(path):
+    """Read lines `name label label ...`, labels from 0 to 32766; empty lines are ignored.
+
+    Raises UserError, with the number of the line, for anything else: other text, a name without
+    labels, a name that has labels already.
+    """
+    labels, highest = {}, -1
+    for number, line in enumerate(_lines_of(path), start=1):
+        if not line.strip():
+            continue
+        name, *rest = line.split(maxsplit=1)
+        try:
+            if name in labels:
+                raise ValueError(f"{first_few([name])} has labels already")
+            labels[name] = _parse_labels(rest)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        highest = max(highest, int(labels[name].max()))
+    if not labels:
+        raise UserError(f"{path}: no labels in this file")
+    return PhoneLabels(labels, highest + 1, os.fspath(path))
+
+
+def _parse_labels(rest):
+    """Labels, (frames,) int16, from the text after the name, if any. Raises ValueError."""
+    if not rest:
+        raise ValueError("no labels after the name (a line is: name label label ...)")
+    try:
+        labels = np.fromstring(rest[0], dtype=np.int64, sep=" ")  # seven times as fast as int()
+    except ValueError:
+        raise ValueError("labels must be whole numbers (a line is: name label label ...)") from None
+    if labels.min() < 0 or labels.max() >= np.iinfo(np.int16).max:
+        raise ValueError("labels must be from 0 to 32766")
+    return labels.astype(np.int16)
+
+
+# ------------------------------------------------------------------------------------------- packs
+
+
+class Pack(NamedTuple):
+    """Decoded audio of several files, one after the other, with the labels of its frames."""
+
+    audio: torch.Tensor  # (samples,) int16 or float32
+    labels: torch.Tensor | None  # (samples // 160,) int16
+    layout: Layout
+
+
+def allocate_audio(samples, dtype):
+    """An empty (samples,) tensor with a mapping of its own.
+
+    Dropping it gives the memory back to the system, which the allocator wouldn't do here (see
+    `utils.misc.keep_freed_memory`). Pages that nothing was written to take no memory.
+    """
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    try:
+        memory = mmap.mmap(-1, max(1, samples) * dtype.itemsize, **flags)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no memory for {samples} samples of audio ({samples * dtype.itemsize / 1e9:.1f} GB); "
+            "a smaller --max_size_loaded needs less"
+        ) from error
+    return torch.frombuffer(memory, dtype=dtype)[:samples]
+
+
+class PackDecoding:
+    """A pack being filled by threads: they start at once, `finish` waits for them.
+
+    What several processes of a machine could share is apart: the memory (`allocate_audio`), the
+    filling of each file's slice (`decode_into`), and closing the gaps left by bad files.
+    """
+
+    def __init__(self, dataset, files):
+        """`files`: (n,) ascending indices of the dataset's sequences."""
+        self.dataset = dataset
+        self.layout = Layout.of(files, dataset.samples)
+        self.audio = allocate_audio(int(self.layout.boundaries[-1]), dataset.dtype)
+        parts = np.split(self.audio.numpy(), self.layout.boundaries[1:-1])
+        sequences = [dataset.sequences[i] for i in files]
+        items = [
+            (part, os.path.join(dataset.root, sequence.path), sequence.samples)
+            for part, sequence in zip(parts, sequences, strict=True)
+        ]
+        self.workers = Workers(lambda item: decode_into(*item), items, dataset.n_threads)
+
+    def finish(self):
+        """The `Pack`, without files that turned out to be bad (see `AudioDataset.skip`)."""
+        problems = self.workers.results("decoding", " files")
+        files = self.layout.files
+        paths = [self.dataset.sequences[i].path for i in files]
+        self.dataset.skip({path: p for path, p in zip(paths, problems, strict=True) if p})
+        good = np.array([not problem for problem in problems])
+        audio = close_gaps(self.audio, self.layout.boundaries, good)
+        layout = Layout.of(files[good], self.dataset.samples)
+        return Pack(audio, self.dataset.labels_of(layout.files), layout)
+
+
+def close_gaps(audio, boundaries, good):
+    """Move the good files of a pack together, in place; returns the part that they fill."""
+    waveform, end = audio.numpy(), 0
+    for i in np.flatnonzero(good):
+        begin, length = boundaries[i], boundaries[i + 1] - boundaries[i]
+        if end < begin:
+            waveform[end : end + length] = waveform[begin : begin + length]
+        end += length
+    return audio[:end]
+
+
+def allowed_bad_files(n_files, fraction):
+    """How many of `n_files` may be bad: this fraction, or a quarter of them up to three files.
+
+    The latter is for small corpora; where one file is bad, one always may be. 0 means none.
+    """
+    if fraction == 0:
+        return 0
+    return max(int(fraction * n_files), min(3, max(1, n_files // 4)))
+
+
+# ----------------------------------------------------------------------------------------- dataset
+
+
+class AudioDataset:
+    """Sequences of a corpus to train or test on, with their labels; their audio once decoded.
+
+    sequences: those that can be used, by speaker and name
+    samples, speakers: (n,) int64 arrays, the length in use and the speaker id of each
+    n_unlabelled: how many were left out since they have no phone labels
+    """
+
+    def __init__(
+        self,
+        corpus,
+        sequences,
+        size_window,
+        *,
+        phone_labels=None,
+        labelled_only=False,
+        whole_frames=False,
+        max_size_loaded=MAX_SIZE_LOADED,
+        n_threads=8,
+        max_bad_files=0.01,
+        title="training set",
+    ):
+        """`sequences` of `corpus`, to be cut into windows of `size_window` samples.
+
+        With `phone_labels`, sequences without labels are left out if `labelled_only` (and refused
+        otherwise), the others cut to whole labelled frames; `whole_frames` cuts to whole frames
+        without labels. `max_size_loaded` is the number of samples in memory at a time (twice that
+        while the next ones are decoded), `max_bad_files` the fraction of files that may be
+        unusable (see `allowed_bad_files`), `title` how messages call this set.
+
+        Raises UserError if no sequence is left, too many are bad or one has another sample rate.
+        """
+        self.root, self.size_window, self.title = corpus.root, size_window, title
+        self.max_size_loaded, self.n_threads = max_size_loaded, n_threads
+        self.phone_labels = phone_labels
+        self._problems, self._n_files = {}, len(sequences)
+        self._n_allowed = allowed_bad_files(self._n_files, max_bad_files)
+        self._only_pack = None
+        usable = self._usable(_in_order(sequences))
+        self.sequences = tuple(self._labelled(usable, labelled_only) if phone_labels else usable)
+        self.n_unlabelled = len(usable) - len(self.sequences)
+        self.samples = self._lengths_in_use(whole_frames)
+        self.speakers = np.array([s.speaker for s in self.sequences], dtype=np.int64)
+        exact = all(s.fits_int16 for s in self.sequences)
+        self.dtype = torch.int16 if exact else torch.float32
+
+    def _usable(self, sequences):
+        self.skip({s.path: s.problem for s in sequences if s.problem})
+        usable = [s for s in sequences if not s.problem]
+        wrong = [s for s in usable if s.rate != SAMPLE_RATE]
+        if wrong:
+            raise UserError(
+                f"{self.title}: {len(wrong)} of {len(usable)} files aren't sampled at "
+                f"{SAMPLE_RATE} Hz, the first is {first_few([wrong[0].path])} ({wrong[0].rate} "
+                "Hz); utils/corpus/adjust_sample_rate.py converts them"
+            )
+        return usable
+
+    def skip(self, problems):
+        """Note and name bad files (path -> problem); raises UserError when they are too many."""
+        new = {path: problem for path, problem in problems.items() if path not in self._problems}
+        if not new:
+            return
+        self._problems.update(new)
+        named = [f"{path} ({problem})" for path, problem in new.items()]
+        if len(self._problems) > self._n_allowed or len(self._problems) == self._n_files:
+            raise UserError(
+                f"{self.title}: {len(self._problems)} of {self._n_files} audio files are bad, "
+                f"--max_bad_files allows {self._n_allowed}: {first_few(named)}"
+            )
+        print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
+
+    def _labelled(self, sequences, labelled_only):
+        labelled = [s for s in sequences if s.name in self.phone_labels.labels]
+        if not labelled:
+            raise UserError(
+                f"{self.phone_labels.path}: has labels for none of the {len(sequences)} sequences "
+                f"of the {self.title}, e.g. {first_few([sequences[0].name])}; is it for another "
+                "corpus?"
+            )
+        if len(labelled) < len(sequences) and not labelled_only:
+            raise ValueError("some sequences have no labels: labelled_only=True leaves them out")
+        return labelled
+
+    def _lengths_in_use(self, whole_frames):
+        samples = np.array([s.samples for s in self.sequences], dtype=np.int64)
+        n_frames = samples // SAMPLES_PER_FRAME
+        if not self.phone_labels:
+            return n_frames * SAMPLES_PER_FRAME if whole_frames else samples
+        labels = self.phone_labels.labels
+        n_labels = np.array([len(labels[s.name]) for s in self.sequences], dtype=np.int64)
+        missing = n_labels < n_frames
+        different = missing | (n_labels * SAMPLES_PER_FRAME >= samples + SAMPLES_PER_FRAME)
+        if different.any():
+            first = self.sequences[int(np.argmax(different))]
+            print(
+                f"{self.title}: {different.sum()} of {len(samples)} files are shorter or longer "
+                f"than their labels, first {first_few([first.path])} ({first.samples} samples, "
+                f"{len(labels[first.name])} labels); both are cut to the shorter"
+            )
+        return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
+
+    @property
+    def n_windows(self):
+        """Windows in all sequences laid end to end, if no more of them turn out to be bad."""
+        return int(self.samples.sum()) // self.size_window
+
+    @property
+    def hours(self):
+        return float(self.samples.sum()) / SAMPLE_RATE / 3600
+
+    def describe(self):
+        """One line for people."""
+        n_speakers, n_files = len(np.unique(self.speakers)), len(self.sequences)
+        duration = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
+        text = (
+            f"{self.title}: {n_files} files, {duration}, {n_speakers} speakers, "
+            f"{self.n_windows} windows of {self.size_window / SAMPLE_RATE:.2f} s"
+        )
+        if self.phone_labels:
+            text += f", {n_files} of {n_files + self.n_unlabelled} files have phone labels"
+        return text
+
+    def fingerprint(self):
+        """Short text that depends on the paths and lengths of the sequences and nothing else."""
+        digest = hashlib.blake2b(digest_size=8)
+        for sequence in sorted(self.sequences, key=lambda s: s.path):
+            digest.update(f"{sequence.path}\0{sequence.samples}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def labels_of(self, files):
+        """(frames,) int16 labels of these files, by index of sequence; None without labels."""
+        if not self.phone_labels:
+            return None
+        labels, n_frames = self.phone_labels.labels, self.samples // SAMPLES_PER_FRAME
+        parts = [labels[self.sequences[i].name][: n_frames[i]] for i in files]
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int16), *parts]))
+
+    def only_pack(self):
+        """The pack of all files: decoded once, then kept."""
+        if self._only_pack is None:
+            self._only_pack = PackDecoding(self, np.arange(len(self.sequences))).finish()
+        return self._only_pack
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+class Batch(NamedTuple):
+    """Windows with their labels. A loader gives them on the CPU; `to` makes them ready for use."""
+
+    waveform: torch.Tensor  # (B, 1, L) float32 in [-1, 1] after `to`; before, int16 or float32
+    speaker: torch.Tensor  # (B,) int64, of the first sample
+    phone: torch.Tensor | None  # (B, L // 160) int64
+    window: torch.Tensor  # (B,) int64, index into the epoch's plan (see BatchLoader.locate)
+    continues: torch.Tensor  # (B,) bool, whether the row goes on, in one file, where it ended
+
+    def to(self, device):
+        """The batch on `device`, the waveform in float32."""
+        device = torch.device(device)
+        batch = Batch(*(_moved(tensor, device) for tensor in self))
+        if batch.waveform.dtype == torch.int16:
+            batch = batch._replace(waveform=batch.waveform.float() / 32768)
+        return batch
+
+
+def _moved(tensor, device):
+    if tensor is None or device.type == "cpu":
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+class Position(NamedTuple):
+    """A batch: number `batch` of pack `pack` of an epoch, whatever the number of processes."""
+
+    epoch: int
+    pack: int
+    batch: int
+
+
+class BatchLoader:
+    """Batches of the windows of a dataset, epoch by epoch; the next pack is decoded meanwhile.
+
+    The order of an epoch depends on the dataset, `batch_size`, `sampling`, `seed` and the epoch's
+    number alone. Of several processes, number `rank` gets each `world_size`-th batch.
+
+    sampling: the windows of a batch come from one speaker (`samespeaker`), from one file
+        (`samesequence`), from anywhere (`uniform`), or each row of a batch goes on where that row
+        of the batch before ended (`sequential`; with several processes rows still run through the
+        files, but nothing `continues`).
+    training: files and windows are shuffled and begin at random offsets. A `uniform` batch that
+        isn't full is dropped if the pack has a full one; all processes get the same number, so
+        that at most `world_size` - 1 batches of an epoch are dropped. Otherwise: every window, in
+        order (`sequential` and `uniform` are then the same), the last batch as small as it is.
+    """
+
+    def __init__(self, dataset, batch_size, sampling, *, seed, training, rank=0, world_size=1):
+        """Raises UserError if the dataset has no window, or not a batch for every process."""
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"sampling {sampling!r} is none of {SAMPLINGS}")
+        self.dataset, self.batch_size, self.sampling = dataset, batch_size, sampling
+        self.seed, self.training = seed, training
+        self.rank, self.world_size = rank, world_size
+        self._ahead = {}  # (epoch, pack) -> PackDecoding, at most one
+        self._n_batches = {}  # of the epoch asked for last
+        self._begin(0)
+        self._check_size()
+
+    def _check_size(self):
+        n_batches = self.n_batches(0)
+        if n_batches == 0:
+            raise self._no_window()
+        if self.training and n_batches < self.world_size:
+            raise UserError(
+                f"{self.dataset.title}: {n_batches} batches of {self.batch_size} windows are too "
+                f"few for {self.world_size} processes; use fewer (--nGPU) or a smaller "
+                "--batchSizeGPU"
+            )
+
+    def _no_window(self):
+        dataset = self.dataset
+        return UserError(
+            f"{dataset.title}: not a single window of {dataset.size_window} samples in "
+            f"{len(dataset.sequences)} files; more audio or a smaller --sizeWindow is needed"
+        )
+
+    def __len__(self):
+        """Batches for this process in the current epoch, if no more files turn out to be bad."""
+        n_batches = self.n_batches(self._epoch)
+        if self.training:
+            return n_batches // self.world_size
+        return len(range(self.rank, n_batches, self.world_size))
+
+    def n_batches(self, epoch):
+        """Batches of all processes in an epoch, if no more files turn out to be bad."""
+        if epoch not in self._n_batches:
+            layouts = (Layout.of(files, self.dataset.samples) for files in self._packs_of(epoch))
+            plans = (self._plan(epoch, p, layout) for p, layout in enumerate(layouts))
+            self._n_batches = {epoch: sum(plan.n_batches for plan in plans)}
+        return self._n_batches[epoch]
+
+    def _packs_of(self, epoch):
+        generator = generator_from(self.seed, "packs", epoch) if self.training else None
+        return split_in_packs(self.dataset.samples, self.dataset.max_size_loaded, generator)
+
+    def _plan(self, epoch, p, layout):
+        generator = generator_from(self.seed, "windows", epoch, p) if self.training else None
+        dataset = self.dataset
+        speakers = dataset.speakers[layout.files]
+        return plan_pack(
+            layout, speakers, self.sampling, dataset.size_window, self.batch_size, generator
+        )
+
+    def epoch(self, epoch, first=None):
+        """Yield (Position, Batch) for this process; from position `first` on, if it is given.
+
+        `first.batch` may lie beyond the end of its pack: it then counts on into the next one.
+        """
+        self._begin(epoch)
+        first = first or Position(epoch, 0, 0)
+        skip, turn, mine = first.batch, 0, None
+        try:
+            for p in range(first.pack, len(self._packs)):
+                pack = self._take(p)
+                self._decode_ahead(p + 1)
+                plan = self._plan(epoch, p, pack.layout)
+                self._plans[p] = plan, pack.layout
+                for g in range(min(skip, plan.n_batches), plan.n_batches):
+                    self._check_ahead()
+                    if turn % self.world_size == self.rank:
+                        mine = Position(epoch, p, g), self._gather(pack, p, g)
+                    turn += 1
+                    if turn % self.world_size == 0:  # every process has its batch
+                        yield mine
+                        mine = None
+                skip = max(0, skip - plan.n_batches)
+                del pack  # before the next but one is allocated
+            if mine and not self.training:
+                yield mine
+            if turn == 0 and first == (epoch, 0, 0):
+                raise self._no_window()
+        except BaseException:  # also when the iteration is abandoned
+            self.close()
+            raise
+
+    def close(self):
+        """End the decoding in the background; another epoch may begin afterwards."""
+        for decoding in self._ahead.values():
+            decoding.workers.stop()
+        self._ahead = {}
+
+    def _begin(self, epoch):
+        """Forget the last epoch's windows; number those of this one by the lengths in headers."""
+        self._epoch, self._packs, self._plans = epoch, self._packs_of(epoch), {}
+        sizes = np.array([self.dataset.samples[files].sum() for files in self._packs])
+        self._first_windows = cumulated(sizes // self.dataset.size_window)
+
+    def _take(self, p):
+        if len(self._packs) == 1:
+            return self.dataset.only_pack()
+        decoding = self._ahead.pop((self._epoch, p), None)
+        return (decoding or PackDecoding(self.dataset, self._packs[p])).finish()
+
+    def _decode_ahead(self, p):
+        """Begin with pack `p`; after the last pack, in training, with the next epoch's first."""
+        if len(self._packs) == 1:
+            return
+        if p < len(self._packs):
+            self._ahead = {(self._epoch, p): PackDecoding(self.dataset, self._packs[p])}
+        elif self.training:
+            files = self._packs_of(self._epoch + 1)[0]
+            self._ahead = {(self._epoch + 1, 0): PackDecoding(self.dataset, files)}
+
+    def _check_ahead(self):
+        for decoding in self._ahead.values():
+            decoding.workers.check()
+
+    def _gather(self, pack, p, g):
+        """Batch `g` of a pack, in one operation on its audio."""
+        plan, layout = self._plans[p]
+        starts = torch.from_numpy(plan.batch(g))
+        size_window, phone = self.dataset.size_window, None
+        waveform = pack.audio.unfold(0, size_window, 1).index_select(0, starts)
+        if pack.labels is not None:
+            frames = pack.labels.unfold(0, size_window // SAMPLES_PER_FRAME, 1)
+            phone = frames.index_select(0, starts // SAMPLES_PER_FRAME).long()
+        files = layout.files[layout.position_of(plan.batch(g))]
+        window = torch.arange(plan.edges[g], plan.edges[g + 1]) + int(self._first_windows[p])
+        return Batch(
+            waveform.unsqueeze(1),
+            torch.from_numpy(self.dataset.speakers[files]),
+            phone,
+            window,
+            torch.from_numpy(self._continues(plan, layout, g)),
+        )
+
+    def _continues(self, plan, layout, g):
+        """Whether each row goes on where it ended in the batch that this process had before."""
+        starts = plan.batch(g)
+        if self.sampling != "sequential" or g < self.world_size:
+            return np.zeros(len(starts), dtype=bool)
+        before = plan.batch(g - self.world_size)[: len(starts)]
+        same_file = layout.position_of(before) == layout.position_of(starts)
+        return same_file & (before + self.dataset.size_window == starts)
+
+    def locate(self, window):
+        """(path, sample offset in that file) of a window of the current epoch."""
+        p = bisect_right(self._first_windows, int(window)) - 1
+        plan, layout = self._plans[p]
+        start = plan.starts[int(window) - self._first_windows[p]]
+        i = layout.position_of(start)
+        path = self.dataset.sequences[layout.files[i]].path
+        return path, int(start - layout.boundaries[i])

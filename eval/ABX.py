@@ -1,0 +1,342 @@
+"""ABX discriminability: how often a frame sequence of a phone is nearer to that of another phone.
+
+    python eval/ABX.py from_checkpoint CHECKPOINT.pt ITEMS.item AUDIO --seq_norm --strict \\
+        --file_extension .flac --out OUT
+    python eval/ABX.py from_pre_computed FEATURES ITEMS.item --file_extension .npy --out OUT
+
+A and X are two examples of a phone in the same context, B is one of another phone, said by the
+speaker of A; X is by the same speaker ("within") or by another one ("across"). The score is the
+share of such triplets in which X is nearer to B: 0 is perfect, 0.5 is chance. The distance is
+dynamic time warping over the distances between frames (eval/dtw.py).
+
+Item files are those of the ZeroSpeech challenges of 2017 and 2021; utils/corpus/make_abx_item.py
+makes one from phone labels. `OUT/ABX_scores.json` holds the scores and what they were measured on,
+`OUT/ABX_args.json` the flags.
+"""
+
+import math
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import torch
+
+from eval.abx_fastabx import fastabx_errors, require_fastabx
+from eval.abx_groups import across_cells, cell_errors, group_items, mean_error, within_cells
+from eval.abx_items import SLICINGS, cut_items, read_items
+from eval.dtw import FRAME_DISTANCES
+from feature_loader import build_feature, load_model
+from model import CPCAR
+from utils.checkpoint import open_checkpoint
+from utils.files import load_tensors, save_json
+from utils.listing import find_files
+from utils.misc import (
+    CommandLine,
+    UserError,
+    command,
+    device_from,
+    first_few,
+    keep_freed_memory,
+)
+
+NO_TRIPLET = {
+    "within": "it takes two examples of a phone by one speaker, and another phone in the context",
+    "across": "it takes a phone by two speakers, and another phone in the same context",
+}
+CONTEXTS = {
+    "within": "A, B and X have the same phone before and after them",
+    "any": "they may have different ones",
+}
+MODES = {"all": ("within", "across"), "within": ("within",), "across": ("across",)}
+DEBUG_FILES = 1000
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    library = require_fastabx() if args.fastabx else "built in"
+    items = read_items(args.path_item_file, args.context == "any")
+    if args.debug:
+        items = items.of_files(DEBUG_FILES)
+    paths = find_paths(args, items)
+    features_of = features_of_checkpoint if args.load == "from_checkpoint" else stored_features
+    kept, frames = cut_items(items, features_of(args, paths), 1 / args.feature_size, args.slicing)
+    measured_on = {
+        **source(args),
+        "item_file": args.path_item_file,
+        "items": len(items),
+        "items_with_frames": len(kept),
+        "slicing": f"{args.slicing}: {SLICINGS[args.slicing]}",
+        "seconds_per_frame": args.feature_size,
+        "metric": args.distance_mode,
+        "context": CONTEXTS[args.context],
+        "max_size_group": args.max_size_group,
+        "max_x_across": args.max_x_across,
+        "seed": args.seed,
+        "library": library,
+    }
+    scores = score_items(kept, frames, args)
+    try:
+        save_json(Path(args.out, "ABX_scores.json"), {**scores, "measured_on": measured_on})
+        save_json(Path(args.out, "ABX_args.json"), vars(args))
+    except OSError as error:
+        raise UserError(f"{args.out}: can't be written to ({error.strerror})") from error
+    show(scores, measured_on, args.out)
+
+
+def score_items(items, frames, args):
+    """The scores of items and their `Frames`: "within" and "across" -> float, or None."""
+    frames = frames.normalized().to(device_from(args.device))
+    groups = group_items(items, args.max_size_group, args.seed)
+    errors_of = fastabx_errors if args.fastabx else cell_errors
+    scores = {}
+    for mode in MODES[args.mode]:
+        if mode == "within":
+            cells = within_cells(groups)
+        else:
+            cells = across_cells(groups, args.max_x_across, args.seed)
+        scores[mode] = None
+        if len(cells):
+            errors = errors_of(groups, cells, frames, args.distance_mode)
+            scores[mode] = mean_error(groups, cells, errors)
+    return scores
+
+
+def show(scores, measured_on, out):
+    for mode, score in scores.items():
+        if score is None:
+            print(f"ABX {mode} speakers: no triplet among these items; {NO_TRIPLET[mode]}")
+        else:
+            print(f"ABX error {mode} speakers: {100 * score:.2f} %")
+    kept, items = measured_on["items_with_frames"], measured_on["items"]
+    print(f"{kept} of {items} items compared; {os.path.join(out, 'ABX_scores.json')}")
+
+
+# ---------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv=None):
+    """The arguments, checked and completed. Raises UserError with the flag and the cure."""
+    args = build_parser().parse_args(argv)
+    if args.distance_mode == "euclidian":
+        args.distance_mode = "euclidean"
+    for name, least in (("max_size_group", 2), ("max_x_across", 1), ("max_size_seq", 160)):
+        if vars(args).get(name, least) < least:
+            raise UserError(f"--{name} {vars(args)[name]}: at least {least}")
+    if not 0 < args.feature_size < math.inf:
+        raise UserError(f"--feature_size {args.feature_size}: seconds between frames, above 0")
+    folder = args.path_audio_data if args.load == "from_checkpoint" else args.path_features
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such directory")
+    if args.load == "from_checkpoint":
+        args.path_checkpoint = os.path.abspath(open_checkpoint(args.path_checkpoint).path)
+        folder = os.path.dirname(args.path_checkpoint)
+    args.out = os.path.abspath(args.out or folder)
+    device_from(args.device)
+    return args
+
+
+def build_parser():
+    parser = CommandLine(prog="ABX.py", description="ABX error of features of speech.")
+    commands = parser.add_subparsers(dest="load", required=True, metavar="COMMAND")
+    model = commands.add_parser("from_checkpoint", help="score the features of a CPC model")
+    add = model.add_argument
+    add("path_checkpoint", help="checkpoint, or a run's directory for the newest in it")
+    add("path_item_file", help="item file: `file onset offset phone prev next speaker` a line")
+    add("path_audio_data", help="folder of the audio files; those in its folders count, too")
+    add_extension(model, ".wav", "end of the audio files' names")
+    add("--get_encoded", action="store_true", help="score encoded frames instead of contexts")
+    add("--seq_norm", action="store_true", help="zero mean, unit variance over each chunk's time")
+    add(
+        "--max_size_seq",
+        type=int,
+        default=64000,
+        metavar="SAMPLES",
+        help="samples that go through the model at once (default: 64000, 4 s)",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="let the last chunk of a file begin earlier instead of being shorter than the others",
+    )
+    add_shared_flags(model)
+    stored = commands.add_parser("from_pre_computed", help="score features in files")
+    stored.add_argument("path_features", help="folder of the features, a file for each audio file")
+    stored.add_argument("path_item_file", help="item file, as for from_checkpoint")
+    add_extension(stored, ".pt", f"end of the features' names, one of {' '.join(READERS)}")
+    add_shared_flags(stored)
+    return parser
+
+
+def add_extension(parser, default, what):
+    what = f"{what} (default: {default})"
+    parser.add_argument("--file_extension", default=default, metavar="EXT", help=what)
+
+
+def add_shared_flags(parser):
+    add_task_flags(parser.add_argument_group("what is compared"))
+    add = parser.add_argument_group("how").add_argument
+    add(
+        "--fastabx",
+        action="store_true",
+        help="let the fastabx library compare (Python 3.12 or later; pip install fastabx)",
+    )
+    add(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda"],
+        help="auto: CUDA where there is one",
+    )
+    add("--cuda", dest="device", action="store_const", const="cuda", help="--device cuda")
+    add("--debug", action="store_true", help=f"only items of the first {DEBUG_FILES} files")
+    add("--out", metavar="DIR", help="for the scores (default: beside checkpoint or features)")
+
+
+def add_task_flags(group):
+    add = group.add_argument
+    add(
+        "--mode",
+        default="all",
+        choices=list(MODES),
+        help="X by the speaker of A and B, by another, or both scores (default: all)",
+    )
+    add(
+        "--distance_mode",
+        default="cosine",
+        choices=[*FRAME_DISTANCES, "euclidian"],
+        help="between frames, each scaled to length 1 (default: cosine, the angle between them)",
+    )
+    add(
+        "--feature_size",
+        type=float,
+        default=0.01,
+        metavar="SECONDS",
+        help="from one frame of features to the next (default: 0.01)",
+    )
+    add(
+        "--slicing",
+        default="librilight",
+        choices=list(SLICINGS),
+        help="; ".join(f"{name}: {rule}" for name, rule in SLICINGS.items())
+        + " (default: librilight, what published scores of CPC were measured with)",
+    )
+    add(
+        "--context",
+        default="within",
+        choices=list(CONTEXTS),
+        help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()) + " (default: within)",
+    )
+    add(
+        "--max_size_group",
+        type=int,
+        default=10,
+        metavar="N",
+        help="of more examples of a phone in one context by one speaker, N are drawn (default: 10)",
+    )
+    add(
+        "--max_x_across",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of more other speakers that X may be by, N are drawn (default: 5)",
+    )
+    add("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+
+
+# ----------------------------------------------------------------------------------- features
+
+
+def find_paths(args, items):
+    """The file of each name in `items` that has one: name -> path. Says which have none."""
+    root = args.path_audio_data if args.load == "from_checkpoint" else args.path_features
+    wanted, paths = dict.fromkeys(items.files), {}
+    for path in find_files(root, args.file_extension):
+        name = os.path.basename(path)[: -len(args.file_extension) or None]
+        if name in paths:
+            raise UserError(f"{root}: {name} could be {paths[name]} or {path}: leave one")
+        if name in wanted:
+            paths[name] = os.path.join(root, path)
+    missing = [name for name in wanted if name not in paths]
+    if missing:
+        print(
+            f"{args.path_item_file}: {len(missing)} of {len(wanted)} files aren't in {root}, "
+            f"their items are left out: {first_few(missing)}"
+        )
+    return paths
+
+
+def source(args):
+    """What the features are, for the record."""
+    if args.load == "from_pre_computed":
+        return {"features": os.path.abspath(args.path_features), "layer": "as in these files"}
+    return {
+        "features": args.path_checkpoint,
+        "layer": "encoded" if args.get_encoded else "context",
+        "chunks": {name: vars(args)[name] for name in ("max_size_seq", "strict", "seq_norm")},
+    }
+
+
+def features_of_checkpoint(args, paths):
+    """A function from a name to the features (T, D) of that audio file, None without one."""
+    model, *_ = load_model([args.path_checkpoint])
+    model.to(device_from(args.device))
+    for part in model.modules():
+        if isinstance(part, CPCAR):
+            part.keep_hidden = True  # from chunk to chunk; every file begins in the zero state
+
+    def features(name):
+        if name not in paths:
+            return None
+        return build_feature(
+            model,
+            paths[name],
+            get_encoded=args.get_encoded,
+            strict=args.strict,
+            max_size=args.max_size_seq,
+            seq_norm=args.seq_norm,
+        )[0]
+
+    return features
+
+
+def stored_features(args, paths):
+    """A function from a name to the features (T, D) in its file, None without one."""
+    extension = os.path.splitext(args.file_extension)[1] or args.file_extension
+    if extension not in READERS:
+        raise UserError(f"--file_extension {args.file_extension}: not one of {' '.join(READERS)}")
+
+    def features(name):
+        return read_features(paths[name], READERS[extension]) if name in paths else None
+
+    return features
+
+
+def read_features(path, reader):
+    """Features (T, D) float32 of a file. Raises UserError, naming it, if it holds none."""
+    try:
+        features = torch.as_tensor(reader(path))
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: can't be read as features ({error})") from error
+    if features.dim() == 3 and len(features) == 1:
+        features = features[0]  # a batch of one file, as models give it
+    if features.dim() != 2:
+        raise UserError(f"{path}: of shape {tuple(features.shape)}, not (frames, dimensions)")
+    return features.float()
+
+
+READERS = {
+    ".pt": load_tensors,
+    ".npy": np.load,
+    ".npz": lambda path: np.load(path)["features"],
+    ".fea": lambda path: np.loadtxt(path, ndmin=2)[:, 1:],  # the first column is the time
+    ".txt": lambda path: np.loadtxt(path, ndmin=2),  # as submitted to ZeroSpeech 2021
+}
+
+
+if __name__ == "__main__":
+    main()

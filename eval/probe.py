@@ -1,0 +1,554 @@
+"""Probes: a small classifier of phones or speakers, trained on the features of a model.
+
+`run_probe` is what a training run calls; eval/linear_separability.py is the command line for a
+finished model. Features of a frozen model are computed once and kept where memory allows.
+"""
+
+import copy
+import functools
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from criterion.classification import (
+    CTCPhoneCriterion,
+    PhoneCriterion,
+    SpeakerCriterion,
+    SpeakerDoubleCriterion,
+)
+from criterion.seq_alignment import best_label_sequences, collapse_label_chain, phone_error_rate
+from dataset import BatchLoader
+from utils.files import save_json, save_tensors
+from utils.logs import RunningMeans, append_epoch, percent, progress
+from utils.misc import SAMPLES_PER_FRAME, available_memory, generator_from, seed_from
+from utils.report.plot_confusion import draw_confusion
+
+BEAM = 20  # label sequences kept while CTC outputs are decoded; 100 would take four times as long
+MEMORY_SHARE = 0.5  # of the free memory may be filled with features
+MOST_CONFUSABLE = 1000  # classes; for more than that confusions aren't counted
+UNTRAINED_BATCH = 64  # windows in a batch of stored features where nothing is trained
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How a probe is trained, and on what of the model."""
+
+    n_epochs: int = 10
+    batch_size: int = 8  # windows
+    learning_rate: float = 2e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 2e-8
+    n_layers: int = 1
+    ctc: bool = False  # phones: their order counts, not their frames
+    get_encoded: bool = False  # probe the encoded frames instead of the contexts
+    n_inner: int = 0  # speakers: through a bottleneck of so many dimensions (0: none)
+    unfrozen: bool = False  # train the model, too
+    logging_step: int = 1  # epochs between writes of the log
+    seed: int = 0
+    cpc_epoch: int | None = None  # the epoch of the training run that the model comes from
+    max_stored_bytes: int | None = None  # of features; None: what memory allows
+
+    @classmethod
+    def of_training_run(cls, args, task, cpc_epoch):
+        """The options that the --linsep_... flags of train.py ask for."""
+        phone = task == "phone"
+        return cls(
+            n_epochs=args.linsep_n_epoch,
+            batch_size=args.linsepBatchSizeGPU,
+            learning_rate=args.linsep_lr,
+            beta1=args.linsep_beta1,
+            beta2=args.linsep_beta2,
+            epsilon=args.linsep_epsilon,
+            n_layers=args.linsep_net_layers,
+            ctc=phone and args.CTCphones,
+            get_encoded=phone and args.phone_get_encoded,
+            logging_step=args.linsep_task_logging_step,
+            seed=args.random_seed,
+            cpc_epoch=cpc_epoch,
+        )
+
+
+class ProbeResult(NamedTuple):
+    """What a probe found. `score` is the validation accuracy of its best epoch, or with CTC the
+    phone error rate (`score_name` is "acc" or "per"); `train_accuracy` is None with CTC.
+    `baseline` is the score of always naming the class that is commonest in training."""
+
+    task: str
+    score_name: str
+    epochs_trained: int
+    best_epoch: int
+    score: float
+    train_accuracy: float | None
+    baseline: float
+    measured_on: dict
+
+    def logged(self):
+        """What goes into the log of a training run."""
+        values = {
+            "num_epoch_trained": self.epochs_trained,
+            f"best_val_{self.score_name}": [self.score],
+            f"baseline_val_{self.score_name}": [self.baseline],
+        }
+        if self.train_accuracy is not None:
+            values["best_train_acc"] = [self.train_accuracy]
+        return {f"{self.task}_{name}": value for name, value in values.items()}
+
+
+def run_probe(
+    task,
+    model,
+    train_set,
+    validation_set,
+    n_classes,
+    options,
+    *,
+    logs_dir,
+    checkpoint_dir=None,
+    device="cpu",
+):
+    """Probe a model as it is now, and write what is found. Returns a ProbeResult.
+
+    task: "phone" or "speaker"; both AudioDatasets have the labels for it. `logs.json`, and
+    `confusion.png` for phones, go to `<logs_dir>/<CPC epoch>/<task>/`; the best epoch's
+    classifier, with the model it belongs to, to `<checkpoint_dir>/<CPC epoch>/<task>/`.
+
+    Nothing is drawn from the global random generators. The model's weights stay as they are, its
+    mode and kept hidden state don't: `utils.hooks.untouched` puts those back.
+    """
+    place = Path(str(options.cpc_epoch), task)
+    log = Path(logs_dir, place, "logs.json")
+    probe = Probe(task, model, train_set, validation_set, n_classes, options, device)
+
+    def write_log(epoch):
+        if epoch > 0 and epoch % options.logging_step == 0:
+            save_json(log, probe.logs)
+
+    result = probe.run(write_log)
+    save_json(log, probe.logs)
+    probe.draw_confusion(log.with_name("confusion.png"))
+    if checkpoint_dir:
+        save_best_classifier(probe, Path(checkpoint_dir, place))
+    return result
+
+
+def save_best_classifier(probe, directory):
+    """Save the best epoch's classifier; one left by an earlier run of the same probe goes."""
+    start, end = f"{probe.task}_classif_best-epoch", f"-cpc_epoch{probe.options.cpc_epoch}.pt"
+    path = directory / f"{start}{probe.best.epoch}{end}"
+    state = {
+        "CPCmodel": probe.best.model,
+        "classifNetCriterionCombined": probe.best.classifier,
+        "optimizer": probe.best.optimizer,
+    }
+    save_tensors(path, state)
+    for other in set(directory.glob(f"{start}*{end}")) - {path}:
+        other.unlink()
+
+
+# ----------------------------------------------------------------------------------- features
+
+
+class FreshFeatures:
+    """The windows of a set as batches (features, label), computed anew in every pass.
+
+    Features are (B, S, D); for speakers (B, 1, D), the last frame, which is all that is needed.
+    Labels are (B, S) phones or (B,) speakers. In training the order is random, and gradients
+    flow if the probe trains the model, too.
+    """
+
+    def __init__(self, probe, dataset, *, training):
+        self.probe, self.n_windows = probe, dataset.n_windows
+        self.trains_model = training and probe.options.unfrozen
+        sampling = "uniform" if training else "sequential"
+        self.loader = BatchLoader(
+            dataset,
+            probe.options.batch_size,
+            sampling,
+            seed=seed_from(*probe.seed("windows")),
+            training=training,
+        )
+
+    def batches(self, epoch):
+        self.probe.model.train(self.trains_model)
+        for _, batch in self.loader.epoch(epoch):
+            with torch.set_grad_enabled(self.trains_model):
+                features, label = self._features(batch.to(self.probe.device))
+            yield features, label
+
+    def _features(self, batch):
+        probe = self.probe
+        context, encoded = probe.model(batch.waveform, batch.continues)
+        features = encoded if probe.options.get_encoded else context
+        if probe.task == "speaker":
+            features = features[:, -1:]
+        if probe.transform:
+            features = probe.transform(features)
+        return features, batch.speaker if probe.task == "speaker" else batch.phone
+
+
+class StoredFeatures:
+    """Those of `source`, computed once and kept on the device `storage`.
+
+    In training `order_seed` (a tuple) and the epoch give each epoch its own random order.
+    """
+
+    def __init__(self, source, storage, batch_size, order_seed=None):
+        self.features, self.labels = collect(source, storage)
+        self.device, self.batch_size, self.order_seed = source.probe.device, batch_size, order_seed
+
+    def batches(self, epoch):
+        order = torch.arange(len(self.features))
+        if self.order_seed:
+            generator = generator_from(*self.order_seed, epoch)
+            order = torch.randperm(len(order), generator=generator)
+        for chosen in order.to(self.features.device).split(self.batch_size):
+            yield self.features[chosen].to(self.device), self.labels[chosen].to(self.device)
+
+
+def collect(source, storage):
+    """All features and labels of one pass through `source`: two tensors on `storage`."""
+    stored, filled, n_windows = None, 0, source.n_windows
+    with progress(what=f"{source.probe.name}: features", unit=" windows", total=n_windows) as bar:
+        for batch in source.batches(0):
+            n_rows = len(batch[0])
+            if stored is None:  # memory for all is taken at once: growing would need it twice
+                stored = [x.new_empty((n_windows, *x.shape[1:]), device=storage) for x in batch]
+            for whole, part in zip(stored, batch, strict=True):
+                whole[filled : filled + n_rows] = part
+            filled += n_rows
+            bar.update(n_rows)
+    return [whole[:filled] for whole in stored]
+
+
+def storage_for(n_bytes, device, limit=None):
+    """Where so many bytes of features can be kept: the device, the host, or nowhere (None)."""
+    if limit is not None:
+        return device if n_bytes <= limit else None
+    for place in dict.fromkeys([device, torch.device("cpu")]):
+        if n_bytes <= MEMORY_SHARE * available_memory(place):
+            return place
+    return None
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+class PassSummary:
+    """What one pass through a set comes to. Sums stay on the device until they are read."""
+
+    def __init__(self, n_classes):
+        self.n_classes = n_classes
+        self.means, self.n_batches, self.class_counts = RunningMeans(), 0, 0
+
+    def add(self, loss, accuracy, label):
+        self.means.add(loss, accuracy, len(label))
+        self.class_counts += label.flatten().bincount(minlength=self.n_classes)
+        self.n_batches += 1
+
+    @property
+    def n_frames(self):
+        return int(self.class_counts.sum())
+
+    @property
+    def loss(self):
+        return self.means.means()[0][0]
+
+    @property
+    def accuracy(self):
+        return self.means.means()[1][0]
+
+
+class ValidationSummary(PassSummary):
+    """Besides: the confusions of phones, or with CTC the phone sequences."""
+
+    def __init__(self, n_classes):
+        super().__init__(n_classes)
+        self.confusion = None  # [true, named]
+        self.hypotheses, self.references = [], []
+
+    def add_confusion(self, logits, label):
+        n = self.n_classes
+        pairs = label.flatten() * n + logits.argmax(dim=-1).flatten()
+        counts = pairs.bincount(minlength=n * n).view(n, n)
+        self.confusion = counts if self.confusion is None else self.confusion + counts
+
+    def add_sequences(self, logits, label, blank):
+        self.hypotheses += best_label_sequences(logits.softmax(dim=-1), blank, BEAM)
+        sequences, lengths = collapse_label_chain(label)
+        self.references += [
+            row[:length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)
+        ]
+
+    @property
+    def error_rate(self):
+        return phone_error_rate(self.hypotheses, self.references)
+
+
+class BestEpoch(NamedTuple):
+    """The state of everything after the best epoch of a probe."""
+
+    epoch: int
+    score: float
+    train_accuracy: float | None  # None with CTC
+    confusion: torch.Tensor | None
+    classifier: dict
+    optimizer: dict
+    model: dict
+
+
+class Probe:
+    """A classifier on the features of a model, and its training.
+
+    After each epoch `logs` holds lists over the epochs, with the keys of `checkpoint_logs.json`,
+    and `best` the best epoch so far. `transform` is applied to the features, (B, S, D).
+    """
+
+    def __init__(
+        self,
+        task,
+        model,
+        train_set,
+        validation_set,
+        n_classes,
+        options,
+        device="cpu",
+        transform=None,
+    ):
+        self.task, self.model, self.options = task, model, options
+        self.train_set, self.validation_set = train_set, validation_set
+        self.n_classes, self.device, self.transform = n_classes, torch.device(device), transform
+        self.n_features = model.dim_encoded if options.get_encoded else model.dim_context
+        in_run = "" if options.cpc_epoch is None else f" of CPC epoch {options.cpc_epoch}"
+        self.name = f"{task} probe{in_run}"
+        self.score_name = "per" if options.ctc else "acc"
+        self.criterion = self._build_classifier().to(self.device)
+        trained = [self.criterion, model] if options.unfrozen else [self.criterion]
+        self.optimizer = torch.optim.Adam(
+            itertools.chain.from_iterable(module.parameters() for module in trained),
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+        )
+        self.logs = {"epoch": [], "iter": [], "saveStep": options.logging_step}
+        self.best = None
+
+    def seed(self, purpose):
+        return self.options.seed, self.options.cpc_epoch, f"{self.task} probe", purpose
+
+    def _build_classifier(self):
+        """A new classifier, initialised without touching the global random generators."""
+        options = self.options
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_from(*self.seed("initialisation")))
+            if self.task == "speaker" and options.n_inner:
+                return SpeakerDoubleCriterion(self.n_features, options.n_inner, self.n_classes)
+            if self.task == "speaker":
+                return SpeakerCriterion(self.n_features, self.n_classes, options.n_layers)
+            kind = CTCPhoneCriterion if options.ctc else PhoneCriterion
+            return kind(self.n_features, self.n_classes, options.get_encoded, options.n_layers)
+
+    def run(self, after_epoch=lambda epoch: None):
+        """Train for all epochs, calling `after_epoch(epoch)` after each. Returns a ProbeResult."""
+        train_source = self._feature_source(self.train_set, training=True)
+        validation_source = self._feature_source(self.validation_set, training=False)
+        with progress(what=self.name, unit=" epochs", total=self.options.n_epochs) as bar:
+            for epoch in range(self.options.n_epochs):
+                training = self._train(train_source.batches(epoch))
+                validation = self._validate(validation_source.batches(epoch))
+                if epoch == 0:
+                    self._note_what_is_measured(training, validation)
+                self._log(epoch, training, validation)
+                bar.set_postfix_str(self._score_text(self.best.score))
+                bar.update()
+                after_epoch(epoch)
+        return self._conclude()
+
+    def _feature_source(self, dataset, *, training):
+        """The features of a set: stored if the model is frozen and they fit, else fresh."""
+        options = self.options
+        build = functools.partial(FreshFeatures, self, dataset)
+        if options.unfrozen:
+            return build(training=training)
+        frames = 1 if self.task == "speaker" else dataset.size_window // SAMPLES_PER_FRAME
+        n_bytes = 4 * dataset.n_windows * frames * self.n_features
+        storage = storage_for(n_bytes, self.device, options.max_stored_bytes)
+        if storage is None:
+            print(
+                f"{self.name}: the features of the {dataset.title}, {n_bytes / 1e9:.1f} GB, don't "
+                "fit in memory; they are computed anew in every epoch"
+            )
+            return build(training=training)
+        batch_size = options.batch_size if training else UNTRAINED_BATCH
+        order_seed = self.seed("order") if training else None
+        return StoredFeatures(build(training=False), storage, batch_size, order_seed)
+
+    def _train(self, batches):
+        summary = PassSummary(self.n_classes)
+        for features, label in batches:
+            loss, accuracy = self.criterion.score(self.criterion.logits(features, features), label)
+            self.optimizer.zero_grad()
+            loss.sum().backward()
+            self.optimizer.step()
+            summary.add(loss, accuracy, label)
+        return summary
+
+    @torch.no_grad()
+    def _validate(self, batches):
+        summary = ValidationSummary(self.n_classes)
+        for features, label in batches:
+            logits = self.criterion.logits(features, features)
+            summary.add(*self.criterion.score(logits, label), label)
+            if self.options.ctc:
+                summary.add_sequences(logits, label, self.criterion.blank)
+            elif self.task == "phone" and self.n_classes <= MOST_CONFUSABLE:
+                summary.add_confusion(logits, label)
+        return summary
+
+    def _log(self, epoch, training, validation):
+        """Append the epoch to the logs, and keep its state if it is the best so far."""
+        values = {
+            "iter": training.n_batches,
+            "locLoss_train": [training.loss],
+            "locLoss_val": [validation.loss],
+        }
+        if self.options.ctc:
+            score, train_accuracy = validation.error_rate, None
+            better = self.best is None or score < self.best.score
+            values["PER_val"] = [score]
+        else:
+            score, train_accuracy = validation.accuracy, training.accuracy
+            better = self.best is None or score > self.best.score
+            values |= {"locAcc_train": [train_accuracy], "locAcc_val": [score]}
+        append_epoch(self.logs, epoch, values)
+        if better:
+            self.best = BestEpoch(
+                epoch,
+                score,
+                train_accuracy,
+                validation.confusion,
+                copy.deepcopy(self.criterion.state_dict()),
+                copy.deepcopy(self.optimizer.state_dict()),
+                self._model_state(),
+            )
+
+    def _model_state(self):
+        """The model's state; a copy only if it will go on changing."""
+        state = self.model.state_dict()
+        return copy.deepcopy(state) if self.options.unfrozen else state
+
+    # ------------------------------------------------------------------- what was found, in words
+
+    def _note_what_is_measured(self, training, validation):
+        """Note and say on what the probe is trained and tested, and what guessing would score."""
+        seen_in_training = training.class_counts > 0
+        unseen = validation.class_counts[~seen_in_training]
+        commonest = int(training.class_counts.argmax())
+        if self.options.ctc:
+            guesses = [[commonest]] * len(validation.references)
+            self.baseline = phone_error_rate(guesses, validation.references)
+        else:
+            self.baseline = int(validation.class_counts[commonest]) / validation.n_frames
+        self.measured_on = {
+            "layer": "encoded" if self.options.get_encoded else "context",
+            "dimensions": self.n_features,
+            "training": self._set_in_numbers(self.train_set, training),
+            "validation": self._set_in_numbers(self.validation_set, validation),
+            "classes_only_in_validation": int(unseen.count_nonzero()),
+            "share_only_in_validation": int(unseen.sum()) / validation.n_frames,
+            "files_without_labels": self.train_set.n_unlabelled + self.validation_set.n_unlabelled,
+        }
+        print("\n".join(self._description()), flush=True)
+
+    def _set_in_numbers(self, dataset, summary):
+        return {
+            "windows": summary.means.windows,
+            "frames": summary.n_frames,
+            "speakers": len({sequence.speaker for sequence in dataset.sequences}),
+            "classes": int(summary.class_counts.count_nonzero()),
+        }
+
+    def _description(self):
+        found, n_unseen = self.measured_on, self.measured_on["classes_only_in_validation"]
+        yield (
+            f"{self.name}: {found['layer']} features, {found['dimensions']} dimensions"
+            + (", the last frame of each window" if self.task == "speaker" else "")
+            + (", by CTC" if self.options.ctc else "")
+        )
+        for name in ("training", "validation"):
+            part = found[name]
+            yield (
+                f"  {name}: {counted(part['windows'], 'window')}, "
+                f"{counted(part['frames'], 'frame')} of {counted(part['speakers'], 'speaker')}, "
+                f"{part['classes']} of {counted(self.n_classes, self.task)}"
+            )
+        if n_unseen:
+            yield (
+                f"  only in validation, so never recognised: {counted(n_unseen, self.task)}, "
+                f"{percent(found['share_only_in_validation'])} of its frames"
+            )
+        if found["files_without_labels"]:
+            files = counted(found["files_without_labels"], "file")
+            yield f"  left out for lack of phone labels: {files}"
+
+    def _score_text(self, score):
+        return f"{'phone error rate' if self.options.ctc else 'accuracy'} {percent(score)}"
+
+    def _conclude(self):
+        """Complete the logs by what was found in all, say it, and return it."""
+        best, n_epochs = self.best, self.options.n_epochs
+        training = "" if self.options.ctc else f" (training {percent(best.train_accuracy)})"
+        print(
+            f"{self.name}: {self._score_text(best.score)}{training} in epoch {best.epoch} (of 0 to "
+            f"{n_epochs - 1}); always the commonest {self.task}: {percent(self.baseline)}",
+            flush=True,
+        )
+        result = ProbeResult(
+            self.task,
+            self.score_name,
+            n_epochs,
+            best.epoch,
+            best.score,
+            best.train_accuracy,
+            self.baseline,
+            self.measured_on,
+        )
+        self.logs |= {
+            "best_epoch": best.epoch,
+            f"best_val_{self.score_name}": best.score,
+            f"baseline_val_{self.score_name}": self.baseline,
+            "measured_on": self.measured_on,
+        }
+        if best.train_accuracy is not None:
+            self.logs["best_train_acc"] = best.train_accuracy
+        if best.confusion is not None:
+            self.logs["class_accuracy"] = accuracy_by_class(best.confusion)
+        return result
+
+    def draw_confusion(self, path):
+        """Draw which phones the best classifier takes for which, if it names single frames.
+
+        If it doesn't, a picture that another probe left there goes.
+        """
+        if self.best.confusion is None:
+            path.unlink(missing_ok=True)
+            return
+        title = f"{self.name}: {self._score_text(self.best.score)}"
+        draw_confusion(self.best.confusion.cpu(), path, title)
+
+
+def counted(n, noun):
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def accuracy_by_class(confusion):
+    """{class: {"accuracy", "frames"}} of the classes that occur; confusion: [true, named]."""
+    frames = confusion.sum(dim=1)
+    right = confusion.diag()
+    return {
+        str(c): {"accuracy": right[c].item() / frames[c].item(), "frames": frames[c].item()}
+        for c in frames.nonzero().flatten().tolist()
+    }

@@ -1,0 +1,40 @@
+"""Checks of the arguments in a stat's spec: they run before anything is loaded."""
+
+import math
+import os
+from pathlib import Path
+
+from utils.misc import UserError
+
+REPRESENTATIONS = ("conv_repr", "ctx_repr")
+
+
+def choice(value, choices, what):
+    """`value` if it is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"--captureSetStats: no {what} {value!r}; there are {', '.join(choices)}")
+    return value
+
+
+def positive_number(value, what):
+    """The number that the text `value` stands for, which must be above zero."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"--captureSetStats: {what} must be a number above 0, not {value!r}")
+    return number
+
+
+def picture_directory(value):
+    """The directory `value` names, checked as far as can be without making it."""
+    directory = Path(value)
+    existing = directory.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not value:
+        raise UserError("--captureSetStats: the directory for pictures is empty")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--captureSetStats: {value}: pictures can't be written, see {existing}")
+    return directory

@@ -1,0 +1,63 @@
+"""How much the representation changes from frame to frame, as a histogram."""
+
+import math
+from collections import Counter
+
+import torch
+
+from stats.arguments import REPRESENTATIONS, choice, picture_directory, positive_number
+from stats.distances import METRICS, frame_distances
+from stats.empty_stat import Stat
+from stats.pictures import new_figure, save_picture
+
+
+class ReprDiffStat(Stat):
+    """Histogram of the distances between neighbouring frames, in bins of width `step`.
+
+    Its value is {"hist": {left edge of a bin: count}, "sum": number of distances}. Undefined
+    distances (see `frame_distances`) are not counted. Logged: the mean of the left edges, as in
+    the original program, so about half a step under the mean distance.
+    """
+
+    arguments = ("METRIC", "REPR", "STEP", "DIRECTORY")
+
+    def __init__(self, metric, reprType, step, directory):
+        self.metric = choice(metric, METRICS, "metric")
+        self.reprType = choice(reprType, REPRESENTATIONS, "representation")
+        self.step = positive_number(step, "the step of reprDiff")
+        self.directory = picture_directory(directory)
+        self.needs = frozenset({reprType})
+
+    def getStatName(self):
+        return f"reprDiff_{self.reprType}_{self.metric}_by{self.step}"
+
+    def computeForBatch(self, batch):
+        bins = (frame_distances(batch[self.reprType], self.metric) / self.step).floor()
+        bins, counts = (part.tolist() for part in torch.unique(bins, return_counts=True))
+        pairs = zip(bins, counts, strict=True)
+        hist = {int(bin_) * self.step: count for bin_, count in pairs if math.isfinite(bin_)}
+        return {"hist": hist, "sum": sum(hist.values())}
+
+    def mergeStatResults(self, prev, current):
+        hist = Counter(prev["hist"])
+        hist.update(current["hist"])
+        return {"hist": dict(hist), "sum": prev["sum"] + current["sum"]}
+
+    def logStat(self, statValue, epochNr):
+        hist, total = statValue["hist"], statValue["sum"]
+        if total == 0:
+            return {}
+        mean = sum(edge * count for edge, count in hist.items()) / total
+        save_picture(
+            self.directory, f"{self.getStatName()}_{epochNr}", self._draw(hist, mean, epochNr)
+        )
+        return {"mean": mean}
+
+    def _draw(self, hist, mean, epoch):
+        figure = new_figure(f"Change from frame to frame, {self.reprType}, epoch {epoch}")
+        axes = figure.subplots()
+        axes.bar(list(hist), list(hist.values()), width=self.step, align="edge", color="tab:blue")
+        axes.axvline(mean, color="tab:red", label=f"mean {mean:.3g}")
+        axes.set(xlabel=f"{self.metric} (bins of {self.step:g})", ylabel="frames")
+        axes.legend()
+        return figure

@@ -1,0 +1,70 @@
+"""The register of stats, and how `--captureSetStats` asks for them."""
+
+import re
+
+from stats.alignment_stat import AlignmentOccupancyStat
+from stats.boundary_stat import BoundaryStat
+from stats.phone_similarity_stat import PhoneSimilarityStat
+from stats.repr_diff_stat import ReprDiffStat
+from utils.misc import UserError
+
+# A new stat is a class with the interface of `stats.empty_stat.Stat`, and a line here.
+STATS = {
+    "reprDiff": ReprDiffStat,
+    "boundaries": BoundaryStat,
+    "alignOccupancy": AlignmentOccupancyStat,
+    "phoneSim": PhoneSimilarityStat,
+}
+
+# What a run must have for a captured tensor to exist, where not every run has it.
+_FLAG_FOR = {
+    "phone_align": "--path_phone_data",
+    "cpcctc_align": "--CPCCTC",
+    "cpcctc_log_scores": "--CPCCTC",
+}
+
+
+def parse_stats(specs):
+    """The stats asked for by `name:argument,argument_name:argument,...`, in a list.
+
+    Stats are split only at an underscore that a registered name and a colon follow, since
+    arguments (`ctx_repr`, a directory) may have underscores as well. Raises UserError, saying what
+    there is, for an unknown name, a wrong number of arguments, or one that the stat refuses.
+    """
+    names = "|".join(map(re.escape, STATS))
+    return [_parse_one(spec) for spec in re.split(rf"_(?=(?:{names}):)", specs)]
+
+
+def _parse_one(spec):
+    name, _, arguments = spec.partition(":")
+    misplaced = re.search(r"([^_,/]*):", arguments)  # the name of a stat that isn't registered
+    if name not in STATS or misplaced:
+        raise UserError(
+            f"--captureSetStats: no stat {misplaced[1] if misplaced else name!r} (in {spec!r}); "
+            f"there are {usage()}"
+        )
+    stat, arguments = STATS[name], arguments.split(",")
+    if len(arguments) != len(stat.arguments):
+        raise UserError(
+            f"--captureSetStats: {spec!r} has {len(arguments)} arguments, where "
+            f"{usage(name)} has {len(stat.arguments)}"
+        )
+    return stat(*arguments)
+
+
+def usage(*names):
+    """How these stats are written (all of them, if none is named), for messages and help."""
+    return ", ".join(f"{name}:{','.join(STATS[name].arguments)}" for name in names or STATS)
+
+
+def check_needs(stats, available):
+    """Raise UserError if a stat needs a captured tensor that the run can't compute.
+
+    `available`: names of those that it can.
+    """
+    for stat in stats:
+        for missing in sorted(stat.needs - set(available)):
+            raise UserError(
+                f"--captureSetStats: {stat.getStatName()} needs {missing}, which needs "
+                f"{_FLAG_FOR.get(missing, 'another model')}"
+            )

@@ -1,0 +1,351 @@
+"""Train CPC or CPC-CTC on speech, and look at what it learns.
+
+    python train.py --pathDB AUDIO --pathTrain LIST --pathVal LIST --pathCheckpoint RUN --CPCCTC
+    python train.py --pathCheckpoint RUN                       # go on with a run that was stopped
+    python train.py --pathCheckpoint RUN --nEpoch 300                            # ... for longer
+    python train.py --pathDB AUDIO --pathCheckpoint RUN --device cpu               # without a GPU
+    python train.py ... --pathCaptureDS LIST --pathCaptureSave DIR --captureEverything
+    python train.py ... --supervised_classif_metric --speaker_sep --path_phone_data LABELS \
+        --linsep_logs_dir DIR
+    python train.py --pathDB AUDIO --onlyCapture --pathCheckpoint RUN \
+        --pathCaptureDS LIST --pathCaptureSave DIR --captureEverything
+    python train.py --pathDB AUDIO --only_classif_metric --pathCheckpoint RUN --speaker_sep \
+        --linsep_logs_dir DIR
+
+`python train.py --help` explains every flag, README.md every task.
+"""
+
+import functools
+import os
+import random
+import sys
+
+import torch
+
+from criterion import build_criterion, parse_mask_rules
+from dataset import (
+    AudioDataset,
+    BatchLoader,
+    keep_percentage,
+    keep_total,
+    read_phone_labels,
+    read_sequence_list,
+    scan_corpus,
+    select_sequences,
+)
+from eval.probe import ProbeOptions, run_probe
+from feature_loader import load_model
+from model import build_model
+from stats.stats_collector import StatsCollector
+from stats.stats_utils import check_needs, parse_stats
+from trainer import Trainer, TrainStep
+from utils.arguments import (
+    ARCHITECTURE,
+    MODEL,
+    ORDER,
+    capturable_names,
+    captured_names,
+    check_arguments,
+    follow_checkpoint,
+    parse_arguments,
+    stored_arguments,
+)
+from utils.checkpoint import load_weights, newest_checkpoint, open_checkpoint
+from utils.hooks import CaptureHook, ProbeHook
+from utils.misc import UserError, command, generator_from, keep_freed_memory, seed_from
+from utils.stopping import Stopped, StopSignals
+
+
+@command
+def main(argv=None):
+    with StopSignals() as stop:
+        try:
+            args, checkpoint = settle_arguments(sys.argv[1:] if argv is None else argv)
+            run_on_checkpoint = args.onlyCapture or args.only_classif_metric
+            run = hooks_once if run_on_checkpoint else train
+            return run(args, checkpoint, prepare_machine(args), stop)
+        except Stopped as stopped:
+            print(f"stopped by {stopped}")
+            return stopped.status
+
+
+def train(args, checkpoint, device, stop):
+    """A run from its beginning, or from `checkpoint`, to its last epoch."""
+    stats = parse_specs(args)
+    data = Data(args)
+    step, models = build_step(args, data, checkpoint)
+    trainer = Trainer(
+        args,
+        step.to(device),
+        *data.training_sets,
+        hooks=build_hooks(args, data, stats, device),
+        device=device,
+        stop=stop,
+        models=models,
+    )
+    if checkpoint:
+        trainer.restore(checkpoint)
+    trainer.run()
+
+
+def hooks_once(args, checkpoint, device, _):
+    """Capture or probe the model of a checkpoint, without training."""
+    stats = parse_specs(args)
+    data = Data(args)
+    step, _ = build_step(args, data, checkpoint)
+    step.to(device)
+    for hook in build_hooks(args, data, stats, device, checkpoint):
+        hook.run(checkpoint.epoch, step.model, step.criterion)
+
+
+# -------------------------------------------------------------------------- arguments and machine
+
+
+def settle_arguments(argv):
+    """The arguments, completed by those of the checkpoint that this run goes on from (or None)."""
+    args, given = parse_arguments(argv)
+    checkpoint = find_checkpoint(args)
+    if checkpoint:
+        kept = stored_arguments(checkpoint.state["args"], checkpoint.path)
+        for overruled in follow_checkpoint(args, given, kept):
+            print(overruled)
+        given -= ARCHITECTURE | ORDER  # the checkpoint's values count: nothing to contradict
+    check_arguments(args, given)
+    if args.random_seed is None:
+        args.random_seed = random.SystemRandom().randrange(2**31)
+    return args, checkpoint
+
+
+def parse_specs(args):
+    """Look into the flags that are small languages, before anything is loaded.
+
+    Returns a StatsCollector of `--captureSetStats`.
+    """
+    try:
+        parse_mask_rules(args.CPCCTCMasq)
+    except ValueError as error:
+        raise UserError(f"--CPCCTCMasq: {error}") from error
+    stats = parse_stats(args.captureSetStats) if args.captureSetStats else []
+    check_needs(stats, capturable_names(args))
+    return StatsCollector(stats, vars(args))
+
+
+def find_checkpoint(args):
+    if args.onlyCapture or args.only_classif_metric:
+        return open_checkpoint(args.pathCheckpoint)
+    if os.path.isfile(args.pathCheckpoint):
+        raise UserError(
+            f"--pathCheckpoint {args.pathCheckpoint}: is a file; training needs a directory "
+            "(to start from this checkpoint's weights, use --load)"
+        )
+    return None if args.restart else newest_checkpoint(args.pathCheckpoint)
+
+
+def prepare_machine(args):
+    """Set threads, memory and arithmetic; returns the device."""
+    keep_freed_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    use_tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = use_tf32
+    torch.backends.cudnn.allow_tf32 = use_tf32
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_cuda else "cpu")
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+class Data:
+    """The corpus, and the sets that this call of the program makes of it."""
+
+    def __init__(self, args):
+        self.args = args
+        self.labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
+        self.corpus = scan_corpus(
+            args.pathDB,
+            args.file_extension,
+            ignore_cache=args.ignore_cache,
+            n_threads=args.n_process_loader,
+        )
+
+    def listed(self, path):
+        """The sequences of a list; of the whole corpus without one."""
+        if path is None:
+            return list(self.corpus.sequences)
+        return select_sequences(self.corpus.sequences, read_sequence_list(path), path)
+
+    @functools.cached_property
+    def split(self):
+        """Training and validation sequences."""
+        args = self.args
+        training = self.listed(args.pathTrain)
+        if args.pathVal:
+            validation = self.listed(args.pathVal)
+        else:
+            training, validation = set_aside(training, 0.01, args.random_seed)
+        return (training[-1000:], validation[-100:]) if args.debug else (training, validation)
+
+    def dataset(self, sequences, title, *, with_phones, **more):
+        audio = AudioDataset(
+            self.corpus,
+            sequences,
+            self.args.sizeWindow,
+            phone_labels=self.labels if with_phones else None,
+            labelled_only=with_phones,
+            n_threads=self.args.n_process_loader,
+            max_bad_files=self.args.max_bad_files,
+            title=title,
+            **more,
+        )
+        print(audio.describe(), flush=True)
+        return audio
+
+    def split_sets(self, suffix="", *, with_phones):
+        """Training and validation set."""
+        training, validation = self.split
+        size = {"max_size_loaded": self.args.max_size_loaded}
+        return (
+            self.dataset(training, f"training set{suffix}", with_phones=with_phones, **size),
+            self.dataset(validation, f"validation set{suffix}", with_phones=with_phones),
+        )
+
+    @functools.cached_property
+    def training_sets(self):
+        """What the networks are trained and validated on."""
+        return self.split_sets(with_phones=trains_on_phones(self.args))
+
+    def capture_set(self, *, with_phones):
+        args = self.args
+        sequences = self.listed(args.pathCaptureDS)
+        if args.captureDSfreq is not None:
+            sequences = keep_percentage(sequences, args.captureDSfreq)
+        if args.captureDStotNr is not None:
+            sequences = keep_total(sequences, args.captureDStotNr)
+        return self.dataset(sequences, "capture set", with_phones=with_phones, whole_frames=True)
+
+
+def set_aside(sequences, share, seed):
+    """Split off a random share of the sequences, at least one."""
+    if len(sequences) < 2:
+        raise UserError("--pathVal FILE is needed: one sequence can't be split into two sets")
+    order = torch.randperm(len(sequences), generator=generator_from(seed, "validation set"))
+    chosen = set(order[: max(1, round(share * len(sequences)))].tolist())
+    return (
+        [s for index, s in enumerate(sequences) if index not in chosen],
+        [s for index, s in enumerate(sequences) if index in chosen],
+    )
+
+
+def trains_on_phones(args):
+    return args.supervised and args.path_phone_data is not None
+
+
+# ------------------------------------------------------------------------------------------ hooks
+
+
+def build_hooks(args, data, stats, device, checkpoint=None):
+    """What is done between epochs, or once on a checkpoint."""
+    hooks = []
+    if args.pathCaptureDS and not args.only_classif_metric:
+        hooks.append(capture_hook(args, data, stats, device, checkpoint))
+    if args.supervised_classif_metric and not args.onlyCapture:
+        hooks += probe_hooks(args, data, device)
+    for hook in hooks:
+        if not checkpoint and not any(map(hook.due, range(args.nEpoch))):
+            print(
+                f"warning: {hook.name} comes every {hook.every} epochs from epoch {hook.every} "
+                f"on, so never in a run of {args.nEpoch}"
+            )
+    return hooks
+
+
+def capture_hook(args, data, stats, device, checkpoint):
+    return CaptureHook(
+        BatchLoader(
+            data.capture_set(with_phones="phone_align" in {*captured_names(args), *stats.needs}),
+            args.batchSizeGPU,
+            "sequential",
+            seed=args.random_seed,
+            training=False,
+        ),
+        captured_names(args),
+        stats,
+        args.pathCaptureSave,
+        every=args.captureEachEpochs,
+        seed=args.random_seed,
+        flags=vars(args),
+        device=device,
+        checkpoint=checkpoint and checkpoint.path,
+    )
+
+
+def probe_hooks(args, data, device):
+    hooks = []
+    if args.path_phone_data:
+        sets = data.split_sets(" of the phone probe", with_phones=True)
+        hooks.append(probe_hook("phone", sets, data.labels.n_phones, args, device))
+    if args.speaker_sep:
+        sets = data.training_sets
+        hooks.append(probe_hook("speaker", sets, len(data.corpus.speakers), args, device))
+    return hooks
+
+
+def probe_hook(task, sets, n_classes, args, device):
+    def probe(epoch, model):
+        result = run_probe(
+            task,
+            model,
+            *sets,
+            n_classes,
+            ProbeOptions.of_training_run(args, task, epoch),
+            logs_dir=args.linsep_logs_dir,
+            checkpoint_dir=args.linsep_checkpoint_dir,
+            device=device,
+        )
+        return result.logged()
+
+    return ProbeHook(f"the {task} probe", probe, every=args.linsep_classif_each_epochs)
+
+
+# --------------------------------------------------------------------------------------- networks
+
+
+def build_step(args, data, checkpoint=None):
+    """The networks: new, loaded (`--load`), or those of the checkpoint.
+
+    Returns a TrainStep and, where several models are concatenated, the flags of each.
+    """
+    torch.manual_seed(seed_from(args.random_seed, "initial weights"))
+    source, models = checkpoint, None
+    if checkpoint:
+        model = load_model([checkpoint.path])[0]
+        models = checkpoint.state.get("models")
+    elif args.load:
+        model, models = loaded_model(args)
+        source = open_checkpoint(args.load[0]) if args.loadCriterion else None
+    else:
+        model = build_model(args)
+    n_phones = data.labels.n_phones if data.labels else 0
+    criterion = build_criterion(args, len(data.corpus.speakers), n_phones)
+    if source:
+        load_weights(criterion, source.state["cpcCriterion"], source.path)
+    if args.compile:
+        model.gEncoder.compile()
+        criterion.compile()
+    return TrainStep(criterion, model), models
+
+
+def loaded_model(args):
+    """The model of `--load`, and the flags of each where it is several; `args` follow it."""
+    model = load_model(args.load, gru_level=args.gru_level, nullspace=args.nullspace)[0]
+    flags = [stored_arguments(open_checkpoint(p).state["args"], p) for p in args.load]
+    for name in sorted(MODEL):
+        if len({getattr(each, name) for each in flags}) == 1:
+            setattr(args, name, getattr(flags[0], name))
+    args.hiddenEncoder, args.hiddenGar = model.dim_encoded, model.dim_context
+    return model, [vars(each) for each in flags] if len(flags) > 1 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

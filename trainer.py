@@ -1,0 +1,353 @@
+"""The loop over epochs: train, validate, run the hooks that are due, log, save.
+
+It can be stopped at any step and goes on exactly there: nothing random has a state that would have
+to be kept, since everything is seeded anew from the position in the data.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from dataset import BatchLoader, Position
+from utils.checkpoint import copy_to_cpu, load_optimizer, save_checkpoint, saved_checkpoints
+from utils.files import remove_leftovers, save_json
+from utils.hooks import untouched
+from utils.logs import Clock, RunningMeans, append_epoch, mean, percent, progress
+from utils.misc import UserError, generator_from, seed_from
+from utils.report.plots import draw_curves
+from utils.schedule import learning_rate
+from utils.stopping import Stopped
+
+CURVES = "checkpoint_curves.png"
+NO_MORE = 2**31  # as the pack of a position: nothing of the epoch is left to train on
+
+
+class TrainStep(torch.nn.Module):
+    """Everything that is trained: the criterion, then the model (the original's order).
+
+    One forward pass is what an optimiser, a compiler and data parallelism see.
+    """
+
+    def __init__(self, criterion, model):
+        super().__init__()
+        self.criterion = criterion
+        self.model = model
+
+    def forward(self, batch, generator=None):
+        """A `Batch` -> losses and accuracies, (1, n) each, one for each prediction step."""
+        context, encoded = self.model(batch.waveform, batch.continues)
+        label = getattr(batch, self.criterion.target)
+        output = self.criterion(context, encoded, label, generator=generator)
+        return output.losses, output.accuracies
+
+
+class Trainer:
+    """A run: networks, data, optimiser, and how far it has come.
+
+    args: the flags; step: a TrainStep on `device`; train_set, val_set: AudioDatasets;
+    hooks: see utils/hooks.py; stop: the StopSignals in force; models: flags of each of several
+    concatenated models, or None.
+    """
+
+    def __init__(self, args, step, train_set, val_set, *, hooks, device, stop, models=None):
+        self.args, self.step, self.hooks, self.device, self.stop = args, step, hooks, device, stop
+        self.directory, self.models = Path(args.pathCheckpoint), models
+        self.fingerprint = f"{train_set.fingerprint()}-{val_set.fingerprint()}"
+        loader = {"batch_size": args.batchSizeGPU, "seed": args.random_seed}
+        self.train_loader = BatchLoader(
+            train_set, sampling=args.samplingType, training=True, **loader
+        )
+        self.val_loader = BatchLoader(val_set, sampling="sequential", training=False, **loader)
+        self.optimizer = torch.optim.Adam(
+            step.parameters(),
+            lr=args.learningRate,
+            betas=(args.beta1, args.beta2),
+            eps=args.epsilon,
+            fused=True,
+        )
+        self.position = Position(0, 0, 0)  # where training goes on
+        self.running = RunningMeans()  # of the epoch in progress
+        self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
+        self.best, self.best_accuracy = None, 0.0
+        self.unchecked = []  # steps whose finiteness wasn't looked at yet
+        self.steps_since_save = 0
+        self.superseded = saved_checkpoints(self.directory) if args.restart else []
+        self.clock = Clock()
+
+    # -------------------------------------------------------------------------------- the epochs
+
+    def run(self):
+        """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
+        done = self.position.epoch
+        if done >= self.args.nEpoch:
+            print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.directory)
+        try:
+            if self.position == (0, 0, 0):
+                self.log_start()
+            while self.position.epoch < self.args.nEpoch:
+                self.run_epoch()
+        except Stopped:
+            if self.position != (0, 0, 0):
+                self.save()
+                print(f"saved in epoch {self.position.epoch}; the same command goes on from there")
+            raise
+        self.print_summary()
+
+    def run_epoch(self):
+        epoch = self.position.epoch
+        self.train_epoch(epoch)
+        losses, accuracies = self.running.means()
+        values = {
+            "iter": self.running.batches,
+            "locLoss_train": losses,
+            "locAcc_train": accuracies,
+            "gradNorm_train": self.running.mean_gradient_norm(),
+            "learningRate": self.learning_rate(epoch),
+            **self.validate(epoch, f"epoch {epoch}: validation"),
+        }
+        print_epoch(epoch, values, self.clock)
+        failure = self.run_hooks(epoch, values)
+        with self.stop.deferred():
+            self.end_epoch(epoch, values, save_now=failure is not None)
+        if failure:
+            raise failure
+
+    def run_hooks(self, epoch, values):
+        """Add to `values` what the hooks find; returns the error of one that failed, or None.
+
+        What a hook can't write must not cost the run the epoch that it has just trained.
+        """
+        for hook in self.hooks:
+            if hook.due(epoch):
+                try:
+                    with untouched(self.step.model, self.step.criterion):
+                        values.update(hook.run(epoch, self.step.model, self.step.criterion))
+                except UserError as error:
+                    return error
+        return None
+
+    def learning_rate(self, epoch):
+        args = self.args
+        return learning_rate(epoch, args.learningRate, args.schedulerRamp, args.schedulerStep)
+
+    def end_epoch(self, epoch, values, save_now=False):
+        append_epoch(self.logs, epoch, values)
+        accuracy = mean(values["locAcc_val"])
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best = accuracy, copy_to_cpu(self.step.model.state_dict())
+        self.position, self.running = Position(epoch + 1, 0, 0), RunningMeans()
+        last = epoch + 1 == self.args.nEpoch
+        if save_now or last or epoch % self.args.save_step == 0:
+            self.save(epoch)
+        try:
+            save_json(self.directory / "checkpoint_logs.json", self.logs)
+            draw_curves(self.logs, self.directory / CURVES)
+        except OSError as error:
+            print(f"warning: {self.directory}: logs and curves not written ({error})")
+
+    # --------------------------------------------------------------------------------- one epoch
+
+    def train_epoch(self, epoch):
+        """Train on what is left of the epoch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(epoch)
+        self.step.train()
+        if self.position == (epoch, 0, 0):
+            self.step.model.reset_hidden()
+        clock = self.clock = Clock()
+        batches = self.train_loader.epoch(epoch, self.position)
+        total = len(self.train_loader)
+        with progress(what=f"epoch {epoch}", unit=" batches", total=total) as bar:
+            bar.update(self.running.batches)
+            while (item := clock.wait_for(next, batches, None)) is not None:
+                with self.stop.deferred():
+                    self.train_on(*item)
+                clock.windows += len(item[1].window)
+                bar.update()
+                if self.running.batches % self.args.logging_step == 0:
+                    bar.write(self.progress_line(epoch, total))
+        self.check_finite()
+        clock.stop()
+
+    def train_on(self, position, batch):
+        """One step of the optimiser; `self.position` then says where training goes on."""
+        torch.manual_seed(seed_from(self.args.random_seed, *position))
+        with self.autocast():
+            losses, accuracies = self.step(batch.to(self.device))
+        loss = losses.sum()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.step.parameters() if p.grad is not None]
+        )
+        # Where this is 1, the fused optimiser leaves every weight as it is.
+        self.optimizer.found_inf = (~torch.isfinite(norm + loss.detach())).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.running.add(losses, accuracies, len(batch.window), norm)
+        self.position = position._replace(batch=position.batch + 1)
+        self.unchecked.append((position, batch.window, self.optimizer.found_inf))
+        self.steps_since_save += 1
+        if self.device.type == "cpu" or self.running.batches % self.args.logging_step == 0:
+            self.check_finite()
+        if self.args.resume_every and self.steps_since_save >= self.args.resume_every:
+            self.save()
+
+    def check_finite(self):
+        """Stop at the first step whose loss or gradient wasn't finite; it changed no weight.
+
+        Looking waits for the device, so it is done where that costs little.
+        """
+        steps, self.unchecked = self.unchecked, []
+        bad = torch.stack([found for _, _, found in steps]).tolist() if steps else []
+        for (position, windows, _), is_bad in zip(steps, bad, strict=True):
+            if is_bad:
+                files = sorted({self.train_loader.locate(w)[0] for w in windows.tolist()})
+                raise UserError(
+                    f"epoch {position.epoch}, pack {position.pack}, batch {position.batch}: the "
+                    f"loss or its gradient isn't a finite number (files: {', '.join(files)}). The "
+                    "checkpoints are sound; look at these files, or lower --learningRate"
+                )
+
+    def autocast(self):
+        if self.args.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def validate(self, epoch, what):
+        """Means over the validation set, for the logs. Leaves kept hidden state as it was."""
+        self.step.eval()
+        running = RunningMeans()
+        with untouched(self.step.model):
+            batches = self.val_loader.epoch(epoch)
+            total = len(self.val_loader)
+            for position, batch in progress(batches, what=what, unit=" batches", total=total):
+                seed = (self.args.random_seed, epoch, "validation", *position[1:])
+                with self.autocast():
+                    losses, accuracies = self.step(batch.to(self.device), generator_from(*seed))
+                running.add(losses, accuracies, len(batch.window))
+        losses, accuracies = running.means()
+        return {"locLoss_val": losses, "locAcc_val": accuracies}
+
+    def log_start(self):
+        """Validate the networks as they start: what the epochs are to be compared with."""
+        values = self.validate(0, "before training: validation")
+        self.logs["before_training"] = values
+        losses, accuracies = values.values()
+        print(
+            f"before training  validation loss {mean(losses):.4f} acc {percent(mean(accuracies))}"
+        )
+
+    # ------------------------------------------------------------------------ saving and resuming
+
+    def save(self, epoch=None):
+        """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` where no epoch just ended."""
+        self.check_finite()
+        try:
+            path = save_checkpoint(self.directory, self.state(), epoch)
+        except OSError as error:
+            print(
+                f"warning: {self.directory}: no checkpoint written ({error}). Earlier ones are as "
+                "they were; training goes on and tries again at the next save"
+            )
+            return
+        self.steps_since_save = 0
+        for old in self.superseded:
+            if old != path:
+                old.unlink(missing_ok=True)
+        self.superseded = []
+
+    def state(self):
+        """Everything that a later call needs to go on exactly from here (utils/checkpoint.py)."""
+        state = {
+            "gEncoder": self.step.model.state_dict(),
+            "cpcCriterion": self.step.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_accuracy": self.best_accuracy,
+            "args": vars(self.args),
+            "logs": self.logs,
+            "position": list(self.position),
+            "running": self.running.state(),
+            "hidden": self.step.model.hidden_state(),
+            "fingerprint": self.fingerprint,
+            "machine": describe_machine(self.device),
+        }
+        return state | ({"models": self.models} if self.models else {})
+
+    def restore(self, checkpoint):
+        """Go on from a checkpoint, of this program or of the original."""
+        state = checkpoint.state
+        self.position = Position(*state["position"])
+        self.logs.update(state["logs"])
+        print(f"going on from {checkpoint.path}, {self.position.epoch} epochs done")
+        load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
+        self.best = state["best"]
+        if "machine" not in state:  # the original's: its "best" is its latest epoch
+            latest = [row for row in self.logs.get("locAcc_val", []) if row][-1:]
+            self.best_accuracy = mean(latest[0]) if latest and self.best else 0.0
+            return
+        self.best_accuracy = state["best_accuracy"]
+        self.running.restore(state["running"], self.device)
+        self.step.model.set_hidden_state(state["hidden"])
+        machine = describe_machine(self.device)
+        if state["machine"] != machine:
+            print(
+                f"note: the run was on {state['machine']} and goes on on {machine}; its results "
+                "won't be the same to the last bit"
+            )
+        if state["fingerprint"] != self.fingerprint:
+            print("note: files or lists aren't those that the run was on")
+            if self.running.batches:
+                print(f"note: epoch {self.position.epoch} ends here; the next one uses the new")
+                self.position = self.position._replace(pack=NO_MORE)
+
+    # ----------------------------------------------------------------------------- what is printed
+
+    def progress_line(self, epoch, total):
+        losses, accuracies = self.running.means_since_mark()
+        return (
+            f"epoch {epoch}  batch {self.running.batches} of {total}  loss {mean(losses):.4f} "
+            f"acc {percent(mean(accuracies))}  {self.clock}"
+        )
+
+    def print_summary(self):
+        """What the run came to, and where to look."""
+        series = list(zip(self.logs["locLoss_val"], self.logs["locAcc_val"], strict=True))
+        series = [(mean(loss), mean(accuracy)) for loss, accuracy in series]
+        best = max(range(len(series)), key=lambda index: series[index][1])
+        rows = [("first epoch", 0), ("best epoch", best), ("last epoch", len(series) - 1)]
+        rows = [(f"{name} ({self.logs['epoch'][index]})", *series[index]) for name, index in rows]
+        if "before_training" in self.logs:
+            values = self.logs["before_training"].values()
+            rows.insert(0, ("before training", *map(mean, values)))
+        print(f"\n{'validation':<20}{'loss':>10}{'accuracy':>12}")
+        for name, loss, accuracy in rows:
+            print(f"{name:<20}{loss:>10.4f}{percent(accuracy):>12}")
+        print(f"{'speed':<20}{self.clock}")
+        print(f"{'checkpoints, logs':<20}{self.directory}")
+        print(f"{'curves':<20}{self.directory / CURVES}")
+
+
+def describe_machine(device):
+    """What a run's results depend on to the last bit, beside seed and data."""
+    processor = torch.backends.cpu.get_cpu_capability()
+    return {"device": device.type, "threads": torch.get_num_threads(), "processor": processor}
+
+
+def print_epoch(epoch, values, clock):
+    """An epoch in two lines: its means, and validation accuracies by prediction step."""
+    train_loss, train_accuracy, loss, accuracy = (
+        mean(values[key]) for key in ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")
+    )
+    print(
+        f"epoch {epoch}  training loss {train_loss:.4f} acc {percent(train_accuracy)}  "
+        f"validation loss {loss:.4f} acc {percent(accuracy)}  "
+        f"learning rate {values['learningRate']:.3g}  {clock}"
+    )
+    steps = " ".join(f"{100 * step:.0f}" for step in values["locAcc_val"])
+    print(f"    validation accuracy by prediction step (%): {steps}", flush=True)

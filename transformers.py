@@ -1,0 +1,174 @@
+"""Causal transformer layers: a context network (`--arMode transformer`) or a prediction head.
+
+Post-norm layers after Vaswani et al., "Attention is all you need" (2017), with relative positions
+after Shaw et al., "Self-attention with relative position representations" (2018), one table per
+layer shared by its heads, or with the sinusoids of the former paper (`--abspos`).
+
+This file shadows the Hugging Face package of the same name for everything that is imported later
+in the same process. Nothing in this program imports that package or one that needs it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.misc import SAMPLES_PER_FRAME, UserError
+
+N_HEADS = 8
+SIZE_FEED_FORWARD = 2048
+DROPOUT = 0.1
+
+
+def build_transformer(dim, n_layers, size_sequence, abspos):
+    """A stack of causal layers, (B, S, dim) -> (B, S, dim) for any S up to `size_sequence` frames.
+
+    With `abspos`, fixed sinusoids are added to the input (and are element 0 of the stack);
+    without, attention scores depend on learned relative positions. Raises UserError if `dim` is
+    no multiple of the number of heads.
+    """
+    if dim % N_HEADS:
+        raise UserError(
+            f"a transformer has {N_HEADS} heads, so its width must be a multiple of {N_HEADS}, "
+            f"not {dim}: change --hiddenEncoder or choose another network"
+        )
+    positions = [SinusoidalPositions(dim, size_sequence)] if abspos else []
+    layers = [TransformerLayer(dim, size_sequence, relative=not abspos) for _ in range(n_layers)]
+    return nn.Sequential(*positions, *layers)
+
+
+def check_length(n_frames, size_sequence):
+    """Raise UserError if a sequence is longer than a transformer has positions for."""
+    if n_frames > size_sequence:
+        raise UserError(
+            f"this transformer was made for at most {size_sequence} frames and got {n_frames}: cut "
+            f"the audio into windows of at most {size_sequence * SAMPLES_PER_FRAME} samples"
+        )
+
+
+class SinusoidalPositions(nn.Module):
+    """Adds a fixed code of each frame's position to its features."""
+
+    def __init__(self, dim, size_sequence):
+        super().__init__()
+        position = torch.arange(size_sequence)[:, None]
+        feature = torch.arange(dim)
+        frequency = torch.exp(-math.log(10_000) * (feature - feature % 2) / dim)
+        angle = position * frequency
+        self.register_buffer("pe", torch.where(feature % 2 == 0, angle.sin(), angle.cos())[None])
+
+    def forward(self, x):
+        """x: (B, S, dim) -> (B, S, dim)."""
+        check_length(x.size(1), self.pe.size(1))
+        return x + self.pe[:, : x.size(1)]
+
+
+class TransformerLayer(nn.Module):
+    """Causal self-attention and a feed-forward network, each added to its input and normalised."""
+
+    def __init__(self, dim, size_sequence, relative):
+        super().__init__()
+        self.multihead = MultiHeadAttention(dim, size_sequence, relative)
+        self.ln_multihead = nn.LayerNorm(dim)
+        self.ffnetwork = FeedForward(dim, SIZE_FEED_FORWARD)
+        self.ln_ffnetwork = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        """x: (B, S, dim) -> (B, S, dim)."""
+        x = self.ln_multihead(x + self.multihead(x))
+        return self.ln_ffnetwork(x + self.ffnetwork(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim, dim_hidden):
+        super().__init__()
+        self.lin1 = nn.Linear(dim, dim_hidden)
+        self.lin2 = nn.Linear(dim_hidden, dim)
+
+    def forward(self, x):
+        """x: (B, S, dim) -> (B, S, dim)."""
+        hidden = dropout_(self.lin1(x), DROPOUT, self.training)  # before the ReLU: both in place
+        return self.lin2(F.relu(hidden, inplace=True))
+
+
+def dropout_(x, probability, training):
+    """F.dropout in place, on a CPU several times faster: 16 random bits decide over an element.
+
+    The generator yields 64 of them at a time, where F.dropout draws a number for each element.
+    """
+    if not training or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, probability, training, inplace=True)
+    n_values = 2**16
+    n_dropped = round(probability * n_values)
+    draws = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 4 + 1,)).view(torch.int16)
+    draws = draws[: x.numel()].view(x.shape)  # from -n_values / 2 on
+    x.masked_fill_(draws < n_dropped - n_values // 2, 0)
+    return x.mul_(n_values / (n_values - n_dropped))
+
+
+class MultiHeadAttention(nn.Module):
+    def __init__(self, dim, size_sequence, relative):
+        super().__init__()
+        # In this order, in which the optimiser states of existing checkpoints are stored.
+        self.Wo = nn.Linear(dim, dim, bias=False)
+        self.Wk = nn.Linear(dim, dim, bias=False)
+        self.Wq = nn.Linear(dim, dim, bias=False)
+        self.Wv = nn.Linear(dim, dim, bias=False)
+        self.Att = CausalAttention(dim // N_HEADS, size_sequence, relative)
+
+    def forward(self, x):
+        """x: (B, S, dim) -> (B, S, dim), each frame a mixture of itself and those before it."""
+        weight = torch.cat([self.Wq.weight, self.Wk.weight, self.Wv.weight])
+        heads = F.linear(x, weight).unflatten(-1, (3, N_HEADS, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        return self.Wo(self.Att(query, key, value).transpose(1, 2).flatten(2))
+
+
+class CausalAttention(nn.Module):
+    """Scaled dot-product attention to the past, with or without learned relative positions."""
+
+    def __init__(self, dim_head, size_sequence, relative):
+        super().__init__()
+        self.size_sequence = size_sequence
+        if relative:
+            bound = dim_head**-0.5
+            krelpos = torch.empty(dim_head, size_sequence).uniform_(-bound, bound)
+            self.Krelpos = nn.Parameter(krelpos)  # column -1: a frame itself, -2: the one before
+            self.register_buffer("z", torch.zeros(1, size_sequence, 1))
+        else:
+            self.Krelpos = None
+        # Like z above, not used here but part of the format of checkpoints.
+        never = torch.full((1, size_sequence, size_sequence), -math.inf)
+        self.register_buffer("mask", never.triu(1))
+
+    def forward(self, query, key, value):
+        """Each (B, heads, S, dim_head) -> (B, heads, S, dim_head).
+
+        Raises UserError if S is larger than `size_sequence`.
+        """
+        check_length(query.size(2), self.size_sequence)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if self.Krelpos is None else self.relative_scores(query),
+            is_causal=self.Krelpos is None,
+            dropout_p=DROPOUT if self.training else 0.0,
+        )
+
+    def relative_scores(self, query):
+        """query: (B, heads, S, dim_head) -> (B, heads, S, S), what positions add to the scores.
+
+        Entry (i, j) is query_i . Krelpos[distance i - j] / sqrt(dim_head), -inf in the future.
+        The product with all distances has a column for each, of which row i needs the last i + 1,
+        moved left by S - 1 - i. With one more column in front, that is a matter of reading the
+        same memory, from entry S on, as rows of S instead of S + 1 (Huang et al., "Music
+        transformer", 2018). What then lands in the future are the columns that no row needs,
+        distances to before the first frame: they are masked.
+        """
+        n_frames, dim_head = query.shape[2:]
+        by_distance = F.pad(self.Krelpos[:, -n_frames:], (1, 0))  # (dim_head, S + 1)
+        beyond = query.new_full((n_frames, n_frames + 1), -math.inf).triu(1).flip(1)
+        scores = (query * dim_head**-0.5) @ by_distance + beyond
+        return scores.flatten(2)[..., n_frames:].unflatten(2, (n_frames, n_frames))

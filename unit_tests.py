@@ -1,0 +1,488 @@
+"""Tests of the program as a whole: training runs, from the command line to the files they leave."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+import train
+import trainer
+from utils.testing import (
+    GOLDEN,
+    REAL_SPEECH,
+    ROOT,
+    needs_real_speech,
+    write_tiny_corpus,
+)
+
+# ------------------------------------------------------------------------- train.py, end to end
+
+SMALL = (
+    "--hiddenEncoder 8 --hiddenGar 8 --rnnMode linear --negativeSamplingExt 4 --nPredicts 2 "
+    "--sizeWindow 3200 --batchSizeGPU 4 --n_process_loader 2 --save_step 1 --random_seed 7"
+).split()
+EXAMPLE = (
+    "--nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSkipBeg 1 "
+    "--CPCCTCSkipEnd 2"
+).split()
+
+
+def on(corpus):
+    return ["--pathDB", f"{corpus}/audio", "--pathTrain", f"{corpus}/train.txt", "--pathVal",
+            f"{corpus}/test.txt"]  # fmt: skip
+
+
+def run(*words):
+    """Run train.py in this process; its exit status."""
+    try:
+        return train.main([str(word) for word in words]) or 0
+    except SystemExit as end:
+        return end.code
+
+
+def trained(corpus, directory, *words, epochs=2):
+    assert run(*on(corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", epochs, *words) == 0
+    return checkpoint(directory, epochs - 1)
+
+
+def checkpoint(directory, epoch):
+    return torch.load(Path(directory, f"checkpoint_{epoch}.pt"), weights_only=True)
+
+
+def assert_same(one, other, without=("args",)):
+    """Two checkpoints hold the same, bit for bit."""
+    assert one.keys() == other.keys()
+    for key in one.keys() - set(without):
+        assert_equal_trees(one[key], other[key], key)
+
+
+def assert_equal_trees(one, other, where):
+    if torch.is_tensor(one):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_trees(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_trees(a, b, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+def test_a_run_leaves_checkpoints_arguments_logs_and_curves(tiny_corpus, tmp_path, capsys):
+    state = trained(tiny_corpus, tmp_path, "--learningRate", "0.01", "--schedulerRamp", "2")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoint_0.pt", "checkpoint_1.pt", "checkpoint_args.json", "checkpoint_logs.json",
+        "checkpoint_curves.png",
+    }  # fmt: skip
+    logs = json.loads((tmp_path / "checkpoint_logs.json").read_text())
+    assert logs == state["logs"]
+    assert logs["epoch"] == [0, 1]
+    assert logs["learningRate"] == [0.005, 0.01]
+    for key in ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val"):
+        assert [len(row) for row in logs[key]] == [2, 2]
+    args = json.loads((tmp_path / "checkpoint_args.json").read_text())
+    assert args["nPredicts"] == 2
+    assert args["pathDB"] == f"{tiny_corpus}/audio"
+    printed = capsys.readouterr().out
+    assert "training set: 6 files" in printed
+    assert "windows/s" in printed
+    assert str(tmp_path / "checkpoint_curves.png") in printed
+
+
+def test_a_run_learns(tiny_corpus, tmp_path):
+    words = ["--hiddenEncoder", "32", "--hiddenGar", "32", "--learningRate", "0.005"]
+    state = trained(tiny_corpus, tmp_path, *words, epochs=8)
+    start = sum(state["logs"]["before_training"]["locLoss_val"])
+    assert sum(state["logs"]["locLoss_val"][-1]) < 0.9 * start
+    best = max(sum(row) / 2 for row in state["logs"]["locAcc_val"])
+    assert state["best_accuracy"] == best
+
+
+def test_the_same_seed_gives_the_same_checkpoint(tiny_corpus, tmp_path):
+    one, other = (trained(tiny_corpus, tmp_path / name) for name in "ab")
+    assert_same(one, other)
+    different = trained(tiny_corpus, tmp_path / "c", "--random_seed", "8")
+    assert not torch.equal(
+        one["gEncoder"]["gEncoder.conv0.weight"], different["gEncoder"]["gEncoder.conv0.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--schedulerStep", "1"],
+        [*EXAMPLE, "--schedulerRamp", "3"],
+        ["--samplingType", "sequential", "--arMode", "GRU", "--max_size_loaded", "60000"],
+        ["--samplingType", "uniform", "--encoder_type", "lfb", "--dropout"],
+    ],
+    ids=["decay", "cpc-ctc", "kept hidden state, packs", "dropout"],
+)
+def test_a_run_that_goes_on_ends_like_one_that_never_stopped(words, tiny_corpus, tmp_path):
+    whole = trained(tiny_corpus, tmp_path / "whole", *words, epochs=4)
+    trained(tiny_corpus, tmp_path / "parts", *words, epochs=2)
+    assert run("--pathCheckpoint", tmp_path / "parts", "--nEpoch", 4) == 0
+    assert_same(whole, checkpoint(tmp_path / "parts", 3))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_run_stopped_inside_an_epoch_goes_on_from_that_step(
+    number, tiny_corpus, tmp_path, monkeypatch
+):
+    words = ["--samplingType", "sequential", "--max_size_loaded", "60000", *EXAMPLE]
+    whole = trained(tiny_corpus, tmp_path / "whole", *words)
+    train_on, steps = trainer.Trainer.train_on, []
+
+    def stop_in_step_five(self, *item):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), number)
+        train_on(self, *item)
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", stop_in_step_five)
+    directory = tmp_path / "parts"
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *words]
+    assert run(*flags) == 128 + number
+    position = torch.load(directory / "checkpoint_resume.pt", weights_only=True)["position"]
+    assert position[0] == 0
+    assert position[1] > 0  # in a later pack
+    assert run(*flags) == 0
+    assert_same(whole, checkpoint(directory, 1))
+    assert not (directory / "checkpoint_resume.pt").exists()
+
+
+def test_a_run_stopped_in_validation_goes_on_with_it(tiny_corpus, tmp_path, monkeypatch):
+    whole = trained(tiny_corpus, tmp_path / "whole")
+    validate = trainer.Trainer.validate
+
+    def stop(self, epoch, what):
+        if epoch == 1:
+            monkeypatch.setattr(trainer.Trainer, "validate", validate)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, epoch, what)
+
+    monkeypatch.setattr(trainer.Trainer, "validate", stop)
+    directory = tmp_path / "parts"
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2]
+    assert run(*flags) == 143
+    assert run("--pathCheckpoint", directory) == 0
+    assert_same(whole, checkpoint(directory, 1))
+
+
+def test_resume_every_keeps_the_last_steps_of_a_killed_run(tiny_corpus, tmp_path, monkeypatch):
+    whole = trained(tiny_corpus, tmp_path / "whole")
+    train_on, steps = trainer.Trainer.train_on, []
+
+    def die_in_step_six(self, *item):
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt  # nothing is saved, as if it were killed
+        train_on(self, *item)
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", die_in_step_six)
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "parts", "--nEpoch", 2]
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--resume_every", 2)
+    state = torch.load(tmp_path / "parts" / "checkpoint_resume.pt", weights_only=True)
+    assert state["running"]["batches"] == 4
+    assert run(*flags) == 0
+    assert_same(whole, checkpoint(tmp_path / "parts", 1))
+
+
+def test_a_restart_keeps_the_old_run_until_the_new_one_is_saved(tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path, epochs=3)
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--restart"]
+    assert run(*flags, "--learningRate", "inf") == 2
+    assert (tmp_path / "checkpoint_2.pt").exists()
+    assert run(*flags, "--nEpoch", 1) == 0
+    assert [p.name for p in tmp_path.glob("*.pt")] == ["checkpoint_0.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(
+    tiny_corpus, tmp_path, capsys
+):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    before = checkpoint(tmp_path, 0)
+    words = ["--pathCheckpoint", tmp_path, "--nEpoch", 2, "--learningRate", "1e30"]
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"epoch 1, pack 0, batch \d+: .*\d+-\d-000\d.flac", error)
+    assert_same(before, checkpoint(tmp_path, 0), without=())
+    assert not (tmp_path / "checkpoint_1.pt").exists()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
+    tiny_corpus, tmp_path, monkeypatch, capsys
+):
+    save = trainer.save_checkpoint
+
+    def full_in_epoch_one(directory, state, epoch=None):
+        if epoch == 1:
+            raise OSError(28, "No space left on device")
+        return save(directory, state, epoch)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full_in_epoch_one)
+    trained(tiny_corpus, tmp_path, epochs=3)
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint_0.pt", "checkpoint_2.pt"}
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_another_corpus_is_said_and_the_next_epoch_begins(
+    tiny_corpus, tmp_path, monkeypatch, capsys
+):
+    flags = [*SMALL, "--pathCheckpoint", tmp_path / "run", "--resume_every", 2, "--nEpoch", 1]
+    train_on, steps = trainer.Trainer.train_on, []
+
+    def die_in_step_three(self, *item):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        train_on(self, *item)
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", die_in_step_three)
+    with pytest.raises(KeyboardInterrupt):
+        run(*on(tiny_corpus), *flags)
+    other = write_tiny_corpus(tmp_path / "other", seed=3)
+    assert run("--pathCheckpoint", tmp_path / "run", "--pathDB", other / "audio") == 0
+    assert "epoch 0 ends here" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "run", 0)["logs"]["iter"] == [2]
+
+
+def test_damaged_checkpoints_are_never_a_fresh_start(tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path, epochs=2)
+    newest = tmp_path / "checkpoint_1.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert run("--pathCheckpoint", tmp_path) == 0  # repeats the epoch after the one before
+    assert "checkpoint_1.pt" in capsys.readouterr().out
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 3) == 2
+    assert "no checkpoint there can be read" in capsys.readouterr().err
+
+
+def test_without_a_validation_list_some_sequences_are_set_aside(tiny_corpus, tmp_path, capsys):
+    words = ["--pathDB", tiny_corpus / "audio", "--pathCheckpoint", tmp_path, "--nEpoch", 1]
+    assert run(*words, *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "training set: 8 files" in printed
+    assert "validation set: 1 files" in printed
+
+
+def test_bad_files_among_good_ones_are_skipped_and_named(tmp_path, capsys):
+    corpus = write_tiny_corpus(tmp_path)
+    (corpus / "audio" / "10" / "0" / "10-0-0000.flac").write_bytes(b"not audio")
+    trained(corpus, tmp_path / "run", epochs=1)
+    assert "10-0-0000.flac" in capsys.readouterr().out
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("no database", ["--pathDB", "TMP/none"], "none"),
+        ("no such files", ["--file_extension", ".wav"], ".flac"),
+        ("foreign list", ["--pathTrain", "TMP/foreign"], "foreign"),
+        ("labels", ["--supervised", "--path_phone_data", "TMP/labels"], "line 2"),
+        ("mask", ["--CPCCTC", "--CPCCTCMasq", "1:2:3"], "--CPCCTCMasq"),
+        ("stat", ["--pathCaptureDS", "TMP/foreign", "--captureSetStats", "x:y"], "reprDiff"),
+        ("K over M", ["--CPCCTC", "--nPredicts", "9", "--CPCCTCNumMatched", "8"], "--nPredicts 9"),
+        ("short windows", ["--sizeWindow", "1600000", "--nPredicts", "2"], "--sizeWindow"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
+)
+def test_bad_input_is_one_clear_line(name, words, said, tiny_corpus, tmp_path, capsys):
+    written(tmp_path / "foreign", "nobody-0-0000\n")
+    written(tmp_path / "labels", "a 1 2 3\nb 1 two\n")
+    words = [word.replace("TMP", str(tmp_path)) for word in words]
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", *words]
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_a_wrong_sample_rate_names_the_cure(tmp_path, capsys):
+    corpus = write_tiny_corpus(tmp_path)
+    path = corpus / "audio" / "10" / "0" / "10-0-0001.flac"
+    waveform, _ = soundfile.read(path)
+    soundfile.write(path, waveform, 8000)
+    assert run(*on(corpus), *SMALL, "--pathCheckpoint", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "10-0-0001.flac" in error
+    assert "adjust_sample_rate.py" in error
+
+
+def test_as_a_program_it_refuses_with_status_two_and_no_traceback(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--pathDB", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --pathCheckpoint")
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------- starting from other models
+
+
+def test_weights_are_loaded_with_the_architecture_they_had(tiny_corpus, tmp_path):
+    loaded = trained(tiny_corpus, tmp_path / "a", "--arMode", "GRU", "--nLevelsGRU", "2", epochs=1)
+    words = ["--load", tmp_path / "a" / "checkpoint_0.pt", "--nEpoch", 1, "--pathCheckpoint"]
+    flags = [*on(tiny_corpus), *SMALL, "--learningRate", "0"]
+    assert run(*flags, *words, tmp_path / "b", "--loadCriterion") == 0
+    state = checkpoint(tmp_path / "b", 0)
+    assert_equal_trees(state["gEncoder"], loaded["gEncoder"], "model")
+    assert_equal_trees(state["cpcCriterion"], loaded["cpcCriterion"], "criterion")
+    assert run("--pathCheckpoint", tmp_path / "b", "--nEpoch", 2) == 0
+    assert run(*flags, *words, tmp_path / "c", "--gru_level", "1") == 0
+    keys = checkpoint(tmp_path / "c", 0)["gEncoder"].keys()
+    assert "gAR.baseNet.weight_ih_l0" in keys
+    assert "gAR.baseNet.weight_ih_l1" not in keys
+
+
+def test_several_loaded_models_are_trained_side_by_side(tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path / "a", epochs=1)
+    trained(tiny_corpus, tmp_path / "b", "--hiddenGar", "5", "--arMode", "RNN", epochs=1)
+    paths = [tmp_path / name / "checkpoint_0.pt" for name in "ab"]
+    state = trained(tiny_corpus, tmp_path / "c", "--load", *paths, epochs=1)
+    assert state["args"]["hiddenGar"] == 13
+    assert "models.1.gAR.baseNet.weight_ih_l0" in state["gEncoder"]
+    for path in paths:
+        path.unlink()
+    assert run("--pathCheckpoint", tmp_path / "c", "--nEpoch", 2) == 0
+
+
+@needs_real_speech
+@pytest.mark.skipif(not (GOLDEN / "checkpoint").is_dir(), reason="no checkpoint of the original")
+def test_a_golden_run_of_the_original_goes_on(tmp_path):
+    shutil.copytree(GOLDEN / "checkpoint", tmp_path / "run", copy_function=shutil.copyfile)
+    (tmp_path / "run").chmod(0o755)
+    epochs = len(json.loads((tmp_path / "run" / "checkpoint_logs.json").read_text())["epoch"])
+    lists = ["--pathTrain", REAL_SPEECH / "train_split.txt", "--pathVal",
+             REAL_SPEECH / "test_split.txt"]  # fmt: skip
+    flags = ["--pathDB", REAL_SPEECH / "audio", *lists, "--pathCheckpoint", tmp_path / "run"]
+    assert run(*flags, "--nEpoch", epochs + 1) == 0
+    before, after = (checkpoint(tmp_path / "run", epochs - 1 + n) for n in (0, 1))
+    assert after["logs"]["epoch"] == list(range(epochs + 1))
+    assert {"gEncoder", "cpcCriterion", "optimizer", "best"} <= after.keys()
+    for key in ("gEncoder", "cpcCriterion"):
+        shapes = [{k: v.shape for k, v in state[key].items()} for state in (before, after)]
+        assert shapes[0] == shapes[1]
+    steps = [state["optimizer"]["state"][0]["step"] for state in (before, after)]
+    assert steps[1] > steps[0]
+
+
+# ---------------------------------------------------------------------------- hooks in a run
+
+CAPTURE_FLAGS = ["--captureEverything", "--captureEachEpochs", "1"]
+
+
+def capture_flags(corpus, directory):
+    return [*CAPTURE_FLAGS, "--pathCaptureDS", corpus / "test.txt", "--pathCaptureSave", directory,
+            "--path_phone_data", corpus / "phones.txt"]  # fmt: skip
+
+
+def captured(directory):
+    return {
+        path.relative_to(directory): torch.load(path, weights_only=True)
+        for path in Path(directory).rglob("*.pt")
+    }
+
+
+@pytest.mark.parametrize("words", [[], EXAMPLE], ids=["cpc", "cpc-ctc"])
+def test_capture_and_probes_leave_training_as_it_was(words, tiny_corpus, tmp_path):
+    plain = trained(tiny_corpus, tmp_path / "plain", *words, epochs=3)
+    hooks = [
+        *capture_flags(tiny_corpus, tmp_path / "capture"), "--captureSetStats",
+        f"reprDiff:cosine,ctx_repr,0.05,{tmp_path / 'stats'}", "--supervised_classif_metric",
+        "--speaker_sep", "--linsep_logs_dir", tmp_path / "probes", "--linsep_checkpoint_dir",
+        tmp_path / "classifiers", "--linsep_n_epoch", "2", "--linsep_classif_each_epochs", "1",
+    ]  # fmt: skip
+    hooked = trained(tiny_corpus, tmp_path / "hooked", *words, *hooks, epochs=3)
+    assert_same(plain, hooked, without=("args", "logs"))
+    logs = hooked["logs"]
+    assert all(plain["logs"][key] == logs[key] for key in plain["logs"])
+    assert logs["phone_best_val_acc"][0] is None
+    assert len(logs["speaker_best_val_acc"][2]) == 1
+    assert len(logs["reprDiff_ctx_repr_cosine_by0.05_mean"]) == 3
+    assert (tmp_path / "probes" / "2" / "phone" / "logs.json").is_file()
+    assert list((tmp_path / "classifiers" / "1" / "speaker").glob("speaker_classif_best-*.pt"))
+    assert {p.name for p in (tmp_path / "capture").iterdir()} == {"0", "1", "2"}
+    assert list((tmp_path / "stats").glob("*.png"))
+
+
+@pytest.mark.parametrize("words", [[], EXAMPLE], ids=["cpc", "cpc-ctc"])
+def test_capture_on_a_checkpoint_equals_the_one_during_training(words, tiny_corpus, tmp_path):
+    flags = capture_flags(tiny_corpus, tmp_path / "during")
+    trained(tiny_corpus, tmp_path / "run", *words, *flags)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    again = ["--onlyCapture", "--pathDB", tiny_corpus / "audio", "--pathCheckpoint"]
+    flags = capture_flags(tiny_corpus, tmp_path / "after")
+    assert run(*again, tmp_path / "run", *flags) == 0
+    assert run(*again, tmp_path / "run" / "checkpoint_0.pt", *flags) == 0
+    during, after = captured(tmp_path / "during"), captured(tmp_path / "after")
+    names = {path.parts[1] for path in during}
+    assert names >= {"conv_repr", "ctx_repr", "speaker_align", "phone_align", "pred"}
+    assert ("cpcctc_align" in names) == bool(words)
+    assert_equal_trees(during, after, "capture")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    index = json.loads((tmp_path / "after" / "1" / "index.json").read_text())
+    assert index["windows"][0]["file"].endswith(".flac")
+
+
+def test_a_capture_that_can_not_be_written_costs_no_epoch(tiny_corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = capture_flags(tiny_corpus, tmp_path / "file")
+    words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", *flags]
+    assert run(*words, "--nEpoch", 2) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert checkpoint(tmp_path / "run", 0)["position"] == [1, 0, 0]
+
+
+def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    words = ["--only_classif_metric", "--pathCheckpoint", tmp_path / "run", "--linsep_n_epoch", "2"]
+    words += ["--path_phone_data", tiny_corpus / "phones.txt", "--linsep_logs_dir", tmp_path / "l"]
+    assert run(*words) == 0
+    assert run(*words, "--CTCphones") == 0
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert (tmp_path / "l" / "1" / "phone" / "logs.json").is_file()
+    assert not (tmp_path / "l" / "1" / "speaker").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["PHONES"], ["PHONES", "--CTC"], ["PHONES", "--onEncoder", "--nLevelsPhone", "2"]]
+)
+def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path):
+    phones = ["--path_phone_data", tiny_corpus / "phones.txt"]
+    words = [item for word in words for item in (phones if word == "PHONES" else [word])]
+    state = trained(tiny_corpus, tmp_path, "--supervised", "--learningRate", "0.01", *words,
+                    epochs=4)  # fmt: skip
+    losses = [row[0] for row in state["logs"]["locLoss_train"]]
+    assert losses[-1] < losses[0]
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 5) == 0
+
+
+@pytest.mark.parametrize("mode", ["reverse", "none"])
+def test_the_other_modes_of_cpc_run(mode, tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path, "--cpc_mode", mode, epochs=1)
+
+
+def test_a_hook_that_never_comes_is_said_at_the_start(tiny_corpus, tmp_path, capsys):
+    words = ["--supervised_classif_metric", "--speaker_sep", "--linsep_logs_dir", tmp_path / "l"]
+    trained(tiny_corpus, tmp_path / "run", *words)
+    assert "never in a run of 2" in capsys.readouterr().out

@@ -1,0 +1,101 @@
+"""Reading audio files: what their headers say, and their samples straight into memory."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+
+from utils.misc import SAMPLE_RATE
+
+LONGEST_FILE = 2**32  # samples, 74 hours: a header that claims more is broken
+SAMPLES_PER_BYTE = 8192  # more than any codec reaches, even FLAC on digital silence
+FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that 16 bits hold exactly
+
+
+class Header(NamedTuple):
+    """What is known of an audio file before it is decoded."""
+
+    samples: int
+    rate: int = SAMPLE_RATE  # Hz
+    fits_int16: bool = True  # mono, and 16 bits hold its samples exactly
+    problem: str = ""  # why the file can't be used, if it can't
+
+
+def read_header(path):
+    """The `Header` of an audio file; what is wrong with it is in `problem`, nothing is raised."""
+    try:
+        with open_audio(path) as file:
+            problem = _length_problem(file, os.path.getsize(path))
+            samples = 0 if problem else file.frames
+            return Header(samples, file.samplerate, fits_int16(file), problem)
+    except (OSError, soundfile.SoundFileError) as error:
+        return Header(0, problem=reason(error))
+
+
+def open_audio(path):
+    """An open `soundfile.SoundFile`. Raises OSError or soundfile.SoundFileError.
+
+    soundfile opens one file at a time, whatever the number of threads. So its beginning is read
+    before: where storage is slow, threads wait for it side by side, and errors of the file system
+    get their own names. Bytes, since file names need not be valid UTF-8.
+    """
+    name = os.fsencode(path) if os.name == "posix" else path
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise OSError("not a regular file")
+    with open(name, "rb", buffering=0) as file:
+        file.read(8192)
+    return soundfile.SoundFile(name)
+
+
+def _length_problem(file, n_bytes):
+    if file.frames <= 0:
+        return "empty"
+    if file.frames > min(LONGEST_FILE, SAMPLES_PER_BYTE * n_bytes):
+        return f"its header gives an impossible length: {file.frames} samples in {n_bytes} bytes"
+    return ""
+
+
+def fits_int16(file):
+    """Whether int16 holds all samples of an open file exactly (a mean of channels need not be)."""
+    return file.channels == 1 and file.subtype in FITS_INT16
+
+
+def reason(error):
+    """Why a file couldn't be read, without its name."""
+    if isinstance(error, soundfile.LibsndfileError):
+        return f"can't be decoded: {error.error_string.strip().rstrip('.')}"
+    return getattr(error, "strerror", None) or str(error)
+
+
+def decode_into(waveform, path, listed_samples):
+    """Fill the array `waveform` with the beginning of an audio file.
+
+    waveform: (n,) int16, or float32 in [-1, 1]; several channels are averaged
+    listed_samples: the length of the whole file when its header was read
+    Returns why the file can't be used, or "" if all is well.
+    """
+    try:
+        with open_audio(path) as file:
+            if (file.frames, file.samplerate) != (listed_samples, SAMPLE_RATE):
+                return "changed since the database was listed; --ignore_cache lists it anew"
+            if waveform.dtype == np.int16 and not fits_int16(file):
+                return "no 16-bit mono file any more; --ignore_cache lists the database anew"
+            n_read = _read_mono(file, waveform)
+    except FileNotFoundError:
+        return "gone since the database was listed; --ignore_cache lists it anew"
+    except (OSError, soundfile.SoundFileError) as error:
+        return reason(error)
+    if n_read < len(waveform):
+        return f"ends after {n_read} samples, its header says {listed_samples}"
+    if waveform.dtype == np.float32 and not np.isfinite(waveform).all():
+        return "holds NaN or infinite samples"
+    return ""
+
+
+def _read_mono(file, waveform):
+    if file.channels == 1:
+        return len(file.read(out=waveform))
+    channels = file.read(len(waveform), dtype="float32", always_2d=True)
+    np.mean(channels, axis=1, out=waveform[: len(channels)])
+    return len(channels)

@@ -1,0 +1,88 @@
+"""Phone alignments as this program reads them: a label for every 10 ms, and the symbols' ids.
+
+A label file has a line `name id id ...` for each utterance; its label i is the phone at the middle
+of frame i, sample 160 i + 80. A symbol file has a line `id symbol` for each phone.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+from utils.files import atomic_path
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
+
+FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
+LABELS, SYMBOLS = "converted_aligned_phones.txt", "phones.txt"
+SILENCE = "SIL"
+
+
+class Interval(NamedTuple):
+    """A phone and when it is heard, in seconds."""
+
+    start: float
+    end: float
+    symbol: str
+
+
+def frames_before(seconds):
+    """How many frames have their middle before this time."""
+    # Times are decimals of a file: without rounding, 0.145 s would be after the middle of frame 14.
+    return math.ceil(round(seconds * FRAMES_PER_SECOND - 0.5, 6))
+
+
+def frame_symbols(intervals, duration, between=SILENCE):
+    """The phone in each whole frame of `duration` seconds, as a list; `between` in the gaps."""
+    symbols = [between] * math.floor(round(duration * FRAMES_PER_SECOND, 6))
+    for start, end, symbol in intervals:
+        first, after = frames_before(start), min(frames_before(end), len(symbols))
+        symbols[first:after] = [symbol] * (after - first)
+    return symbols
+
+
+def runs(labels):
+    """The phones of a row of frames: (first frame, the one after the last, label) each."""
+    position = 0
+    for label, group in itertools.groupby(labels):
+        length = sum(1 for _ in group)
+        yield position, position + length, label
+        position += length
+
+
+def write_labels(path, labels):
+    """Write a label file from a dict: name -> ids."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for name, ids in labels.items():
+            file.write(f"{name} {' '.join(map(str, ids))}\n")
+
+
+def write_symbols(path, symbols):
+    """Write a symbol file from a dict: symbol -> id."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for symbol, number in sorted(symbols.items(), key=lambda pair: pair[1]):
+            file.write(f"{number} {symbol}\n")
+
+
+def read_symbols(path):
+    """A symbol file as a dict: symbol -> id. Raises UserError, with the line, for anything else."""
+    symbols = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        columns = line.split()
+        if len(columns) != 2 or not columns[0].isdecimal():
+            raise UserError(f"{path}, line {number}: not `id symbol`: {line[:80]!r}")
+        if columns[1] in symbols or int(columns[0]) in symbols.values():
+            raise UserError(f"{path}, line {number}: {line.strip()!r} is there a second time")
+        symbols[columns[1]] = int(columns[0])
+    if not symbols:
+        raise UserError(f"{path}: no symbols in this file")
+    return symbols
+
+
+def read_text(path):
+    """The content of a text file. Raises UserError, naming it, if it can't be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as text ({error})") from error

@@ -1,0 +1,92 @@
+"""Make an item file for eval/ABX.py from phone labels.
+
+    python utils/corpus/make_abx_item.py LABELS.txt phones.txt OUT.item
+
+LABELS.txt has a line `name id id ...` with a label for every 10 ms, phones.txt a line `id symbol`
+for each phone: what utils/corpus/convert_alignments.py and make_demo.py write. An item is a phone
+together with the phones before and after it, as in the ZeroSpeech challenges; the latter two are
+its context. Phones beside silence or at an end of the utterance make no item. The speaker is the
+beginning of the name, up to the first `-`. Two equal phones in a row can't be told apart in labels
+and count as one.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from dataset import read_phone_labels
+from utils.corpus.alignments import FRAMES_PER_SECOND, SILENCE, read_symbols, runs
+from utils.files import atomic_path
+from utils.misc import CommandLine, UserError, command
+
+HEADER = "#file onset offset #phone prev-phone next-phone speaker"
+
+
+@command
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    labels = read_phone_labels(args.labels).labels
+    symbol_of = {number: symbol for symbol, number in read_symbols(args.phones).items()}
+    silence = {number for number, symbol in symbol_of.items() if symbol in args.silence.split(",")}
+    lines = []
+    for name, ids in labels.items():
+        unknown = set(ids.tolist()) - symbol_of.keys()
+        if unknown:
+            raise UserError(f"{args.labels}: {name} has label {min(unknown)}, not in {args.phones}")
+        lines += item_lines(name, ids.tolist(), symbol_of, silence, args)
+    if not lines:
+        raise UserError(f"{args.labels}: no phone is between two phones that aren't silence")
+    try:
+        with atomic_path(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write("\n".join([HEADER, *lines, ""]))
+    except OSError as error:
+        raise UserError(f"{args.out}: can't be written ({error.strerror})") from error
+    print(f"{len(lines)} items of {len(labels)} utterances: {args.out}")
+
+
+def build_parser():
+    parser = CommandLine(
+        prog="make_abx_item.py", description="An item file for eval/ABX.py from phone labels."
+    )
+    add = parser.add_argument
+    add("labels", help="labels, `name id id ...` a line, an id for every 10 ms")
+    add("phones", help="symbols of the phones, `id symbol` a line")
+    add("out", help="item file to write")
+    add(
+        "--extent",
+        choices=["triphone", "phone"],
+        default="triphone",
+        help="an item lasts for its phone and those around it, or for its phone alone "
+        "(default: triphone, as in the ZeroSpeech challenge of 2017)",
+    )
+    add(
+        "--silence",
+        default=SILENCE,
+        metavar="SYMBOLS",
+        help=f"symbols of what isn't speech, separated by commas (default: {SILENCE})",
+    )
+    add(
+        "--separator",
+        default="-",
+        metavar="TEXT",
+        help="what ends the speaker in a name (default: -, as in LibriSpeech)",
+    )
+    return parser
+
+
+def item_lines(name, ids, symbol_of, silence, args):
+    """The lines of one utterance's items."""
+    phones = list(runs(ids))
+    for before, phone, after in zip(phones, phones[1:], phones[2:], strict=False):
+        labels = [before[2], phone[2], after[2]]
+        if silence.isdisjoint(labels):
+            first, end = phone[:2] if args.extent == "phone" else (before[0], after[1])
+            previous_phone, symbol, next_phone = (symbol_of[label] for label in labels)
+            times = f"{first / FRAMES_PER_SECOND:.2f} {end / FRAMES_PER_SECOND:.2f}"
+            speaker = name.split(args.separator)[0]
+            yield f"{name} {times} {symbol} {previous_phone} {next_phone} {speaker}"
+
+
+if __name__ == "__main__":
+    main()

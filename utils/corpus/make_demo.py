@@ -1,0 +1,301 @@
+"""Synthesise a corpus of speech with exact phone labels, to try the program on.
+
+    python utils/corpus/make_demo.py OUT [--speakers 20] [--utterances 40] [--seed 1]
+
+Writes below OUT:
+
+    audio/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac    16 kHz, 16 bit; `audio` is for --pathDB
+    train_split.txt, test_split.txt    names of utterances; every fifth of a speaker is for tests
+    converted_aligned_phones.txt       on each line a name, then a phone id for every 10 ms
+    phones.txt                         on each line a phone id and its symbol
+    demo_corpus.json                   what the corpus was made with
+
+Label i is the phone at sample 160 i + 80. The speakers talk in the made-up words of one language,
+some words far more frequent than others, with pauses here and there.
+
+The same version, seed and sizes give the same bytes, however many processors there are, and a
+smaller corpus is a part of a larger one with the same seed. NumPy promises its random streams only
+within a version, and FLAC files differ between versions of libsndfile; requirements.txt pins both.
+"""
+
+import contextlib
+import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import soundfile
+
+from utils.corpus.synthesiser import (
+    AFFRICATES,
+    DIPHTHONGS,
+    FRICATIVES,
+    PHONES,
+    SILENCE,
+    STOPS,
+    VOWELS,
+    draw_speaker,
+    frame_labels,
+    speak,
+)
+from utils.files import TEMPORARY_PREFIX, atomic_path, load_json, remove_leftovers, save_json
+from utils.logs import progress
+from utils.misc import SAMPLE_RATE, CommandLine, UserError, run_command
+
+VERSION = 1  # of the corpus: to be raised when the same seed gives other bytes
+MANIFEST = "demo_corpus.json"
+TRAIN_LIST, TEST_LIST = "train_split.txt", "test_split.txt"
+LABELS, SYMBOLS = "converted_aligned_phones.txt", "phones.txt"
+N_THREADS = 2  # NumPy and the encoder leave Python's lock; more threads gain little
+
+FIRST_SPEAKER = 201
+UTTERANCES_PER_CHAPTER = 20
+TEST_EVERY = 5  # utterances
+
+N_WORDS = 300
+N_SYLLABLES = (0.45, 0.4, 0.15)  # probabilities of words of one, two and three syllables
+WORDS_PER_UTTERANCE = (6, 16)
+PAUSE = 0.15  # probability of a silence after a word
+# Louder than LibriSpeech, about -26 dB, where short training runs idle for hundreds of steps.
+LEVEL = -13.0  # dB RMS of full scale, before the limiter, which takes one
+LEVEL_SCATTER = 1.0  # dB
+
+NUCLEI = (*VOWELS, *DIPHTHONGS)
+OBSTRUENTS = (*STOPS, *FRICATIVES, *AFFRICATES)
+CODAS = (*OBSTRUENTS, "M", "N", "NG", "L", "R")
+ONSETS = (*OBSTRUENTS, "M", "N", "L", "R", "W", "Y", "HH")
+LIQUIDS = ("L", "R", "W")  # may follow an obstruent at the start of a syllable
+
+
+class Settings(NamedTuple):
+    """All that the bytes of a corpus depend on."""
+
+    speakers: int
+    utterances: int  # of each speaker
+    seed: int
+    version: int = VERSION
+
+    def __str__(self):
+        return (
+            f"--speakers {self.speakers} --utterances {self.utterances} --seed {self.seed}, "
+            f"version {self.version}"
+        )
+
+    def positions(self):
+        """(speaker, utterance), numbered from 0, of every utterance, in the order of the files."""
+        return list(itertools.product(range(self.speakers), range(self.utterances)))
+
+
+# The language.
+
+
+def draw_lexicon(rng):
+    """Words as lists of phones, each word of one to three syllables."""
+    return [_draw_word(rng) for _ in range(N_WORDS)]
+
+
+def _draw_word(rng):
+    """Syllables of at most two consonants and a vowel; the last may be closed by a consonant."""
+    word = []
+    for _ in range(1 + rng.choice(len(N_SYLLABLES), p=N_SYLLABLES)):
+        if rng.random() < 0.9:
+            word.append(_pick(ONSETS, rng))
+            if word[-1] in OBSTRUENTS and rng.random() < 0.2:
+                word.append(_pick(LIQUIDS, rng))
+        word.append(_pick(NUCLEI, rng))
+    if rng.random() < 0.6:
+        word.append(_pick(CODAS, rng))
+    return word
+
+
+def _pick(choices, rng):
+    return choices[rng.integers(len(choices))]
+
+
+def draw_utterance(lexicon, rng):
+    """Phones of some words, between silences. Frequencies of words follow Zipf and Mandelbrot."""
+    frequency = 1 / (np.arange(len(lexicon)) + 4)
+    n_words = rng.integers(*WORDS_PER_UTTERANCE)
+    phones = [SILENCE]
+    for word in rng.choice(len(lexicon), n_words, p=frequency / frequency.sum()):
+        phones += lexicon[word]
+        if rng.random() < PAUSE:
+            phones.append(SILENCE)
+    return phones if phones[-1] == SILENCE else [*phones, SILENCE]
+
+
+# Utterances and files.
+
+
+def record(waveform, speaker, rng):
+    """`waveform` (L,) as 16-bit samples at about LEVEL, with the noise of the speaker's room.
+
+    Speech this loud would have peaks above full scale: a soft limiter rounds them off.
+    """
+    waveform = waveform / np.sqrt(np.mean(waveform**2))
+    waveform = waveform + 10 ** (speaker.noise_floor / 20) * rng.standard_normal(len(waveform))
+    gain = 10 ** ((LEVEL + LEVEL_SCATTER * rng.uniform(-1, 1)) / 20)
+    return np.round(32767 * np.tanh(gain * waveform)).astype(np.int16)
+
+
+def make_utterance(settings, lexicon, speaker, utterance):
+    """The samples (L,) int16 and labels (L // 160,) of an utterance, both numbered from 0."""
+    voice = draw_speaker(np.random.default_rng([settings.seed, 1, speaker]), female=speaker % 2)
+    rng = np.random.default_rng([settings.seed, 2, speaker, utterance])
+    phones = draw_utterance(lexicon, rng)
+    waveform, boundaries = speak(phones, voice, rng)
+    return record(waveform, voice, rng), frame_labels(phones, boundaries)
+
+
+def utterance_name(speaker, utterance):
+    chapter, number = divmod(utterance, UTTERANCES_PER_CHAPTER)
+    return f"{FIRST_SPEAKER + speaker}-{chapter + 1}-{number:04d}"
+
+
+def is_for_tests(utterance, settings):
+    """Every fifth utterance of each speaker; the last one where there are fewer."""
+    return utterance % TEST_EVERY == min(TEST_EVERY, settings.utterances) - 1
+
+
+def audio_path(out, name):
+    speaker, chapter, _ = name.split("-")
+    return out / "audio" / speaker / chapter / f"{name}.flac"
+
+
+def write_corpus(out, settings):
+    """Write audio, lists and labels below the Path `out`; returns the number of samples."""
+    lexicon = draw_lexicon(np.random.default_rng([settings.seed, 0]))
+
+    def write_utterance(position):
+        samples, labels = make_utterance(settings, lexicon, *position)
+        path = audio_path(out, utterance_name(*position))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, samples, SAMPLE_RATE, subtype="PCM_16")
+        return len(samples), labels
+
+    positions = settings.positions()
+    threads = ThreadPoolExecutor(N_THREADS)
+    try:
+        written = threads.map(write_utterance, positions)
+        bar = progress(written, what="synthesising", unit=" utterances", total=len(positions))
+        lengths, labels = zip(*bar, strict=True)
+    finally:
+        threads.shutdown(cancel_futures=True)
+    write_lists(out, settings, positions, labels)
+    return sum(lengths)
+
+
+def write_lists(out, settings, positions, labels):
+    """Write the names of training and test utterances, their labels, and the names of phones."""
+    names = [utterance_name(*position) for position in positions]
+    tests = [is_for_tests(utterance, settings) for _, utterance in positions]
+    write_lines(out / TRAIN_LIST, [n for n, test in zip(names, tests, strict=True) if not test])
+    write_lines(out / TEST_LIST, [n for n, test in zip(names, tests, strict=True) if test])
+    aligned = zip(names, labels, strict=True)
+    write_lines(out / LABELS, [f"{name} {' '.join(map(str, ids))}" for name, ids in aligned])
+    write_lines(out / SYMBOLS, [f"{identity} {symbol}" for identity, symbol in enumerate(PHONES)])
+
+
+def write_lines(path, lines):
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+# The command.
+
+
+def is_there(out, settings):
+    """Whether the Path `out` holds this corpus, complete.
+
+    Raises UserError if it holds anything else: two corpora in one directory would be read as one.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is no directory; give the name of a new one")
+    manifest = out / MANIFEST
+    if not manifest.exists():
+        if out.exists() and any(not f.name.startswith(TEMPORARY_PREFIX) for f in out.iterdir()):
+            raise UserError(f"{out}: is not empty, and no demo corpus; give the name of a new one")
+        return False
+    found, made_with = load_json(manifest), None
+    with contextlib.suppress(LookupError, TypeError):
+        made_with = Settings(**found["settings"])
+    if made_with != settings:
+        raise UserError(
+            f"{out}: holds another demo corpus ({made_with}, not {settings}); "
+            "delete it or give the name of a new directory"
+        )
+    audio = (audio_path(out, utterance_name(*position)) for position in settings.positions())
+    texts = (out / name for name in (TRAIN_LIST, TEST_LIST, LABELS, SYMBOLS))
+    return bool(found.get("samples")) and all(file.is_file() for file in (*texts, *audio))
+
+
+def make_corpus(out, settings):
+    """Write the corpus below the Path `out`, unless it is there; True if it was written.
+
+    The manifest names the samples only when all is written, so what was interrupted is made again.
+    """
+    if is_there(out, settings):
+        return False
+    manifest = {
+        "settings": settings._asdict(),
+        "numpy": np.__version__,
+        "libsndfile": soundfile.__libsndfile_version__,
+    }
+    try:
+        save_json(out / MANIFEST, manifest)
+        remove_leftovers(out)
+        samples = write_corpus(out, settings)
+        save_json(out / MANIFEST, {**manifest, "samples": samples})
+    except (OSError, soundfile.SoundFileError) as error:
+        raise UserError(f"{out}: the corpus can't be written ({error})") from error
+    return True
+
+
+def parse_arguments(argv):
+    parser = CommandLine(
+        description=__doc__.splitlines()[0],
+        epilog="The same version, sizes and seed give the same bytes.",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new directory for the corpus")
+    parser.add_argument(
+        "--speakers",
+        type=int,
+        default=20,
+        help="number of speakers, half of them women (%(default)s)",
+    )
+    parser.add_argument(
+        "--utterances",
+        type=int,
+        default=40,
+        help="utterances of each speaker, about 4 s long, every fifth for tests (%(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="another seed: another language and speakers (%(default)s)",
+    )
+    args = parser.parse_args(argv)
+    for name, least in (("speakers", 1), ("utterances", 2), ("seed", 0)):
+        if vars(args)[name] < least:
+            parser.error(f"--{name} {vars(args)[name]}: it takes at least {least}")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    settings = Settings(args.speakers, args.utterances, args.seed)
+    new = make_corpus(args.out, settings)
+    hours = load_json(args.out / MANIFEST)["samples"] / SAMPLE_RATE / 3600
+    print(
+        f"{args.out}: {settings.speakers} speakers, {settings.speakers * settings.utterances} "
+        f"utterances, {hours:.2f} h of speech{'' if new else ', already there'}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,79 @@
+"""Pictures of a training run."""
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from utils.files import atomic_path
+
+
+def save_figure(figure, path, dpi=110):
+    """Write a figure as PNG, atomically. Figures made with `Figure()` need no closing."""
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+
+
+def draw_curves(logs, path):
+    """Draw `checkpoint_logs.json` (a dict): losses, accuracies, probes and the learning rate.
+
+    Thin lines are single prediction steps, from the nearest (dark) to the farthest (light); thick
+    ones are their means, full for validation and dashed for training.
+    """
+    figure = Figure(figsize=(11, 7.5))
+    margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95}
+    (losses, accuracies), (probe, rate) = figure.subplots(
+        2, 2, gridspec_kw={**margins, "wspace": 0.2, "hspace": 0.3}
+    )
+    epochs = logs["epoch"]
+    _draw_steps(losses, epochs, logs, "locLoss", "loss")
+    _draw_steps(accuracies, epochs, logs, "locAcc", "accuracy", scale=100)
+    accuracies.set_ylabel("accuracy (%)")
+    _draw_probes(probe, epochs, logs)
+    _draw_series(rate, epochs, logs.get("learningRate", []), color="C3")
+    rate.set_title("learning rate")
+    rate.set_ylim(bottom=0)
+    for axes in (losses, accuracies, probe, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def _draw_series(axes, epochs, values, **style):
+    points = [(e, v) for e, v in zip(epochs, values, strict=False) if v is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
+
+
+def _draw_steps(axes, epochs, logs, key, title, scale=1):
+    for part, dashes, color in (("train", "--", "C0"), ("val", "-", "C1")):
+        rows = logs.get(f"{key}_{part}", [])
+        steps = max((len(row) for row in rows if row), default=0)
+        for step in range(steps if part == "val" else 0):
+            shade = str(0.25 + 0.55 * step / max(steps - 1, 1))
+            values = [row and row[step] * scale for row in rows]
+            axes.plot(epochs[: len(values)], values, color=shade, linewidth=0.8)
+        means = [row and scale * sum(row) / len(row) for row in rows]
+        name = {"train": "training", "val": "validation"}[part]
+        _draw_series(axes, epochs, means, color=color, linestyle=dashes, linewidth=2, label=name)
+    axes.set_title(f"{title}: mean, and each prediction step in validation")
+    axes.set_ylabel(title)
+    if axes.lines:
+        axes.legend()
+
+
+def _draw_probes(axes, epochs, logs):
+    """Accuracies of the probes, and phone error rates of those by CTC."""
+    names = {"_best_val_acc": "accuracy", "_best_val_per": "phone error rate"}
+    for key in sorted(logs):
+        ending = key[-len("_best_val_acc") :]
+        if ending in names:
+            values = [v and 100 * (v[0] if isinstance(v, list) else v) for v in logs[key]]
+            label = f"{key.removesuffix(ending)}: {names[ending]}"
+            _draw_series(axes, epochs, values, label=label)
+    axes.set_title("probes: linear separability in validation")
+    axes.set_ylabel("%")
+    if axes.lines:
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "no probe so far", ha="center", va="center", transform=axes.transAxes)

@@ -1,0 +1,148 @@
+"""The plan of an epoch: which files share a pack, which windows of a pack share a batch.
+
+Pure functions of lengths, speakers and a seeded generator; no audio is needed. All lengths and
+positions are in samples.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils.misc import SAMPLES_PER_FRAME
+
+
+class Layout(NamedTuple):
+    """Where the files of a pack lie in it."""
+
+    files: np.ndarray  # (n,) index into the dataset's sequences, ascending
+    boundaries: np.ndarray  # (n + 1,): the i-th file is [boundaries[i], boundaries[i + 1])
+
+    @classmethod
+    def of(cls, files, lengths):
+        """The files one after the other; `lengths` are those of all sequences of the dataset."""
+        return cls(files, cumulated(lengths[files]))
+
+    def position_of(self, samples):
+        """Which of the files, by position in `files`, hold these samples of the pack."""
+        return np.searchsorted(self.boundaries, samples, side="right") - 1
+
+
+class PackPlan(NamedTuple):
+    """The windows of a pack in batches: batch g is `starts[edges[g]:edges[g + 1]]`."""
+
+    starts: np.ndarray  # (windows,) first sample of each window in the pack
+    edges: np.ndarray  # (batches + 1,)
+
+    @property
+    def n_batches(self):
+        return len(self.edges) - 1
+
+    def batch(self, g):
+        return self.starts[self.edges[g] : self.edges[g + 1]]
+
+
+def cumulated(lengths):
+    """0 and the running sums of `lengths`."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def split_in_packs(lengths, max_size, generator=None):
+    """Files in packs of at most `max_size` samples: a list of ascending index arrays.
+
+    With a generator the files are shuffled first. Packs are of about the same size, so that none
+    is too small to mix its windows well; a file longer than `max_size` is a pack of its own.
+    """
+    total, order = int(lengths.sum()), np.arange(len(lengths))
+    if total <= max_size:
+        return [order]
+    if generator is not None:
+        order = torch.randperm(len(lengths), generator=generator).numpy()
+    n_packs = -(-total // max_size)
+    limit = min(max_size, -(-total // n_packs) + int(lengths.max()))
+    ends = cumulated(lengths[order])
+    packs, begin = [], 0
+    while begin < len(order):
+        end = int(np.searchsorted(ends, ends[begin] + limit, side="right")) - 1
+        end = max(end, begin + 1)
+        packs.append(np.sort(order[begin:end]))
+        begin = end
+    return packs
+
+
+def plan_pack(layout, speakers, sampling, size_window, batch_size, generator=None):
+    """Cut a pack into windows, and these into batches.
+
+    speakers: (n,) of the layout's files. Without a generator the windows of every interval begin
+    with it and keep their order, and none is left out.
+    """
+    if sampling == "sequential" and generator is not None:
+        size = int(layout.boundaries[-1])
+        offset = _random_offsets(np.array([size]), size_window, generator)[0]
+        return plan_rows(size, int(offset), size_window, batch_size)
+    starts, number = _cut_windows(_intervals(layout, speakers, sampling), size_window, generator)
+    edges = np.append(np.flatnonzero(number % batch_size == 0), len(starts))
+    if generator is None:
+        return PackPlan(starts, edges)
+    if sampling == "uniform" and len(edges) > 2 and edges[-1] - edges[-2] < batch_size:
+        edges = edges[:-1]  # samplings by interval keep small batches: they are all there is
+    return _shuffle_batches(starts, edges, generator)
+
+
+def plan_rows(size, offset, size_window, batch_size):
+    """Batches of which row b goes on where row b of the batch before ended.
+
+    The pack, from `offset` on, is cut into `batch_size` stretches of whole frames (or as many as
+    there are windows); each row runs through one of them.
+    """
+    n_rows = min(batch_size, (size - offset) // size_window)
+    if n_rows <= 0:
+        return PackPlan(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    n_batches = (size - offset) // size_window // n_rows
+    stride = (size - offset) // n_rows // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
+    starts = offset + np.arange(n_batches)[:, None] * size_window + np.arange(n_rows) * stride
+    return PackPlan(starts.ravel(), np.arange(n_batches + 1) * n_rows)
+
+
+def _intervals(layout, speakers, sampling):
+    """Boundaries of the stretches of a pack that no window crosses and no batch mixes."""
+    if sampling == "samesequence":
+        return layout.boundaries
+    if sampling == "samespeaker":
+        changes = np.flatnonzero(np.diff(speakers)) + 1
+        return layout.boundaries[np.concatenate([[0], changes, [len(speakers)]])]
+    return layout.boundaries[[0, -1]]
+
+
+def _cut_windows(boundaries, size_window, generator):
+    """Starts of the windows of all intervals, and numbers that count them in each interval.
+
+    With a generator, windows begin at a random offset and are shuffled within their interval.
+    """
+    sizes = np.diff(boundaries)
+    offsets = np.zeros_like(sizes)
+    if generator is not None:
+        offsets = _random_offsets(sizes, size_window, generator)
+    counts = (sizes - offsets) // size_window
+    interval = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(interval)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = (boundaries[:-1] + offsets)[interval] + number * size_window
+    if generator is not None:
+        keys = torch.randperm(len(starts), generator=generator).numpy()
+        starts = starts[np.lexsort((keys, interval))]
+    return starts, number
+
+
+def _random_offsets(sizes, size_window, generator):
+    """For each interval 0 to half a window, in frames; never so much that no window is left."""
+    latest = np.clip(sizes - size_window, 0, size_window // 2) // SAMPLES_PER_FRAME
+    drawn = torch.rand(len(sizes), generator=generator, dtype=torch.float64).numpy()
+    return (drawn * (latest + 1)).astype(np.int64) * SAMPLES_PER_FRAME
+
+
+def _shuffle_batches(starts, edges, generator):
+    order = torch.randperm(len(edges) - 1, generator=generator).numpy()
+    lengths = np.diff(edges)[order]
+    shuffled = cumulated(lengths)
+    index = np.repeat(edges[:-1][order] - shuffled[:-1], lengths) + np.arange(shuffled[-1])
+    return PackPlan(starts[index], shuffled)
