@@ -373,7 +373,7 @@ class AudioDataset:
 
     @property
     def n_windows(self):
-        """Windows in all sequences laid end to end, if no more of them turn out to be bad."""
+        """Windows in all sequences laid end to end; no epoch of any sampling has more."""
         return int(self.samples.sum()) // self.size_window
 
     @property

@@ -19,6 +19,7 @@ import functools
 import os
 import random
 import sys
+from pathlib import Path
 
 import torch
 
@@ -50,7 +51,12 @@ from utils.arguments import (
     parse_arguments,
     stored_arguments,
 )
-from utils.checkpoint import load_weights, newest_checkpoint, open_checkpoint
+from utils.checkpoint import (
+    follow_speaker_order,
+    load_weights,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from utils.hooks import CaptureHook, ProbeHook
 from utils.misc import UserError, command, generator_from, keep_freed_memory, seed_from
 from utils.stopping import Stopped, StopSignals
@@ -314,12 +320,12 @@ def probe_hook(task, sets, n_classes, args, device):
 def build_step(args, data, checkpoint=None):
     """The networks: new, loaded (`--load`), or those of the checkpoint.
 
-    Returns a TrainStep and, where several models are concatenated, the flags of each.
+    Returns a TrainStep and, where the model began with `--load`, the flags of each of its parts.
     """
     torch.manual_seed(seed_from(args.random_seed, "initial weights"))
     source, models = checkpoint, None
     if checkpoint:
-        model = load_model([checkpoint.path])[0]
+        model = load_model(checkpoint)[0]
         models = checkpoint.state.get("models")
     elif args.load:
         model, models = loaded_model(args)
@@ -329,6 +335,8 @@ def build_step(args, data, checkpoint=None):
     n_phones = data.labels.n_phones if data.labels else 0
     criterion = build_criterion(args, len(data.corpus.speakers), n_phones)
     if source:
+        listing = Path(args.pathDB, "_seqs_cache.txt")
+        follow_speaker_order(source, criterion, data.corpus.speakers, listing)
         load_weights(criterion, source.state["cpcCriterion"], source.path)
     if args.compile:
         model.gEncoder.compile()
@@ -337,14 +345,14 @@ def build_step(args, data, checkpoint=None):
 
 
 def loaded_model(args):
-    """The model of `--load`, and the flags of each where it is several; `args` follow it."""
+    """The model of `--load`, and the flags of each of its parts; `args` follow it."""
     model = load_model(args.load, gru_level=args.gru_level, nullspace=args.nullspace)[0]
-    flags = [stored_arguments(open_checkpoint(p).state["args"], p) for p in args.load]
     for name in sorted(MODEL):
-        if len({getattr(each, name) for each in flags}) == 1:
-            setattr(args, name, getattr(flags[0], name))
+        values = [getattr(flags, name) for flags in model.arguments]
+        if all(value == values[0] for value in values):
+            setattr(args, name, values[0])
     args.hiddenEncoder, args.hiddenGar = model.dim_encoded, model.dim_context
-    return model, [vars(each) for each in flags] if len(flags) > 1 else None
+    return model, [vars(flags) for flags in model.arguments]
 
 
 if __name__ == "__main__":

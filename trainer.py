@@ -46,8 +46,8 @@ class Trainer:
     """A run: networks, data, optimiser, and how far it has come.
 
     args: the flags; step: a TrainStep on `device`; train_set, val_set: AudioDatasets;
-    hooks: see utils/hooks.py; stop: the StopSignals in force; models: flags of each of several
-    concatenated models, or None.
+    hooks: see utils/hooks.py; stop: the StopSignals in force; models: flags of each part of a
+    model that began with `--load`, or None.
     """
 
     def __init__(self, args, step, train_set, val_set, *, hooks, device, stop, models=None):
@@ -287,7 +287,7 @@ class Trainer:
         print(f"going on from {checkpoint.path}, {self.position.epoch} epochs done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
         self.best = state["best"]
-        if "machine" not in state:  # the original's: its "best" is its latest epoch
+        if checkpoint.of_original:  # its "best" is its latest epoch
             latest = [row for row in self.logs.get("locAcc_val", []) if row][-1:]
             self.best_accuracy = mean(latest[0]) if latest and self.best else 0.0
             return

@@ -1,16 +1,31 @@
-"""The contrastive criteria against values of the original program and against slow references."""
+"""The criteria and classifiers, against values of the original program and slow references."""
 
+import itertools
 from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from criterion import CPCCriterion, CPCCTCCriterion, NoneCriterion, build_criterion, sampling
+from criterion.classification import (
+    CTCPhoneCriterion,
+    PhoneCriterion,
+    SpeakerCriterion,
+    SpeakerDoubleCriterion,
+)
 from criterion.custom_layers import EqualizedConv1d, EqualizedLinear
 from criterion.prediction import PredictionNetwork
+from criterion.seq_alignment import (
+    beam_search,
+    beam_search_batch,
+    best_label_sequences,
+    collapse_label_chain,
+    phone_error_rate,
+)
 from criterion.soft_align import (
     FORBIDDEN,
     FORBIDDEN_BLANK,
@@ -1052,3 +1067,226 @@ def test_no_criterion_by_flag():
 def test_flags_that_cannot_work(given, named):
     with pytest.raises(UserError, match=named):
         build_criterion(flags(**given), n_speakers=2)
+
+
+# ------------------------------------------------------------------------------- classifiers
+
+
+def classifier_of(case):
+    config = case.config
+    if case.kind == "SpeakerCriterion":
+        return SpeakerCriterion(config["dimEncoder"], config["nSpeakers"], config["nLayers"])
+    if case.kind == "SpeakerDoubleCriterion":
+        return SpeakerDoubleCriterion(config["dimEncoder"], config["dimInter"], config["nSpeakers"])
+    kinds = {"PhoneCriterion": PhoneCriterion, "CTCPhoneCriterion": CTCPhoneCriterion}
+    return kinds[case.kind](
+        config["dimEncoder"], config["nPhones"], config["onEncoder"], config["nLayers"]
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    golden_cases(
+        "SpeakerCriterion", "SpeakerDoubleCriterion", "PhoneCriterion", "CTCPhoneCriterion"
+    ),
+)
+def test_classifier_golden(case):
+    criterion = classifier_of(case)
+    criterion.load_state_dict(case.state_dict)
+    context = case["c"].clone().requires_grad_()
+    encoded = case["z"].clone().requires_grad_()
+    out = criterion(context, encoded, case["label"])
+    out.losses.sum().backward()
+
+    assert_close(out.losses, case["loss"], what="loss")
+    assert_close(out.accuracies, case["acc"], what="accuracy")
+    assert out.losses.shape == out.accuracies.shape == (1, 1)
+    if "logits" in case:
+        assert_close(criterion.logits(context, encoded), case["logits"], what="logits")
+    for name, leaf in (("grad_c", context), ("grad_z", encoded)):
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        assert_close(gradient, case[name], 1e-4, what=name)
+    assert_gradients_close(criterion, case.parameter_gradients())
+
+
+def linear_shapes(module):
+    return [tuple(m.weight.shape) for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def test_every_layer_has_as_many_neurons_as_classes():
+    assert linear_shapes(SpeakerCriterion(6, 4, 3)) == [(4, 6), (4, 4), (4, 4)]
+    assert linear_shapes(PhoneCriterion(6, 5, n_layers=2)) == [(5, 6), (5, 5)]
+    assert linear_shapes(CTCPhoneCriterion(6, 5, n_layers=3)) == [(5, 6), (5, 5), (6, 5)]
+    assert linear_shapes(CTCPhoneCriterion(6, 5)) == [(6, 6)]
+
+
+def test_layers_alternate_with_relu():
+    criterion = PhoneCriterion(6, 5, n_layers=2)
+    context = torch.randn(2, 3, 6)
+    first, _, last = criterion.PhoneCriterionClassifier
+    assert_close(criterion.logits(context), last(first(context).relu()))
+
+
+def test_a_loaded_ctc_classifier_keeps_its_widths_and_its_optimiser():
+    stored = CTCPhoneCriterion(6, 5, n_layers=2)
+    stored.PhoneCriterionClassifier[0] = nn.Linear(6, 9)
+    stored.PhoneCriterionClassifier[2] = nn.Linear(9, 6)
+    loaded = CTCPhoneCriterion(6, 5, n_layers=2)
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=1.0)
+
+    loaded.load_state_dict(stored.state_dict())
+
+    assert linear_shapes(loaded) == [(9, 6), (6, 9)]
+    context, label = torch.randn(2, 8, 6), torch.randint(5, (2, 8))
+    assert_close(loaded.logits(context), stored.logits(context))
+    loaded(context, None, label).losses.sum().backward()
+    optimizer.step()
+    assert not torch.equal(loaded.logits(context), stored.logits(context))
+
+
+@pytest.mark.parametrize("other", [CTCPhoneCriterion(7, 5, n_layers=2), CTCPhoneCriterion(6, 4)])
+def test_a_ctc_classifier_of_other_features_or_phones_is_not_adapted(other):
+    n_layers = len(linear_shapes(other))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        CTCPhoneCriterion(6, 5, n_layers=n_layers).load_state_dict(other.state_dict())
+
+
+def test_ctc_on_encoded_frames_is_refused():
+    with pytest.raises(ValueError, match="contexts"):
+        CTCPhoneCriterion(6, 5, on_encoder=True)
+
+
+def test_accuracy_is_the_share_of_right_frames():
+    criterion = PhoneCriterion(3, 3)
+    with torch.no_grad():
+        criterion.PhoneCriterionClassifier.weight.copy_(torch.eye(3))
+        criterion.PhoneCriterionClassifier.bias.zero_()
+    phones = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 0]])
+    wrong_twice = torch.tensor([[0, 1, 2, 1], [1, 1, 0, 2]])
+    out = criterion(nn.functional.one_hot(wrong_twice, 3).float(), None, phones)
+    assert out.accuracies.item() == 6 / 8
+
+
+def test_classifiers_name_the_label_they_need():
+    assert SpeakerCriterion(3, 2).target == SpeakerDoubleCriterion(3, 2, 2).target == "speaker"
+    assert PhoneCriterion(3, 2).target == CTCPhoneCriterion(3, 2).target == "phone"
+
+
+# --------------------------------------------------------------------------- label sequences
+
+
+@pytest.mark.parametrize("case", golden_cases("seq_alignment"))
+def test_collapse_golden(case):
+    collapsed, lengths = collapse_label_chain(case["labels"])
+    assert torch.equal(collapsed, case["collapsed"])
+    assert torch.equal(lengths, case["sizes"])
+
+
+def test_collapse_keeps_the_first_of_each_run():
+    labels = torch.randint(3, (6, 20), dtype=torch.int16)
+    collapsed, lengths = collapse_label_chain(labels)
+    for row, sequence, length in zip(labels, collapsed, lengths, strict=True):
+        expected = [label for label, _ in itertools.groupby(row.tolist())]
+        assert sequence[:length].tolist() == expected
+        assert not sequence[length:].any()
+    assert collapsed.dtype == torch.int64
+
+
+@pytest.mark.parametrize("case", golden_cases("seq_alignment"))
+def test_phone_error_rate_golden(case):
+    rate = phone_error_rate([case["per_hyp"].tolist()], [case["per_ref"].tolist()])
+    assert rate == pytest.approx(case["per"].item(), rel=1e-6)
+
+
+def test_phone_error_rate_counts_each_kind_of_error():
+    reference = [1, 2, 3, 4]
+    hypotheses = [[1, 2, 3, 4], [1, 3, 4], [1, 2, 5, 4], [1, 2, 3, 3, 4, 4], []]
+    rates = [phone_error_rate([h], [reference]) for h in hypotheses]
+    assert rates == [0, 1 / 4, 1 / 4, 2 / 4, 1]
+    assert phone_error_rate(hypotheses, [reference] * 5) == pytest.approx(sum(rates) / 5)
+
+
+# ------------------------------------------------------------------------------- beam search
+
+
+@pytest.mark.parametrize("case", golden_cases("seq_alignment"))
+def test_beam_search_golden(case):
+    found = beam_search(case["beam_probs"], case.config["beam_nKeep"], case.config["blank"])
+    assert_close([score for score, _ in found], case["beam_scores"], what="scores")
+    for (_, labels), expected, length in zip(
+        found, case["beam_seqs"].tolist(), case["beam_len"].tolist(), strict=True
+    ):
+        assert labels == expected[:length]
+
+
+def collapse_path(path, blank):
+    return tuple(label for label, _ in itertools.groupby(path) if label != blank)
+
+
+@pytest.mark.parametrize("blank", [0, 1, 2])
+def test_a_wide_beam_sums_over_all_paths(blank):
+    probabilities = torch.rand(5, 3, dtype=torch.float64)
+    expected = {}
+    for path in itertools.product(range(3), repeat=5):
+        labels = collapse_path(path, blank)
+        probability = probabilities[range(5), path].prod().item()
+        expected[labels] = expected.get(labels, 0) + probability
+    found = {tuple(labels): score for score, labels in beam_search(probabilities, 100, blank)}
+    assert found == pytest.approx(expected)
+
+
+def simple_beam_search(probabilities, n_keep, blank):
+    """Prefix beam search with a dictionary: prefix -> (ends in blank, ends in label)."""
+    beams = {(): (1.0, 0.0)}
+    for frame in probabilities.tolist():
+        following = {}
+
+        def add(prefix, in_blank, in_label, following=following):
+            old = following.get(prefix, (0.0, 0.0))
+            following[prefix] = (old[0] + in_blank, old[1] + in_label)
+
+        for prefix, (in_blank, in_label) in beams.items():
+            add(prefix, (in_blank + in_label) * frame[blank], 0.0)
+            if prefix:
+                add(prefix, 0.0, in_label * frame[prefix[-1]])
+            for label, probability in enumerate(frame):
+                if label != blank:
+                    repeats = prefix and prefix[-1] == label
+                    add((*prefix, label), 0.0, (in_blank + in_label * (not repeats)) * probability)
+        beams = dict(sorted(following.items(), key=lambda item: -sum(item[1]))[:n_keep])
+    return [(sum(value), list(prefix)) for prefix, value in beams.items()]
+
+
+@pytest.mark.parametrize("n_keep", [1, 2, 7])
+def test_a_narrow_beam_keeps_what_a_simple_search_keeps(n_keep):
+    probabilities = (3 * torch.randn(4, 12, 6, dtype=torch.float64)).softmax(2)
+    log_scores, symbols = beam_search_batch(probabilities, 2, n_keep)
+    for utterance in range(4):
+        expected = simple_beam_search(probabilities[utterance], n_keep, 2)
+        assert_close(log_scores[utterance].exp(), [score for score, _ in expected])
+        found = [[s for s in row if s >= 0] for row in symbols[utterance].tolist()]
+        assert found == [labels for _, labels in expected]
+
+
+def test_frames_past_the_end_change_nothing():
+    probabilities = torch.rand(3, 9, 4).softmax(2)
+    lengths = torch.tensor([9, 5, 1])
+    log_scores, symbols = beam_search_batch(probabilities, 3, 4, lengths)
+    for row, length in enumerate(lengths):
+        alone, its_symbols = beam_search_batch(probabilities[row : row + 1, :length], 3, 4)
+        assert_close(log_scores[row].exp(), alone[0].exp())
+        assert torch.equal(symbols[row, 0, :length], its_symbols[0, 0])
+        assert (symbols[row, 0, length:] == -1).all()
+
+
+def test_long_utterances_do_not_underflow():
+    n_frames = 3000  # 0.2 ** 3000 is far below the smallest float
+    log_scores, _ = beam_search_batch(torch.full((1, n_frames, 5), 0.2), 4, 3)
+    assert torch.isfinite(log_scores).all()
+    assert (log_scores < -1000).all()
+
+
+def test_certain_frames_give_their_labels():
+    labels = torch.tensor([[1, 1, 4, 1, 4, 4, 2], [0, 0, 0, 0, 4, 0, 0]])
+    certain = nn.functional.one_hot(labels, 5)
+    assert best_label_sequences(certain, blank=4, n_keep=5) == [[1, 1, 2], [0, 0]]

@@ -48,8 +48,8 @@ NO_TRIPLET = {
     "across": "it takes a phone by two speakers, and another phone in the same context",
 }
 CONTEXTS = {
-    "within": "A, B and X have the same phone before and after them",
-    "any": "they may have different ones",
+    "within": "A, B and X have the same phones around them",
+    "any": "A, B and X may have different phones around them",
 }
 MODES = {"all": ("within", "across"), "within": ("within",), "across": ("across",)}
 DEBUG_FILES = 1000
@@ -74,7 +74,7 @@ def main(argv=None):
         "slicing": f"{args.slicing}: {SLICINGS[args.slicing]}",
         "seconds_per_frame": args.feature_size,
         "metric": args.distance_mode,
-        "context": CONTEXTS[args.context],
+        "context": f"{args.context}: {CONTEXTS[args.context]}",
         "max_size_group": args.max_size_group,
         "max_x_across": args.max_x_across,
         "seed": args.seed,

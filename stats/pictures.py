@@ -2,13 +2,13 @@
 
 from matplotlib.figure import Figure
 
-from utils.files import save_figure
 from utils.misc import UserError
+from utils.report.plots import save_figure
 
 
 def new_figure(title, width=8.0, height=4.5):
     """An empty figure of that size in inches, with a heading."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title)
     return figure
 
@@ -16,7 +16,7 @@ def new_figure(title, width=8.0, height=4.5):
 def save_picture(directory, name, figure):
     """Write `<directory>/<name>.png`; the directory is made if it isn't there."""
     try:
-        save_figure(directory / f"{name}.png", figure)
+        save_figure(figure, directory / f"{name}.png")
     except OSError as error:
         raise UserError(
             f"{directory}: the picture of a stat can't be written there "

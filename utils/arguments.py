@@ -399,12 +399,13 @@ AT_LEAST = {
         epsilon linsep_lr linsep_epsilon resume_every threads max_bad_files"""
     ),
     1: names(
-        """hiddenEncoder hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow
+        """hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow
         batchSizeGPU max_size_loaded nLevelsGRU nLevelsPhone schedulerRamp save_step logging_step
         n_process_loader linsepBatchSizeGPU linsep_n_epoch linsep_net_layers
         linsep_task_logging_step linsep_classif_each_epochs captureDSfreq captureDStotNr
         captureEachEpochs"""
     ),
+    2: names("hiddenEncoder"),  # a norm over a single channel would be zero everywhere
 }
 BETAS = ("beta1", "beta2", "linsep_beta1", "linsep_beta2")
 

@@ -158,7 +158,10 @@ def _remove_capture(directory):
 
 
 class CapturedWindow(NamedTuple):
-    """All that was captured of one window, and where it came from (None: no index tells)."""
+    """All that was captured of one window, and where it begins (None: no index tells).
+
+    A window may go on into the next file, which is that of the next window.
+    """
 
     window: int
     tensors: dict[str, torch.Tensor]  # without the batch dimension
@@ -225,7 +228,11 @@ class CaptureReader:
             )
         row = window - self.ranges[at][0]
         tensors = {name: batch[row] for name, batch in self._batch(self.ranges[at]).items()}
-        return CapturedWindow(window, tensors, *self._locations.get(window, (None, None)))
+        return CapturedWindow(window, tensors, *self.location(window))
+
+    def location(self, window):
+        """(file, offset in samples) where a window begins; (None, None) if no index tells."""
+        return self._locations.get(window, (None, None))
 
     def _batch(self, windows):
         first, last = windows

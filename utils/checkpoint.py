@@ -4,9 +4,9 @@ A run's directory holds
 
 - `checkpoint_<epoch>.pt`, written after an epoch. The original program's keys: `gEncoder` (state of
   the whole CPC model), `cpcCriterion`, `optimizer`, `best` (state of the best model so far). Ours
-  besides: `args`, `logs`, `position` (where training goes on), `best_accuracy`, `sums` (running
-  sums of the epoch), `hidden` (kept hidden state), `fingerprint` (of the corpus), `machine`,
-  `models` (architecture of each of several concatenated models) and `format`;
+  besides: `args`, `logs`, `position` (where training goes on), `running` (sums of the epoch in
+  progress), `best_accuracy`, `hidden` (kept hidden state), `fingerprint` (of the corpus),
+  `machine`, `models` (flags of each part of a model that began with `--load`) and `format`;
 - `checkpoint_resume.pt`, the same inside an epoch, newer than every other or absent;
 - `checkpoint_args.json` and `checkpoint_logs.json`, copies of `args` and `logs` for people and for
   the original program. They are read only beside a checkpoint of the original.
@@ -19,6 +19,8 @@ import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from utils.files import load_json, load_tensors, save_json, save_tensors
 from utils.misc import UserError
@@ -243,3 +245,32 @@ def load_optimizer(optimizer, state, source):
         raise UserError(f"{source}: its optimizer state doesn't fit ({error})") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def follow_speaker_order(checkpoint, criterion, speakers, listing):
+    """Renumber the speakers in a checkpoint of the original as this program numbers them.
+
+    The original numbers speakers as it meets them on the disk, and keeps that order in `listing`,
+    the file `_seqs_cache.txt` beside the audio. Changes the checkpoint's state: its speaker
+    embedding, and the moments of that in the optimiser; `speakers` is our order, `criterion` the
+    network that the embedding is for. Raises UserError if the order can't be known.
+    """
+    key = "speakerEmb.weight"
+    weights = checkpoint.state["cpcCriterion"]
+    if not checkpoint.of_original or key not in weights:
+        return
+    if not listing.is_file():
+        raise UserError(
+            f"{checkpoint.path}: has a speaker embedding of the original program, which numbered "
+            f"speakers in an order of its own: {listing} is needed, which it kept beside the audio"
+        )
+    content = load_tensors(listing)
+    found = content[1] if isinstance(content, tuple) and len(content) == 2 else None
+    if not isinstance(found, list) or sorted(map(str, found)) != sorted(speakers):
+        raise UserError(f"{listing}: doesn't list the speakers that are in the database")
+    order = torch.tensor([found.index(speaker) for speaker in speakers])
+    number = [name for name, _ in criterion.named_parameters()].index(key)
+    moments = checkpoint.state["optimizer"]["state"].get(number, {})
+    for holder, name in ((weights, key), (moments, "exp_avg"), (moments, "exp_avg_sq")):
+        if name in holder:
+            holder[name] = holder[name][order]

@@ -84,12 +84,6 @@ def save_tensors(path, value):
             raise
 
 
-def save_figure(path, figure):
-    """Write a matplotlib figure as a picture of the type that `path` ends in, atomically."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-
-
 def load_tensors(path, device="cpu"):
     """`torch.load` of tensors and plain containers only: nothing in the file can run code.
 

@@ -13,16 +13,21 @@ its file without extension. To label further audio with the ids of an earlier ca
 model, give its phones.txt with --phones.
 """
 
+import math
 import os
 import re
 import sys
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from praatio import textgrid
+from praatio.utilities.errors import PraatioException
+
 from utils.corpus.alignments import (
+    FRAMES_PER_SECOND,
     LABELS,
     SILENCE,
     SYMBOLS,
@@ -35,38 +40,250 @@ from utils.corpus.alignments import (
 )
 from utils.listing import find_files
 from utils.logs import progress
-from utils.misc import CommandLine, UserError, command
+from utils.misc import CommandLine, UserError, command, first_few
 
-OVERLAP = 0.011  # seconds; times in CTM files are often rounded to 10 ms
 STRESS = re.compile(r"([A-Z]+)[0-2]")  # AH0, AH1, AH2
 POSITION = re.compile(r"(.+)_[BIES]")  # Kaldi's AH0_B: beginning, inside, end of a word, single
-FIELD = re.compile(r"\s*(?:xmin|xmax|time|number)\s*=\s*(.*?)\s*")
-TEXT = re.compile(r"\s*(?:text|mark|name|class)\s*=\s*(.*?)\s*")
+NOT_SPEECH = ("sil", "sp", "SIL", "<sil>", "<eps>")
+ROUNDING = 0.011  # seconds that intervals may overlap: CTM files are often rounded to 10 ms
+WORTH_PROCESSES = 200  # files
+# Lines of a TextGrid in the long format.
+NUMBER = re.compile(r"\s*(?:xmin|xmax|time|number)\s*=(.*)")
+TEXT = re.compile(r"\s*(?:class|name|text|mark)\s*=.*")
+QUOTED = re.compile(r'[^"]*".*"\s*')
+SECTION = re.compile(r"\s*(?:class\s*=.*|(?:intervals|points):\s*size\s*=.*|item\s*\[\]:)\s*")
+
+
+class Utterance(NamedTuple):
+    """The phones of an utterance and how long it is, in seconds."""
+
+    name: str
+    intervals: list[Interval]
+    duration: float
 
 
 @command
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    known = read_symbols(args.phones) if args.phones else None
-    if known and args.silence_symbol not in known:
-        raise UserError(f"{args.phones}: has no {args.silence_symbol}; name its silence by "
-                        "--silence_symbol")
-    if os.path.isdir(args.alignments):
-        utterances = read_textgrids(args)
-    else:
-        utterances = read_ctm(args.alignments)
-    phones = {name: convert(utterance, args) for name, utterance in utterances.items()}
-    symbols = known or number_symbols(phones, args.silence_symbol)
-    labels = {}
-    for name, row in phones.items():
-        unknown = set(row) - symbols.keys()
-        if unknown:
-            raise UserError(f"{name}: its phone {min(unknown)} isn't in {args.phones}")
-        labels[name] = [symbols[symbol] for symbol in row]
+    symbols = given_symbols(args)
+    in_folder = os.path.isdir(args.alignments)
+    utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments)
+    phones = {utterance.name: phones_of(utterance, args) for utterance in utterances}
+    too_short = [name for name in phones if not phones[name]]
+    if too_short:
+        print(f"left out, shorter than a frame: {len(too_short)}, {first_few(too_short)}")
+    phones = {name: row for name, row in phones.items() if row}
+    symbols = symbols or number_symbols(phones, args.silence_symbol)
+    labels = {name: ids_of(name, row, symbols, args) for name, row in phones.items()}
     try:
         write_labels(os.path.join(args.out, LABELS), labels)
         write_symbols(os.path.join(args.out, SYMBOLS), symbols)
     except OSError as error:
         raise UserError(f"{args.out}: can't be written to ({error.strerror})") from error
-    hours = sum(map(len, labels.values())) / 360_000
+    hours = sum(map(len, labels.values())) / FRAMES_PER_SECOND / 3600
     print(f"{len(labels)} utterances, {hours:.2f} h, {len(symbols)} phones: {args.out}")
+
+
+def build_parser():
+    parser = CommandLine(
+        prog="convert_alignments.py",
+        description="Phone labels from the TextGrids or the CTM file of a forced aligner.",
+    )
+    add = parser.add_argument
+    add("alignments", help="folder of TextGrids, or a CTM file")
+    add("out", help=f"folder to write {LABELS} and {SYMBOLS} to")
+    add("--strip_stress", action="store_true", help="AH0, AH1, AH2 become AH")
+    add("--strip_position", action="store_true", help="AH_B, AH_I, AH_E, AH_S (Kaldi) become AH")
+    add(
+        "--silence",
+        nargs="*",
+        default=NOT_SPEECH,
+        metavar="SYMBOL",
+        help="what isn't speech, besides gaps and empty intervals: one symbol takes its place "
+        f"(default: {' '.join(NOT_SPEECH)})",
+    )
+    add(
+        "--silence_symbol",
+        default=SILENCE,
+        metavar="SYMBOL",
+        help=f"the symbol that takes its place (default: {SILENCE})",
+    )
+    add("--phones", metavar="FILE", help="phones.txt whose ids are to be used (default: new ids)")
+    add(
+        "--tier",
+        default="phones",
+        help='tier of the TextGrids; "SPEAKER - TIER" counts, too, if there is one speaker '
+        "(default: phones)",
+    )
+    add("--file_extension", default=".TextGrid", metavar="EXT", help="end of the TextGrids' names")
+    add(
+        "--n_process",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes that read TextGrids (default: one for each processor)",
+    )
+    return parser
+
+
+# ------------------------------------------------------------------------------------- labels
+
+
+def given_symbols(args):
+    """The symbols of `--phones`, symbol -> id, or None."""
+    if args.phones is None:
+        return None
+    symbols = read_symbols(args.phones)
+    if args.silence_symbol not in symbols:
+        raise UserError(
+            f"{args.phones}: has no {args.silence_symbol}; --silence_symbol names its silence"
+        )
+    return symbols
+
+
+def number_symbols(phones, silence):
+    """New ids, symbol -> id: silence is 0, the others follow in sorted order."""
+    found = set().union(*phones.values()) - {silence}
+    return {symbol: number for number, symbol in enumerate([silence, *sorted(found)])}
+
+
+def phones_of(utterance, args):
+    """The symbol of each frame of an utterance."""
+    intervals = [
+        Interval(start, end, simplify(symbol, args)) for start, end, symbol in utterance.intervals
+    ]
+    return frame_symbols(intervals, utterance.duration, args.silence_symbol)
+
+
+def simplify(symbol, args):
+    """The symbol without the marks that are to be stripped; that of silence if it is none."""
+    for strip, mark in ((args.strip_position, POSITION), (args.strip_stress, STRESS)):
+        if strip and (match := mark.fullmatch(symbol)):
+            symbol = match[1]
+    return args.silence_symbol if not symbol or symbol in args.silence else symbol
+
+
+def ids_of(name, phones, symbols, args):
+    unknown = sorted(set(phones) - symbols.keys())
+    if unknown:
+        raise UserError(
+            f"{name}: has phones that aren't in {args.phones}: {first_few(unknown)} "
+            "(--strip_stress and --strip_position remove marks)"
+        )
+    return [symbols[symbol] for symbol in phones]
+
+
+# ------------------------------------------------------------------------------------ TextGrids
+
+
+def read_textgrids(args):
+    """The `Utterance`s of all TextGrids below a folder, by path."""
+    paths = [
+        os.path.join(args.alignments, p) for p in find_files(args.alignments, args.file_extension)
+    ]
+    names = [os.path.basename(path)[: -len(args.file_extension)] for path in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{args.alignments}: several files are named {twice}{args.file_extension}")
+    read = partial(read_textgrid, tier_name=args.tier)
+    if len(paths) < WORTH_PROCESSES or args.n_process < 2:
+        return [read(*file) for file in zip(names, paths, strict=True)]
+    with ProcessPoolExecutor(args.n_process) as pool:
+        results = pool.map(read, names, paths, chunksize=16)
+        return list(progress(results, what="reading", unit=" files", total=len(paths)))
+
+
+def read_textgrid(name, path, tier_name):
+    """The `Utterance` of a TextGrid. Raises UserError, with the line, if it is malformed."""
+    try:
+        grid = textgrid.openTextgrid(path, includeEmptyIntervals=True, reportingMode="silence")
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+    except (PraatioException, ValueError, LookupError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{faulty_line(path)}: no proper TextGrid ({problem})") from error
+    tiers = [n for n in grid.tierNames if n == tier_name or n.endswith(f" - {tier_name}")]
+    if len(tiers) != 1:
+        raise UserError(
+            f"{path}: {len(tiers)} tiers are named {tier_name}; there are "
+            f"{first_few(grid.tierNames)} (--tier)"
+        )
+    tier = grid.getTier(tiers[0])
+    if not isinstance(tier, textgrid.IntervalTier):
+        raise UserError(f"{path}: the tier {tiers[0]} has points, not intervals (--tier)")
+    intervals = [Interval(start, end, "_".join(text.split())) for start, end, text in tier.entries]
+    if not intervals or intervals[-1].end < tier.maxTimestamp - ROUNDING:
+        raise UserError(
+            f"{faulty_line(path)}: cut off, the intervals of {tiers[0]} end before "
+            f"{tier.maxTimestamp} s"
+        )
+    return Utterance(name, intervals, grid.maxTimestamp)
+
+
+def faulty_line(path):
+    """`path, line number` of what can't be right in a TextGrid; of its end if all before may be.
+
+    Only the path for one in the short format, whose lines don't say what they are.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    lines = content.decode(encoding, errors="replace").splitlines()
+    latest, long_format = -math.inf, False
+    for number, line in enumerate(lines, 1):
+        if SECTION.fullmatch(line):
+            latest, long_format = -math.inf, True
+        elif match := NUMBER.fullmatch(line):
+            try:
+                latest, before = float(match[1]), latest
+            except ValueError:
+                return f"{path}, line {number}"
+            if latest < before:  # times go on, from the start of a tier to its end
+                return f"{path}, line {number}"
+        elif TEXT.fullmatch(line) and not QUOTED.fullmatch(line):
+            return f"{path}, line {number}"
+    return f"{path}, line {len(lines)}" if long_format else path
+
+
+# ------------------------------------------------------------------------------------------ CTM
+
+
+def read_ctm(path):
+    """The `Utterance`s of a CTM file, in its order. Raises UserError, with the line."""
+    intervals = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip() and not line.startswith(";;"):
+            name, interval = ctm_row(f"{path}, line {number}", line)
+            intervals.setdefault(name, []).append((*interval, number))
+    if not intervals:
+        raise UserError(f"{path}: no line `name channel start duration phone`")
+    utterances = []
+    for name, rows in intervals.items():
+        rows.sort()
+        for (_, end, *_), (start, *_, number) in zip(rows, rows[1:], strict=False):
+            if start < end - ROUNDING:
+                raise UserError(
+                    f"{path}, line {number}: begins at {start} s, before {end} s, when "
+                    f"the phone before it in {name} ends"
+                )
+        rows = [Interval(*row[:3]) for row in rows]
+        utterances.append(Utterance(name, rows, rows[-1].end))
+    return utterances
+
+
+def ctm_row(where, line):
+    """Name and `Interval` of a line; a confidence may follow."""
+    try:
+        name, _, start, duration, symbol, *_ = line.split()
+        start, duration = float(start), float(duration)
+        if not (0 <= start < math.inf and 0 <= duration < math.inf):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"{where}: not `name channel start duration phone`: {line[:80]!r}"
+        ) from None
+    return name, Interval(start, start + duration, symbol)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The ABX task beside a loop over pairs of items, and beside the fastabx library where there is one.
+
+    python benchmarks/abx.py [--items 255 2000] [--threads 2] [--device cpu] [--json FILE]
+
+The items are noise, 5 to 24 frames of 256 dimensions, by three speakers or more, of eight phones in
+four contexts. The loop is the plain way to write DTW: in Python, pair by pair and cell by cell on
+NumPy arrays. It is timed on some of the pairs that the task needs (each once), and its time for all
+follows from that. Results are compared first. Times are medians of runs in turn; go by the ratios:
+times depend on what else the machine does.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import torch
+
+from eval.abx_distances import Frames
+from eval.abx_fastabx import fastabx_errors
+from eval.abx_groups import across_cells, cell_errors, group_items, mean_error, within_cells
+from eval.abx_items import Items
+from eval.dtw import cosine_distance, dtw, normalize_with_singularity
+from utils.files import save_json
+from utils.misc import keep_freed_memory
+
+PHONES, CONTEXTS, ITEMS_PER_SPEAKER, SIZES, DIM = 8, 4, 100, (5, 25), 256
+MAX_SIZE_GROUP, MAX_X_ACROSS = 10, 5
+LOOPED_PAIRS = 300
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, device {args.device}")
+    columns = ("items", "task", "pairs", "loop, s", "ours, s", "ratio", "fastabx, s")
+    print("".join(f"{column:>12}" for column in columns))
+    results = [row for n_items in args.items for row in measure(n_items, args)]
+    if args.json:
+        save_json(args.json, {"torch": torch.__version__, **vars(args), "results": results})
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--items", type=int, nargs="+", default=[255, 2000])
+    parser.add_argument("--repeat", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    return parser.parse_args(argv)
+
+
+def measure(n_items, args):
+    """Time the tasks within and across speakers; prints and yields a row of figures for each."""
+    items, frames = make_items(n_items)
+    groups = group_items(items, MAX_SIZE_GROUP, seed=0)
+    per_pair = time_of_loop(frames)
+    on_device = frames.to(args.device)
+    for task, cells in (
+        ("within", within_cells(groups)),
+        ("across", across_cells(groups, MAX_X_ACROSS, seed=0)),
+    ):
+        ways = {"ours": cell_errors}
+        if importlib.util.find_spec("fastabx"):
+            ways["fastabx"] = fastabx_errors
+        seconds = time_ways(ways, groups, cells, on_device, args.repeat)
+        n_pairs = count_pairs(groups, cells)
+        row = {"items": n_items, "task": task, "pairs": n_pairs, "loop": per_pair * n_pairs}
+        row |= seconds | {"ratio": row["loop"] / seconds["ours"]}
+        fastabx = f"{seconds['fastabx']:12.3f}" if "fastabx" in seconds else f"{'-':>12}"
+        print(
+            f"{n_items:12}{task:>12}{n_pairs:12}{row['loop']:12.2f}{row['ours']:12.3f}"
+            f"{row['ratio']:12.0f}{fastabx}"
+        )
+        yield row
+
+
+def make_items(n_items):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        return torch.randint(0, n, (n_items,), generator=generator)
+
+    speakers = max(3, n_items // ITEMS_PER_SPEAKER)
+    times = torch.zeros(n_items, dtype=torch.float64)
+    items = Items(("file",) * n_items, times, times, draw(PHONES), draw(CONTEXTS), draw(speakers))
+    sizes = SIZES[0] + draw(SIZES[1] - SIZES[0])
+    frames = torch.randn(int(sizes.sum()), DIM, generator=generator)
+    return items, Frames(normalize_with_singularity(frames), sizes.cumsum(0) - sizes, sizes)
+
+
+def count_pairs(groups, cells):
+    """Pairs of items that the cells need, each counted once."""
+    a, b, x = cells.unbind(1)
+    pairs = torch.unique(torch.cat([torch.stack([x, a], 1), torch.stack([x, b], 1)]), dim=0)
+    rows, columns = groups.sizes[pairs].unbind(1)
+    itself = pairs[:, 0] == pairs[:, 1]
+    return int(torch.where(itself, rows * (rows - 1) // 2, rows * columns).sum())
+
+
+def time_ways(ways, groups, cells, frames, repeat):
+    """Median seconds of each way, run in turn; their scores must be the same."""
+    seconds = {name: [] for name in ways}
+    for run in range(repeat + 1):
+        scores = []
+        for name, errors_of in ways.items():
+            start = time.perf_counter()
+            scores.append(mean_error(groups, cells, errors_of(groups, cells, frames, "cosine")))
+            seconds[name].append(time.perf_counter() - start)
+        if run == 0:  # warms up, too
+            assert max(scores) - min(scores) < 1e-5, scores
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def time_of_loop(frames):
+    """Seconds for a pair in the loop."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = torch.randint(0, len(frames.sizes), (LOOPED_PAIRS, 2), generator=generator)
+    pieces = [frames.frames[s : s + n] for s, n in zip(frames.starts, frames.sizes, strict=True)]
+    start = time.perf_counter()
+    distances = [looped_dtw(cosine_distance(pieces[x], pieces[y]).numpy()) for x, y in pairs]
+    seconds = time.perf_counter() - start
+    for (x, y), distance in zip(pairs[:20], distances, strict=False):
+        n, m = frames.sizes[x], frames.sizes[y]
+        ours = dtw(cosine_distance(pieces[x], pieces[y])[None], n[None], m[None])
+        assert abs(ours.item() - distance) < 1e-6
+    return seconds / LOOPED_PAIRS
+
+
+def looped_dtw(distances):
+    """DTW of one pair, cell by cell, with its path traced back for the length."""
+    n, m = distances.shape
+    cost = np.full((n + 1, m + 1), np.inf, dtype=np.float32)
+    cost[0, 0] = 0
+    for i in range(1, n + 1):
+        for j in range(1, m + 1):
+            before = min(cost[i - 1, j - 1], cost[i, j - 1], cost[i - 1, j])
+            cost[i, j] = distances[i - 1, j - 1] + before
+    i, j, length = n, m, 0
+    while i or j:
+        steps = ((i - 1, j - 1), (i, j - 1), (i - 1, j))
+        i, j = min(steps, key=lambda step: cost[step])
+        length += 1
+    return cost[n, m] / length
+
+
+if __name__ == "__main__":
+    main()

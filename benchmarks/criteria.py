@@ -1,0 +1,204 @@
+"""The heart of the criteria beside the plain way to write it: time and memory of a step.
+
+    python benchmarks/criteria.py [--batch 8] [--repeat 5] [--threads 2] [--json FILE]
+
+scores: each prediction against its frame and the negatives, forward and backward; the plain way
+gathers the negatives' vectors and multiplies them element by element, once per prediction.
+alignment: the sum over all alignments and the posterior; the plain way is `F.ctc_loss` inside an
+autograd of its own. Sizes are the program's defaults (scores) and those of a usual CPC-CTC run
+(alignment: 8 predictions and a self loop for 12 frames, skips of 1 and 2).
+
+Results are compared first. Times are medians of runs of both in turn; memory is what one run in a
+new process adds to the peak (measured on Linux only). Go by the ratios: times depend on what else
+the machine does.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+
+from criterion import sampling
+from criterion.soft_align import FORBIDDEN, soft_align
+from utils.files import save_json
+from utils.misc import keep_freed_memory
+
+N_FRAMES, DIM, N_PREDICTIONS, N_NEGATIVES = 128, 256, 12, 128
+N_MATCHED, N_SYMBOLS, SKIPS = 12, 9, (1, 2)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, batch of {args.batch}")
+    print(f"{'':10}{'ours':>12}{'':>10}{'plain':>12}{'':>10}{'time':>9}{'memory':>9}")
+    results = {name: compare(name, args) for name in WAYS}
+    if args.json:
+        save_json(args.json, {"torch": torch.__version__, **vars(args), "results": results})
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 128 frames")
+    parser.add_argument("--repeat", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    return parser.parse_args(argv)
+
+
+def compare(name, args):
+    """Time and memory of both ways; prints a line of the table."""
+    inputs = INPUTS[name](args.batch)
+    for ours, plain in zip(*(run(way, inputs) for way in WAYS[name]), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-6)
+    milliseconds = time_in_turn([partial(run, way, inputs) for way in WAYS[name]], args.repeat)
+    megabytes = [peak_memory(name, index, args) for index in range(2)]
+    faster, smaller = (plain / ours for ours, plain in (milliseconds, megabytes))
+    print(
+        f"{name:10}"
+        + "".join(
+            f"{ms:9.1f} ms{mb:7.0f} MB" for ms, mb in zip(milliseconds, megabytes, strict=True)
+        )
+        + f"{faster:8.1f}x{smaller:8.1f}x",
+        flush=True,
+    )
+    names = ("ours", "plain")
+    return {
+        "milliseconds": dict(zip(names, milliseconds, strict=True)),
+        "megabytes": dict(zip(names, megabytes, strict=True)),
+    }
+
+
+def run(way, inputs):
+    """Loss and gradients."""
+    loss = way(*inputs)
+    leaves = [value for value in inputs if torch.is_tensor(value) and value.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def time_in_turn(steps, repeat):
+    """Median milliseconds of each step, run by turns so that a busy moment hits all of them."""
+    times = [[] for _ in steps]
+    for _ in range(repeat):
+        for step, found in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            found.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(found) for found in times]
+
+
+def peak_memory(name, index, args):
+    """Megabytes that one run in a new process adds to what it uses before."""
+    if not sys.platform.startswith("linux"):
+        return math.nan
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory_here, (name, index, args.batch, args.threads))
+
+
+def _peak_memory_here(name, index, batch, threads):
+    torch.set_num_threads(threads)
+    run(WAYS[name][index], INPUTS[name](1))  # loads what is loaded once
+    inputs = INPUTS[name](batch)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is used now
+    before = _peak_megabytes()
+    run(WAYS[name][index], inputs)
+    return _peak_megabytes() - before
+
+
+def _peak_megabytes():
+    status = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    return int(kilobytes) / 1000
+
+
+def score_inputs(batch):
+    generator = torch.Generator().manual_seed(0)
+    sizes = batch, N_FRAMES, N_FRAMES - N_PREDICTIONS
+    pool = torch.randn(batch * N_FRAMES, DIM, generator=generator)
+    predictions = torch.randn(batch * sizes[2], N_PREDICTIONS, DIM, generator=generator)
+    positives = sampling.following_frames(*sizes, N_PREDICTIONS, "cpu")
+    negatives = sampling.draw_negatives(*sizes, N_NEGATIVES, device="cpu", generator=generator)
+    candidates = torch.cat([positives, negatives], dim=2).flatten(0, 1)
+    return pool.requires_grad_(), predictions.requires_grad_(), candidates
+
+
+def score_in_chunks(pool, predictions, candidates):
+    scores = sampling.score_candidates(pool, predictions, candidates, N_PREDICTIONS)
+    positives = scores.positives.diagonal(dim1=1, dim2=2)
+    return -F.logsigmoid(positives - scores.negatives).mean(0).sum()
+
+
+def score_copies(pool, predictions, candidates):
+    """The negatives' vectors once more for every prediction, each with its positive in front."""
+    vectors = pool.index_select(0, candidates.flatten()).view(*candidates.shape, DIM)
+    positives, negatives = vectors[:, :N_PREDICTIONS], vectors[:, N_PREDICTIONS:]
+    target = torch.zeros(len(candidates), dtype=torch.long)
+    loss = 0
+    for k in range(N_PREDICTIONS):
+        copies = torch.cat([positives[:, k : k + 1], negatives], dim=1)
+        scores = (predictions[:, k : k + 1] * copies).mean(dim=2)
+        loss = loss + F.cross_entropy(scores, target)
+    return loss
+
+
+def alignment_inputs(batch):
+    generator = torch.Generator().manual_seed(0)
+    n_windows = batch * (N_FRAMES - N_MATCHED)
+    scores = torch.randn(n_windows, N_MATCHED, N_SYMBOLS, generator=generator)
+    return (F.logsigmoid(scores - 4).requires_grad_(),)
+
+
+def align_by_recursion(log_probs):
+    return soft_align(log_probs, *SKIPS)[0].mean()
+
+
+def align_by_ctc_loss(log_probs):
+    return _InnerCTC.apply(log_probs).mean()
+
+
+class _InnerCTC(torch.autograd.Function):
+    """CTC with a blank that never pays, its gradient, the posterior, computed in the forward."""
+
+    @staticmethod
+    def forward(ctx, log_probs):
+        n_windows = len(log_probs)
+        with torch.enable_grad():
+            leaf = log_probs.detach().requires_grad_()
+            emissions = F.pad(F.pad(leaf, (0, 0, *SKIPS)), (1, 0), value=FORBIDDEN)
+            cost = F.ctc_loss(
+                emissions.log_softmax(dim=2).transpose(0, 1),
+                torch.arange(1, N_SYMBOLS + 1).expand(n_windows, -1),
+                torch.full((n_windows,), emissions.size(1)),
+                torch.full((n_windows,), N_SYMBOLS),
+                reduction="none",
+            ) - emissions.logsumexp(dim=2).sum(dim=1)
+            (gradient,) = torch.autograd.grad(cost.sum(), leaf)
+        gradient.argmin(dim=2)  # the alignment
+        ctx.save_for_backward(gradient)
+        return cost.detach()
+
+    @staticmethod
+    def backward(ctx, cost_gradient):
+        (gradient,) = ctx.saved_tensors
+        return cost_gradient[:, None, None] * gradient
+
+
+INPUTS = {"scores": score_inputs, "alignment": alignment_inputs}
+WAYS = {  # ours, plain
+    "scores": (score_in_chunks, score_copies),
+    "alignment": (align_by_recursion, align_by_ctc_loss),
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Convert audio files to 16 kHz.
+
+    python utils/corpus/adjust_sample_rate.py AUDIO OUT --file_extension .mp3 --out_extension .flac
+    python utils/corpus/adjust_sample_rate.py AUDIO LABELS.txt OUT --file_extension .mp3
+
+Converts every file below AUDIO, at any rate and in any format that libsndfile reads (WAV, FLAC,
+Ogg, Opus, MP3 and more), to 16-bit files in the same folders below OUT. With LABELS.txt, only files
+whose name without extension is the first word of one of its lines. What is there already isn't
+converted again, so a call that was stopped goes on where it was when it is repeated. Files that
+can't be read are named in the end, and the exit status is then 2.
+"""
+
+import os
+import shutil
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import numpy as np
+import soundfile
+import torch
+
+from utils.audio import open_audio, read_header, reason
+from utils.files import atomic_path, remove_leftovers
+from utils.listing import find_files
+from utils.misc import SAMPLE_RATE, CommandLine, UserError, command, first_few
+from utils.workers import Workers
+
+BLOCK, MARGIN = 60, 1  # seconds that are resampled at once, and before and after them
+CONVERTED, THERE = "converted", "there already"
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    from utils.torchaudio_import import torchaudio  # here: it takes a second to import
+
+    def convert(path):
+        return path, convert_file(args, path, torchaudio.functional.resample)
+
+    torch.set_num_threads(1)  # files side by side are faster than threads on each
+    paths = chosen_files(args)
+    for folder in {os.path.dirname(target_of(args, path)) for path in paths}:
+        remove_leftovers(folder)
+    results = Workers(convert, paths, args.n_threads).results("converting", " files")
+    outcomes = [outcome for _, outcome in results]
+    n_converted, n_there = outcomes.count(CONVERTED), outcomes.count(THERE)
+    print(f"{n_converted} files converted, {n_there} were there already: {args.path_out}")
+    failures = [
+        f"{path}: {outcome}" for path, outcome in results if outcome not in (CONVERTED, THERE)
+    ]
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(paths)} files can't be converted: {first_few(failures, 20)}"
+        )
+
+
+def parse_arguments(argv):
+    parser = CommandLine(prog="adjust_sample_rate.py", description="Convert audio files to 16 kHz.")
+    add = parser.add_argument
+    add("path_db", help="folder of the audio files; those in its folders count, too")
+    add(
+        "path_phone_files",
+        nargs="?",
+        help="convert only files that are named in this file, such as one of phone labels: by the "
+        "first word of each line, without extension",
+    )
+    add("path_out", help="folder to write to")
+    add("--out_sample_rate", type=int, default=SAMPLE_RATE, metavar="HZ", help="default: 16000")
+    add("--file_extension", default=".mp3", metavar="EXT", help="default: .mp3")
+    add(
+        "--out_extension",
+        metavar="EXT",
+        help="of the new files, and so their format (default: that of the old ones); .flac loses "
+        "nothing, .mp3 compresses a second time",
+    )
+    add("--n_threads", type=int, default=os.cpu_count(), metavar="N", help="files at a time")
+    args = parser.parse_intermixed_args(argv)
+    args.out_extension = args.out_extension or args.file_extension
+    if args.out_sample_rate < 1:
+        parser.error(f"--out_sample_rate {args.out_sample_rate}: at least 1")
+    if format_of("file" + args.out_extension) not in soundfile.available_formats():
+        parser.error(
+            f"--out_extension {args.out_extension}: no format that can be written; "
+            "try .flac or .wav"
+        )
+    if not os.path.isdir(args.path_db):
+        raise UserError(f"{args.path_db}: no such directory")
+    inside = os.path.commonpath([os.path.realpath(args.path_db), os.path.realpath(args.path_out)])
+    if inside == os.path.realpath(args.path_db):
+        raise UserError(f"{args.path_out}: is inside of {args.path_db}; name another folder")
+    return args
+
+
+def chosen_files(args):
+    """Paths below `path_db` of the files to convert. Says which of the label file are missing."""
+    paths = find_files(args.path_db, args.file_extension)
+    if args.path_phone_files is None:
+        return paths
+    wanted = first_words(args.path_phone_files)
+    names = [os.path.basename(path)[: -len(args.file_extension) or None] for path in paths]
+    chosen = [path for path, name in zip(paths, names, strict=True) if name in wanted]
+    missing = sorted(wanted - set(names))
+    if missing:
+        print(
+            f"{args.path_phone_files}: {len(missing)} of {len(wanted)} names have no file in "
+            f"{args.path_db}: {first_few(missing)}"
+        )
+    if not chosen:
+        raise UserError(f"{args.path_db}: no file is named in {args.path_phone_files}")
+    return chosen
+
+
+def first_words(path):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return {line.split()[0] for line in file if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as text ({error})") from error
+
+
+def target_of(args, path):
+    stem = path[: -len(args.file_extension) or None]
+    return os.path.join(args.path_out, stem + args.out_extension)
+
+
+def convert_file(args, path, resample):
+    """Convert one file. Returns CONVERTED, THERE or why it can't be done."""
+    source, target = os.path.join(args.path_db, path), target_of(args, path)
+    try:
+        if is_converted(source, target, args.out_sample_rate):
+            return THERE
+        with open_audio(source) as audio:
+            if audio.frames == 0:
+                return "empty"
+            same_format = args.out_extension == args.file_extension
+            with atomic_path(target) as temporary:
+                if same_format and audio.samplerate == args.out_sample_rate:
+                    shutil.copyfile(source, temporary)
+                else:
+                    write_audio(temporary, audio, args.out_sample_rate, resample)
+    except (OSError, soundfile.SoundFileError) as error:
+        return reason(error)
+    return CONVERTED
+
+
+def is_converted(source, target, rate):
+    """Whether `target` is there, at this rate, and no older than `source`."""
+    if not os.path.exists(target) or os.path.getmtime(target) < os.path.getmtime(source):
+        return False
+    header = read_header(target)
+    return header.rate == rate and not header.problem
+
+
+def write_audio(path, audio, rate, resample):
+    """Write the open file `audio` at `rate` Hz, in 16 bits where the format has them."""
+    format_ = format_of(path)
+    subtype = "PCM_16" if soundfile.check_format(format_, "PCM_16") else None
+    with soundfile.SoundFile(path, "w", rate, audio.channels, subtype, format=format_) as new:
+        for block in resampled_blocks(audio, rate, resample):
+            new.write(block.clip(-1, 1))
+
+
+def format_of(path):
+    """The name of the format by which soundfile knows such files."""
+    return os.path.splitext(path)[1][1:].upper()
+
+
+def resampled_blocks(audio, rate, resample):
+    """The rest of the open file `audio` at `rate` Hz, in arrays (n, channels) float32.
+
+    Blocks of whole seconds begin at whole samples at either rate, and what is next to a block is
+    resampled with it and cut off: so they fit together as if the file were resampled at once.
+    """
+    old = audio.samplerate
+    samples, before = audio.read((BLOCK + MARGIN) * old, dtype="float32", always_2d=True), 0
+    while True:
+        following = audio.read(BLOCK * old, dtype="float32", always_2d=True)
+        block = resample(torch.from_numpy(samples.T.copy()), old, rate).T.numpy()
+        if len(following) == 0:
+            yield block[before * rate :]
+            return
+        yield block[before * rate : (before + BLOCK) * rate]
+        samples = np.concatenate([samples[(before + BLOCK - MARGIN) * old :], following])
+        before = MARGIN
+
+
+if __name__ == "__main__":
+    main()

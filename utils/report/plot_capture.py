@@ -1,0 +1,409 @@
+"""Pictures of what a capture holds, one for each window.
+
+    python utils/report/plot_capture.py CAPTURE/10 --windows 0 5 --phones phones.txt
+
+CAPTURE/10 is the directory of one epoch below `--pathCaptureSave`. A picture shows, as far as it
+was captured: the spectrogram (when the audio is found), phone boundaries, how similar each frame's
+encoding and context are to every other's, which CPC-CTC prediction each matched frame is aligned
+to, and the log-scores that the alignment follows, at some consecutive positions, as in J.
+Chorowski et al., "Aligned contrastive predictive coding", Interspeech 2021.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import soundfile
+import torch
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+
+from utils.audio import open_audio, reason
+from utils.capture import CaptureReader, prediction_names
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, run_command
+from utils.report.plots import save_figure
+
+DRAWN = (
+    "conv_repr",
+    "ctx_repr",
+    "speaker_align",
+    "phone_align",
+    "cpcctc_align",
+    "cpcctc_log_scores",
+)
+TITLES = {"conv_repr": "encoder", "ctx_repr": "context"}
+SECONDS_PER_FRAME = SAMPLES_PER_FRAME / SAMPLE_RATE
+POSITIONS = 8  # consecutive positions whose log-scores are drawn
+NEVER = -500  # log-scores below it are those of a mask, -1000
+WIDTH, LEFT, RIGHT = 15.0, 0.9, 1.2  # inches: of the figure, and its margins
+
+
+class Segment(NamedTuple):
+    """A phone in a window: frames `first` up to, but not including, `end`."""
+
+    first: int
+    end: int
+    symbol: str
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    reader = CaptureReader(args.directory)
+    drawn = [name for name in reader.names if name in DRAWN]
+    reader = CaptureReader(args.directory, drawn or reader.names)
+    symbols = read_symbols(args.phones) if args.phones else {}
+    first = reader.ranges[0][0]
+    windows = args.windows or range(first, first + min(4, reader.n_windows))
+    for number in windows:
+        window = reader.window(number)
+        waveform = find_waveform(reader, window, args.pathDB)
+        title = title_of(window, *file_border(reader, window))
+        figure = draw_window(window, waveform, symbols, reader.flags, title, args.position)
+        if figure is None:
+            raise UserError(
+                f"{args.directory}: nothing that can be drawn: no audio was found, and of the "
+                f"captured {', '.join(reader.names)} there are no pictures"
+            )
+        path = Path(args.out or Path(args.directory) / "pictures") / f"window_{number:05d}.png"
+        write_picture(figure, path)
+        print(path)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("directory", metavar="DIR", help="a capture: <pathCaptureSave>/<epoch>")
+    add("--windows", type=int, nargs="+", metavar="N", help="which to draw (default: the first 4)")
+    add("--out", metavar="DIR", help="where pictures go (default: pictures/ in the capture)")
+    add("--phones", metavar="FILE", help="symbols of the phone classes, `id symbol` a line")
+    add("--pathDB", metavar="DIR", help="root of the audio (default: that of the captured run)")
+    add("--position", type=int, metavar="FRAME",
+        help=f"first of the {POSITIONS} positions whose log-scores are drawn "
+        "(default: those in the middle of the window)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def read_symbols(path):
+    """Class -> symbol from a file with `id symbol` on each line."""
+    symbols = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if len(words) == 2 and words[0].isdigit():
+            symbols[int(words[0])] = words[1]
+        elif words:
+            raise UserError(f"{path}: line {number} should be `id symbol`, is {line!r}")
+    return symbols
+
+
+def find_waveform(reader, window, root):
+    """The samples of a window, (n,) float32, or None where they can't be had.
+
+    Raises UserError if the database is named by the user and doesn't have them.
+    """
+    n_samples = n_samples_of(reader, window)
+    database = root or reader.flags.get("pathDB")
+    if window.file is None or database is None or not n_samples:
+        if root:
+            raise UserError(f"{reader.directory}: has no index.json, so no audio can be found")
+        return None
+    waveform = np.zeros(n_samples, np.float32)
+    border, next_file = file_border(reader, window)
+    try:
+        _read_into(waveform[:border], Path(database, window.file), window.offset)
+        if next_file is not None:
+            _read_into(waveform[border:], Path(database, next_file), 0)
+    except UserError as error:
+        if root:
+            raise
+        print(f"{error}; drawn without audio (--pathDB says where it is)")
+        return None
+    return waveform
+
+
+def _read_into(waveform, path, offset):
+    """Fill (n,) with samples from `offset` on, as many as there are."""
+    try:
+        with open_audio(path) as file:
+            file.seek(offset)
+            samples = file.read(len(waveform), dtype="float32", always_2d=True).mean(axis=1)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise UserError(f"{path}: {reason(error)}") from error
+    waveform[: len(samples)] = samples
+
+
+def file_border(reader, window):
+    """(samples of a window before the file that the next window begins in, that file).
+
+    (None, None) if the window ends in the file that it began in, or nothing tells.
+    """
+    n_samples = n_samples_of(reader, window)
+    file, offset = reader.location(window.window + 1)
+    if file in (None, window.file) or not 0 < offset < n_samples:
+        return None, None
+    return n_samples - offset, file
+
+
+def n_samples_of(reader, window):
+    """L, from whatever is known; 0 if nothing tells."""
+    return reader.flags.get("sizeWindow") or n_frames(window.tensors) * SAMPLES_PER_FRAME
+
+
+def n_frames(tensors):
+    """S, from whatever was captured; 0 if nothing tells."""
+    for name in ("conv_repr", "ctx_repr", "phone_align"):
+        if name in tensors:
+            return len(tensors[name])
+    for name in ("cpcctc_align", "cpcctc_log_scores"):
+        if name in tensors:
+            return sum(tensors[name].shape[:2])
+    return 0
+
+
+def write_picture(figure, path):
+    try:
+        save_figure(figure, path)
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: pictures can't be written there ({error.strerror or error}); "
+            f"name another directory with --out"
+        ) from error
+
+
+# -------------------------------------------------------------------------------- the figure
+
+
+def title_of(window, border=None, next_file=None):
+    """What the picture of a window shows, and where in it the next file begins, if it does."""
+    parts = [f"window {window.window}"]
+    if window.file is not None:
+        parts.append(f"{window.file} from {window.offset / SAMPLE_RATE:.2f} s")
+    if "speaker_align" in window.tensors:
+        parts.append(f"speaker {window.tensors['speaker_align'].item()}")
+    if next_file is not None:
+        parts.append(f"after {border / SAMPLE_RATE:.2f} s {next_file}")
+    return ", ".join(parts)
+
+
+def draw_window(window, waveform, symbols, flags, title, position=None):
+    """The figure of a `CapturedWindow`, or None if nothing of it can be drawn.
+
+    waveform: (n,) or None; symbols: phone class -> symbol, where one is known
+    flags: those of the captured run; position: first one whose log-scores are drawn
+    """
+    tensors = window.tensors
+    phones = phone_segments(tensors["phone_align"], symbols) if "phone_align" in tensors else []
+    length = n_frames(tensors) * SECONDS_PER_FRAME
+    if waveform is not None:
+        length = len(waveform) / SAMPLE_RATE
+    panels = []  # (height in inches, what draws it, its arguments)
+    if waveform is not None:
+        panels.append((2.3, draw_spectrogram, (waveform, phones)))
+    elif phones:
+        panels.append((0.9, draw_phones, (phones,)))
+    features = {name: tensors[name] for name in TITLES if name in tensors}
+    if features:
+        panels.append((6.8, draw_similarities, (features, phones)))
+    names = prediction_names(n_predictions(tensors), flags)
+    if "cpcctc_align" in tensors:
+        panels.append((2.6, draw_alignment, (tensors["cpcctc_align"], names, phones)))
+    if "cpcctc_log_scores" in tensors:
+        panels.append((2.9, draw_log_scores, (tensors, names, phones, position)))
+    if not panels:
+        return None
+    return _assemble(panels, title, length)
+
+
+def _assemble(panels, title, length):
+    """The figure with one panel below the other; `length` of the window in seconds."""
+    heights = [0.5, *(height for height, *_ in panels)]
+    figure = Figure(figsize=(WIDTH, sum(heights)))
+    heading, *places = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
+    heading.text(LEFT / WIDTH, 0.3, title, fontsize=13)
+    for place, (height, draw, arguments) in zip(places, panels, strict=True):
+        place.subplots_adjust(
+            left=LEFT / WIDTH,
+            right=1 - RIGHT / WIDTH,
+            top=1 - 0.35 / height,
+            bottom=0.5 / height,
+            wspace=0.12,
+        )
+        draw(place, length, *arguments)
+    return figure
+
+
+def phone_segments(labels, symbols):
+    """The `Segment`s of labels (S,); a class without a symbol shows its number."""
+    labels = labels.tolist()
+    starts = [at for at in range(len(labels)) if at == 0 or labels[at] != labels[at - 1]]
+    ends = [*starts[1:], len(labels)]
+    return [
+        Segment(start, end, symbols.get(labels[start], str(labels[start])))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def n_predictions(tensors):
+    """P; from an alignment alone, as many as occur in it."""
+    if "cpcctc_log_scores" in tensors:
+        return tensors["cpcctc_log_scores"].shape[-1]
+    return int(tensors["cpcctc_align"].max()) + 1 if "cpcctc_align" in tensors else 0
+
+
+# -------------------------------------------------------------------------------- its panels
+
+
+def draw_phones(place, length, phones):
+    """A strip with the phones alone."""
+    axes = place.subplots()
+    axes.set(xlim=(0, length), yticks=[], xlabel="time (s)")
+    _mark_phones(axes, phones, "0.3")
+
+
+def draw_spectrogram(place, length, waveform, phones):
+    """Power in dB, 25 ms windows, with the phones above it."""
+    size, hop = SAMPLE_RATE // 40, SAMPLES_PER_FRAME // 2
+    signal = torch.from_numpy(waveform)
+    signal = torch.nn.functional.pad(signal, (0, max(0, size - len(signal))))
+    spectrum = torch.stft(signal, 512, hop, size, torch.hann_window(size), return_complex=True)
+    decibels = 10 * (spectrum.abs().square() + 1e-10).log10().numpy()
+    axes = place.subplots()
+    axes.imshow(
+        decibels,
+        cmap="magma",
+        aspect="auto",
+        origin="lower",
+        extent=(0, len(waveform) / SAMPLE_RATE, 0, SAMPLE_RATE / 2000),
+        vmin=decibels.max() - 70,
+    )
+    axes.set(xlim=(0, length), ylabel="frequency (kHz)", xlabel="time (s)")
+    _mark_phones(axes, phones, "white")
+
+
+def _mark_phones(axes, phones, color):
+    for phone in phones:
+        if phone.first:
+            axes.axvline(phone.first * SECONDS_PER_FRAME, color=color, lw=0.8)
+        _write_above(axes, phone, SECONDS_PER_FRAME, fontsize=9)
+
+
+def _write_above(axes, phone, unit, fontsize, shift=0.0):
+    """The symbol of a phone above the axes, in its middle; `unit` is that of a frame."""
+    middle = (phone.first + phone.end) / 2 * unit + shift
+    axes.annotate(
+        phone.symbol,
+        (middle, 1),
+        (0, 2),
+        xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points",
+        ha="center",
+        fontsize=fontsize,
+        annotation_clip=False,
+    )
+
+
+def draw_similarities(place, length, features, phones):
+    """Cosine similarity of each frame to each other one; lines where the phone changes."""
+    columns = place.subplots(1, 2, squeeze=False)[0]
+    for axes, (name, frames) in zip(columns, features.items(), strict=False):
+        units = torch.nn.functional.normalize(frames.float(), dim=-1)
+        similarity = (units @ units.T).numpy()
+        lowest = np.quantile(similarity, 0.02)  # contexts are all alike: show their differences
+        image = axes.imshow(similarity, extent=(0, length, length, 0), vmin=lowest, vmax=1)
+        for phone in phones:
+            boundary = phone.first * SECONDS_PER_FRAME
+            axes.axvline(boundary, color="white", lw=0.5, alpha=0.7)
+            axes.axhline(boundary, color="white", lw=0.5, alpha=0.7)
+            if phone.end - phone.first > 3:  # there is room for it
+                _write_above(axes, phone, SECONDS_PER_FRAME, fontsize=7)
+        axes.set(xlabel="time (s)", ylabel="time (s)", xlim=(0, length), ylim=(length, 0))
+        axes.set_title(f"cosine similarity, {TITLES[name]}", pad=15)
+        place.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
+    for axes in columns[len(features) :]:
+        axes.remove()
+
+
+def draw_alignment(place, length, align, names, phones):
+    """Which prediction each matched frame is aligned to; slanted lines where the phone changes."""
+    n_positions, n_matched = align.shape
+    axes = place.subplots()
+    levels = np.arange(len(names) + 1) - 0.5
+    image = axes.imshow(
+        align.T.numpy(),
+        norm=BoundaryNorm(levels, 256),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        extent=(0, n_positions * SECONDS_PER_FRAME, 0.5, n_matched + 0.5),
+    )
+    matched = np.array([0.5, n_matched + 0.5])
+    for phone in phones[1:]:
+        positions = (phone.first - matched + 0.5) * SECONDS_PER_FRAME
+        axes.plot(positions, matched, color="white", lw=0.9)
+    axes.set(
+        xlim=(0, length),
+        ylim=(0.5, n_matched + 0.5),
+        xlabel="time of the position predicted from (s)",
+        ylabel="matched frame after it",
+        title="prediction that each matched frame is aligned to",
+    )
+    bar = place.add_axes(_bar_beside(axes))
+    place.colorbar(image, cax=bar, ticks=range(len(names))).set_ticklabels(names, fontsize=8)
+
+
+def draw_log_scores(place, length, tensors, names, phones, position=None):
+    """Log-scores (M, P) at consecutive positions, with the alignment if there is one."""
+    scores = tensors["cpcctc_log_scores"].float()
+    n_positions, n_matched, _ = scores.shape
+    shown = min(POSITIONS, n_positions)
+    first = (n_positions - shown) // 2 if position is None else position
+    if not 0 <= first <= n_positions - shown:
+        raise UserError(f"--position {first}: must be 0 to {n_positions - shown} in this capture")
+    scores = scores[first : first + shown]
+    possible = scores[scores > NEVER]
+    # The scores far from the path go down very far, and would hide the others.
+    limits = {"vmin": possible.quantile(0.1).item(), "vmax": possible.max().item()}
+    columns = place.subplots(1, shown, sharey=True, squeeze=False)[0]
+    for at, (axes, matrix) in enumerate(zip(columns, scores, strict=True), first):
+        image = axes.imshow(
+            matrix.T.numpy(), aspect="auto", origin="lower", interpolation="nearest",
+            extent=(0.5, n_matched + 0.5, -0.5, len(names) - 0.5), **limits,
+        )  # fmt: skip
+        if "cpcctc_align" in tensors:
+            path = tensors["cpcctc_align"][at].tolist()
+            axes.plot(range(1, n_matched + 1), path, "o-", color="red", ms=3, lw=1.2)
+        _mark_matched_phones(axes, phones, at, n_matched)
+        axes.set_xlabel(f"frames after {at * SECONDS_PER_FRAME:.2f} s", fontsize=8)
+        axes.tick_params(labelsize=8)
+    columns[0].set_yticks(range(len(names)), names)
+    columns[0].set_ylabel("prediction")
+    place.colorbar(image, cax=place.add_axes(_bar_beside(columns[-1])), label="log-score")
+
+
+def _mark_matched_phones(axes, phones, position, n_matched):
+    """Boundaries and symbols of the phones among the frames matched from a position."""
+    for phone in phones:
+        first = max(phone.first - position, 1)
+        end = min(phone.end - position, n_matched + 1)
+        if first >= end:
+            continue
+        if first > 1:
+            axes.axvline(first - 0.5, color="white", lw=1.2)
+        _write_above(axes, Segment(first, end, phone.symbol), 1, fontsize=8, shift=-0.5)
+
+
+def _bar_beside(axes):
+    """Place of a colour bar right of `axes`, which keeps its width."""
+    box = axes.get_position()
+    return (box.x1 + 0.008, box.y0, 0.009, box.height)
+
+
+if __name__ == "__main__":
+    run_command(main)
