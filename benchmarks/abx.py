@@ -1,4 +1,4 @@
-"""The ABX task beside a loop over pairs of items, and beside the fastabx library where there is one.
+"""The ABX task beside a loop over pairs of items, and beside the fastabx library if it is there.
 
     python benchmarks/abx.py [--items 255 2000] [--threads 2] [--device cpu] [--json FILE]
 

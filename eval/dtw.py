@@ -47,10 +47,11 @@ def dtw(distances, sizes_x, sizes_y):
     first, then from the left: on this depends its length, and nothing else.
     """
     n_pairs, n, m = distances.shape
-    cost = distances.new_full((n + 1, m + 1, n_pairs), math.inf)
+    cost, length = (distances.new_empty(n + 1, m + 1, n_pairs) for _ in range(2))
+    for table, border in ((cost, math.inf), (length, 0)):
+        table[0], table[:, 0] = border, border
     cost[1:, 1:] = distances.permute(1, 2, 0)
     cost[0, 0] = 0
-    length = torch.zeros_like(cost)
     for total in range(2, n + m + 1):
         row = max(1, total - m)
         count = min(n, total - 1) - row + 1
@@ -75,6 +76,5 @@ def dtw(distances, sizes_x, sizes_y):
 def antidiagonal(table, row, column, count):
     """View `(count, P)` of a table `(N, M, P)`: from one cell on down to the left."""
     down, right, one = table.stride()
-    return table.as_strided(
-        (count, table.shape[2]), (down - right, one), row * down + column * right
-    )
+    first = table.storage_offset() + row * down + column * right
+    return table.as_strided((count, table.shape[2]), (down - right, one), first)

@@ -65,8 +65,8 @@ def main(argv=None):
         figure = draw_window(window, waveform, symbols, reader.flags, title, args.position)
         if figure is None:
             raise UserError(
-                f"{args.directory}: nothing that can be drawn: no audio was found, and of the "
-                f"captured {', '.join(reader.names)} there are no pictures"
+                f"{args.directory}: nothing to draw: no audio was found, and there is no picture "
+                f"of {', '.join(reader.names)} alone"
             )
         path = Path(args.out or Path(args.directory) / "pictures") / f"window_{number:05d}.png"
         write_picture(figure, path)
@@ -207,7 +207,7 @@ def draw_window(window, waveform, symbols, flags, title, position=None):
     if waveform is not None:
         panels.append((2.3, draw_spectrogram, (waveform, phones)))
     elif phones:
-        panels.append((0.9, draw_phones, (phones,)))
+        panels.append((1.2, draw_phones, (phones,)))
     features = {name: tensors[name] for name in TITLES if name in tensors}
     if features:
         panels.append((6.8, draw_similarities, (features, phones)))
@@ -311,11 +311,12 @@ def _write_above(axes, phone, unit, fontsize, shift=0.0):
 
 def draw_similarities(place, length, features, phones):
     """Cosine similarity of each frame to each other one; lines where the phone changes."""
-    columns = place.subplots(1, 2, squeeze=False)[0]
+    columns = place.subplots(1, 2)
+    place.subplots_adjust(wspace=0.2)  # room for the numbers of a colour bar
     for axes, (name, frames) in zip(columns, features.items(), strict=False):
         units = torch.nn.functional.normalize(frames.float(), dim=-1)
         similarity = (units @ units.T).numpy()
-        lowest = np.quantile(similarity, 0.02)  # contexts are all alike: show their differences
+        lowest = min(0.95, np.quantile(similarity, 0.05))  # an early model has them all alike
         image = axes.imshow(similarity, extent=(0, length, length, 0), vmin=lowest, vmax=1)
         for phone in phones:
             boundary = phone.first * SECONDS_PER_FRAME
@@ -345,7 +346,7 @@ def draw_alignment(place, length, align, names, phones):
     )
     matched = np.array([0.5, n_matched + 0.5])
     for phone in phones[1:]:
-        positions = (phone.first - matched + 0.5) * SECONDS_PER_FRAME
+        positions = (phone.first - matched) * SECONDS_PER_FRAME
         axes.plot(positions, matched, color="white", lw=0.9)
     axes.set(
         xlim=(0, length),
@@ -354,7 +355,7 @@ def draw_alignment(place, length, align, names, phones):
         ylabel="matched frame after it",
         title="prediction that each matched frame is aligned to",
     )
-    bar = place.add_axes(_bar_beside(axes))
+    bar = _place_beside(place, axes)
     place.colorbar(image, cax=bar, ticks=range(len(names))).set_ticklabels(names, fontsize=8)
 
 
@@ -384,7 +385,7 @@ def draw_log_scores(place, length, tensors, names, phones, position=None):
         axes.tick_params(labelsize=8)
     columns[0].set_yticks(range(len(names)), names)
     columns[0].set_ylabel("prediction")
-    place.colorbar(image, cax=place.add_axes(_bar_beside(columns[-1])), label="log-score")
+    place.colorbar(image, cax=_place_beside(place, columns[-1]), label="log-score")
 
 
 def _mark_matched_phones(axes, phones, position, n_matched):
@@ -399,10 +400,10 @@ def _mark_matched_phones(axes, phones, position, n_matched):
         _write_above(axes, Segment(first, end, phone.symbol), 1, fontsize=8, shift=-0.5)
 
 
-def _bar_beside(axes):
-    """Place of a colour bar right of `axes`, which keeps its width."""
+def _place_beside(place, axes):
+    """Axes for a colour bar right of `axes`, which keeps its width."""
     box = axes.get_position()
-    return (box.x1 + 0.008, box.y0, 0.009, box.height)
+    return place.add_axes((box.x1 + 0.008, box.y0, 0.009, box.height), label="<colorbar>")
 
 
 if __name__ == "__main__":

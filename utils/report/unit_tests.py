@@ -1,0 +1,238 @@
+"""Tests of the pictures: what is in them, from captures whose content is known."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from matplotlib.image import imread
+
+from utils.capture import CaptureReader, CaptureWriter
+from utils.misc import SAMPLE_RATE, UserError
+from utils.report import plot_capture
+
+N_FRAMES, N_MATCHED, N_PREDICTIONS = 64, 6, 5
+N_POSITIONS = N_FRAMES - N_MATCHED
+FLAGS = {"sizeWindow": 160 * N_FRAMES, "CPCCTCSelfLoop": True, "CPCCTCLearnBlank": False}
+
+
+def write_capture(directory, names=plot_capture.DRAWN, flags=FLAGS, pathDB=None):
+    """Four windows of one or two files: two phones of 32 frames, whose features differ."""
+    phones = torch.arange(N_FRAMES).ge(32).long().expand(4, -1)
+    align = torch.tensor([0, 1, 1, 2, 3, 4]).expand(4, N_POSITIONS, -1)
+    chosen = torch.nn.functional.one_hot(align, N_PREDICTIONS)
+    tensors = {
+        "conv_repr": torch.eye(2)[phones],
+        "ctx_repr": torch.eye(2)[phones] + 0.1,
+        "speaker_align": torch.tensor([7, 7, 7, 8]),
+        "phone_align": phones,
+        "pred": torch.zeros(4, N_POSITIONS, 2, N_PREDICTIONS),
+        "cpcctc_align": align,
+        "cpcctc_log_scores": -5.0 + 4 * chosen,
+    }
+    flags = {**flags, "pathDB": str(pathDB)} if flags and pathDB else flags
+    with CaptureWriter(directory, names, epoch=3, flags=flags) as writer:
+        offsets = [("7/a.wav", 0), ("7/a.wav", 10240), ("7/a.wav", 20480), ("8/b.wav", 4240)]
+        writer.write(0, tensors, offsets)
+    return directory
+
+
+@pytest.fixture
+def database(tmp_path):
+    """7/a.wav, which ends in window 2, and 8/b.wav: each sample says where it is."""
+    for name, length, sign in (("7/a.wav", 26600, 1), ("8/b.wav", 20000, -1)):
+        path = tmp_path / "db" / name
+        path.parent.mkdir(parents=True)
+        soundfile.write(path, sign * np.arange(1, length + 1) / 2**15, SAMPLE_RATE, "PCM_16")
+    return tmp_path / "db"
+
+
+def panels(directory, window=0, symbols=None, position=None, waveform=None):
+    reader = CaptureReader(directory)
+    return plot_capture.draw_window(
+        reader.window(window), waveform, symbols or {}, reader.flags, "", position
+    )
+
+
+def axes_of(figure):
+    """All axes but those of colour bars."""
+    return [axes for axes in figure.axes if not axes.get_label().startswith("<colorbar")]
+
+
+def texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_command_draws_the_first_windows_beside_the_capture(tmp_path, database):
+    capture = write_capture(tmp_path / "3", ["phone_align", "ctx_repr"], pathDB=database)
+    script = Path(plot_capture.__file__)
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", script, "3"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == [f"3/pictures/window_0000{i}.png" for i in range(4)]
+    for i in range(4):
+        assert imread(capture / "pictures" / f"window_0000{i}.png").std() > 0.1
+    assert len(CaptureReader(capture)) == 1  # pictures are no part of the capture
+
+
+def test_chosen_windows_go_where_they_should(tmp_path, capsys):
+    capture = write_capture(tmp_path / "3", ["cpcctc_align"])
+    plot_capture.main([str(capture), "--windows", "3", "1", "--out", str(tmp_path / "out" / "x")])
+    assert sorted(p.name for p in (tmp_path / "out" / "x").iterdir()) == [
+        "window_00001.png",
+        "window_00003.png",
+    ]
+    assert not (capture / "pictures").exists()
+
+
+def test_a_whole_capture_has_all_panels(tmp_path):
+    figure = panels(write_capture(tmp_path), waveform=np.zeros(10240, np.float32))
+    labels = [axes.get_ylabel() for axes in axes_of(figure)]
+    assert labels.count("frequency (kHz)") == 1
+    assert labels.count("time (s)") == 2
+    assert labels.count("matched frame after it") == 1
+    assert labels.count("prediction") == 1
+    assert len(axes_of(figure)) == 1 + 2 + 1 + plot_capture.POSITIONS
+
+
+def test_similarity_shows_the_phones_as_blocks(tmp_path):
+    figure = panels(write_capture(tmp_path, ["conv_repr", "phone_align"]))
+    (matrix,) = (axes for axes in axes_of(figure) if axes.images)
+    similarity = np.asarray(matrix.images[0].get_array())
+    phone = np.arange(N_FRAMES) >= 32
+    assert np.allclose(similarity, phone[:, None] == phone[None])
+    boundaries = {line.get_xdata()[0] for line in matrix.lines}
+    assert 0.32 in boundaries
+
+
+def test_phones_are_written_with_their_symbols(tmp_path):
+    capture = write_capture(tmp_path, ["phone_align", "ctx_repr"])
+    assert set(texts(panels(capture, symbols={0: "SIL"}))) == {"SIL", "1"}
+
+
+def test_log_scores_carry_the_alignment_and_the_phones(tmp_path):
+    capture = write_capture(tmp_path)
+    matrices = axes_of(panels(capture, position=27))[-plot_capture.POSITIONS :]
+    for at, axes in enumerate(matrices, 27):
+        scores = np.asarray(axes.images[0].get_array())
+        path = axes.lines[0]
+        assert scores.shape == (N_PREDICTIONS, N_MATCHED)
+        assert path.get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
+        assert path.get_ydata().tolist() == scores.argmax(axis=0).tolist() == [0, 1, 1, 2, 3, 4]
+        # The boundary is before frame 32, which is matched as number 32 - at.
+        lines = [line.get_xdata()[0] for line in axes.lines[1:]]
+        assert lines == ([32 - at - 0.5] if 2 <= 32 - at <= N_MATCHED else [])
+    names = [label.get_text() for label in matrices[0].get_yticklabels()]
+    assert names == ["self", "1", "2", "3", "4"]
+
+
+def test_masked_scores_do_not_set_the_scale(tmp_path):
+    scores = torch.linspace(-20, -1, 2 * 6 * 5).view(2, 6, 5).clone()
+    scores[:, :3, 4] = -1000
+    tensors = {"cpcctc_log_scores": scores}
+    place = plot_capture.Figure().subfigures()
+    plot_capture.draw_log_scores(place, 0.1, tensors, list("abcde"), [])
+    low, high = place.axes[0].images[0].get_clim()
+    assert -20 <= low < -15
+    assert high == -1
+
+
+def test_alignment_is_drawn_at_its_time(tmp_path):
+    figure = panels(write_capture(tmp_path, ["cpcctc_align"]))
+    (axes,) = (axes for axes in axes_of(figure) if axes.images)
+    image = axes.images[0]
+    assert np.asarray(image.get_array()).shape == (N_MATCHED, N_POSITIONS)
+    assert image.get_extent() == pytest.approx([0, N_POSITIONS / 100, 0.5, N_MATCHED + 0.5])
+    assert axes.get_xlim() == pytest.approx((0, N_FRAMES / 100))
+
+
+def test_phone_boundaries_run_through_the_alignment(tmp_path):
+    figure = panels(write_capture(tmp_path, ["cpcctc_align", "phone_align"]))
+    (axes,) = (axes for axes in axes_of(figure) if axes.images)
+    (line,) = axes.lines
+    # From position 30, whose middle is at 0.305 s, frame 32 is the second matched one.
+    matched = np.interp(0.305, line.get_xdata()[::-1], line.get_ydata()[::-1])
+    assert matched == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("flags", [FLAGS, {}])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["conv_repr"],
+        ["ctx_repr", "speaker_align"],
+        ["phone_align"],
+        ["cpcctc_align"],
+        ["cpcctc_log_scores"],
+        ["cpcctc_log_scores", "phone_align", "pred"],
+    ],
+)
+def test_a_part_is_drawn_as_well(names, flags, tmp_path, capsys):
+    capture = write_capture(tmp_path, names, flags)
+    plot_capture.main([str(capture), "--windows", "1"])
+    assert imread(tmp_path / "pictures" / "window_00001.png").std() > 0.02
+
+
+def test_audio_alone_is_drawn_and_nothing_is_refused(tmp_path, database):
+    capture = write_capture(tmp_path / "3", ["pred"], pathDB=database)
+    plot_capture.main([str(capture), "--windows", "1"])
+    assert (capture / "pictures" / "window_00001.png").exists()
+    with pytest.raises(UserError, match="nothing to draw: no audio.*no picture of pred alone"):
+        plot_capture.main([str(write_capture(tmp_path / "4", ["pred"]))])
+
+
+def test_audio_is_that_of_the_window_across_files(tmp_path, database):
+    reader = CaptureReader(write_capture(tmp_path / "3", pathDB=database))
+    for number, first in ((0, 1), (1, 10241)):
+        waveform = plot_capture.find_waveform(reader, reader.window(number), None)
+        expected = np.arange(first, first + 10240) / 2**15
+        assert np.allclose(waveform, expected)
+    # Window 3 begins at sample 4240 of the second file, so window 2 holds those before.
+    waveform = plot_capture.find_waveform(reader, reader.window(2), None)
+    own, other = waveform[:6000], waveform[6000:]
+    assert np.allclose(own, np.arange(20481, 26481) / 2**15)
+    assert np.allclose(other, -np.arange(1, 4241) / 2**15)
+    title = plot_capture.title_of(
+        reader.window(2), *plot_capture.file_border(reader, reader.window(2))
+    )
+    assert title == "window 2, 7/a.wav from 1.28 s, speaker 7, after 0.38 s 8/b.wav"
+
+
+def test_missing_audio_is_said_or_refused(tmp_path, capsys):
+    capture = write_capture(tmp_path / "3", ["phone_align"], pathDB=tmp_path / "gone")
+    plot_capture.main([str(capture), "--windows", "0"])
+    assert "gone/7/a.wav: No such file or directory; drawn without audio" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"elsewhere/7/a\.wav: No such file"):
+        plot_capture.main([str(capture), "--pathDB", str(tmp_path / "elsewhere")])
+    (capture / "index.json").unlink()
+    plot_capture.main([str(capture), "--windows", "0"])
+    with pytest.raises(UserError, match=r"has no index\.json, so no audio"):
+        plot_capture.main([str(capture), "--pathDB", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--windows", "4"], "no window 4 .* has 0 to 3"),
+        (["--position", "51"], "--position 51: must be 0 to 50"),
+        (["--position", "-1"], "--position -1: must be"),
+        (["--phones", "none.txt"], r"none\.txt: can't be read"),
+        (["--out", "/dev/null/x"], "/dev/null/x: pictures can't be written.*--out"),
+    ],
+)
+def test_wrong_flags_are_refused(words, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        plot_capture.main([str(write_capture(tmp_path)), *words])
+
+
+def test_symbols_are_read_with_the_line_that_is_wrong(tmp_path):
+    path = tmp_path / "phones.txt"
+    path.write_text("0 SIL\n\n12 ɑː\n")
+    assert plot_capture.read_symbols(path) == {0: "SIL", 12: "ɑː"}
+    path.write_text("0 SIL\nAA 1\n")
+    with pytest.raises(UserError, match=r"phones\.txt: line 2 should be `id symbol`, is 'AA 1'"):
+        plot_capture.read_symbols(path)
