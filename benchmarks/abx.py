@@ -1,12 +1,13 @@
-"""The ABX task beside a loop over pairs of items, and beside the fastabx library if it is there.
+"""The ABX task beside loops over pairs of items, and beside the fastabx library if it is there.
 
     python benchmarks/abx.py [--items 255 2000] [--threads 2] [--device cpu] [--json FILE]
 
 The items are noise, 5 to 24 frames of 256 dimensions, by three speakers or more, of eight phones in
-four contexts. The loop is the plain way to write DTW: in Python, pair by pair and cell by cell on
-NumPy arrays. It is timed on some of the pairs that the task needs (each once), and its time for all
-follows from that. Results are compared first. Times are medians of runs in turn; go by the ratios:
-times depend on what else the machine does.
+four contexts. The loop is the plain way to write DTW: in Python, pair by pair and cell by cell, on
+tensors or on NumPy arrays. It is timed on some of the pairs that the task needs, each of which it
+would do once, and its time for all follows from that. fastabx has a compiled DTW. Results are
+compared first. Times are medians of runs in turn; go by the ratios: times depend on what else the
+machine does.
 """
 
 import argparse
@@ -31,7 +32,11 @@ from utils.misc import keep_freed_memory
 
 PHONES, CONTEXTS, ITEMS_PER_SPEAKER, SIZES, DIM = 8, 4, 100, (5, 25), 256
 MAX_SIZE_GROUP, MAX_X_ACROSS = 10, 5
-LOOPED_PAIRS = 300
+LOOPS = {  # an empty table, and on how many pairs to time it
+    "tensors": (lambda n, m: torch.full((n, m), torch.inf), 20),
+    "NumPy": (lambda n, m: np.full((n, m), np.inf, dtype=np.float32), 200),
+}
+COLUMNS = ("items", "task", "pairs", *(f"{name}, s" for name in LOOPS), "ours, s", "fastabx, s")
 
 
 def main(argv=None):
@@ -39,8 +44,7 @@ def main(argv=None):
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, device {args.device}")
-    columns = ("items", "task", "pairs", "loop, s", "ours, s", "ratio", "fastabx, s")
-    print("".join(f"{column:>12}" for column in columns))
+    print("".join(f"{column:>12}" for column in (*COLUMNS, *(f"/ {name}" for name in LOOPS))))
     results = [row for n_items in args.items for row in measure(n_items, args)]
     if args.json:
         save_json(args.json, {"torch": torch.__version__, **vars(args), "results": results})
@@ -60,25 +64,30 @@ def measure(n_items, args):
     """Time the tasks within and across speakers; prints and yields a row of figures for each."""
     items, frames = make_items(n_items)
     groups = group_items(items, MAX_SIZE_GROUP, seed=0)
-    per_pair = time_of_loop(frames)
+    per_pair = {name: time_of_loop(frames, *how) for name, how in LOOPS.items()}
     on_device = frames.to(args.device)
+    ways = {"ours": cell_errors}
+    if importlib.util.find_spec("fastabx"):
+        ways["fastabx"] = fastabx_errors
     for task, cells in (
         ("within", within_cells(groups)),
         ("across", across_cells(groups, MAX_X_ACROSS, seed=0)),
     ):
-        ways = {"ours": cell_errors}
-        if importlib.util.find_spec("fastabx"):
-            ways["fastabx"] = fastabx_errors
-        seconds = time_ways(ways, groups, cells, on_device, args.repeat)
         n_pairs = count_pairs(groups, cells)
-        row = {"items": n_items, "task": task, "pairs": n_pairs, "loop": per_pair * n_pairs}
-        row |= seconds | {"ratio": row["loop"] / seconds["ours"]}
-        fastabx = f"{seconds['fastabx']:12.3f}" if "fastabx" in seconds else f"{'-':>12}"
-        print(
-            f"{n_items:12}{task:>12}{n_pairs:12}{row['loop']:12.2f}{row['ours']:12.3f}"
-            f"{row['ratio']:12.0f}{fastabx}"
-        )
-        yield row
+        seconds = {name: n_pairs * time for name, time in per_pair.items()}
+        seconds |= time_ways(ways, groups, cells, on_device, args.repeat)
+        show(n_items, task, n_pairs, seconds)
+        yield {"items": n_items, "task": task, "pairs": n_pairs, "seconds": seconds}
+
+
+def show(n_items, task, n_pairs, seconds):
+    figures = [seconds.get(name) for name in (*LOOPS, "ours", "fastabx")]
+    ratios = [seconds[name] / seconds["ours"] for name in LOOPS]
+    print(
+        f"{n_items:12}{task:>12}{n_pairs:12}"
+        + "".join(f"{figure:12.3f}" if figure else f"{'-':>12}" for figure in figures)
+        + "".join(f"{ratio:12.0f}" for ratio in ratios)
+    )
 
 
 def make_items(n_items):
@@ -118,25 +127,28 @@ def time_ways(ways, groups, cells, frames, repeat):
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def time_of_loop(frames):
-    """Seconds for a pair in the loop."""
+def time_of_loop(frames, make_table, n_pairs):
+    """Seconds for a pair in a loop over the cells of such a table."""
     generator = torch.Generator().manual_seed(1)
-    pairs = torch.randint(0, len(frames.sizes), (LOOPED_PAIRS, 2), generator=generator)
+    pairs = torch.randint(0, len(frames.sizes), (n_pairs, 2), generator=generator)
     pieces = [frames.frames[s : s + n] for s, n in zip(frames.starts, frames.sizes, strict=True)]
-    start = time.perf_counter()
-    distances = [looped_dtw(cosine_distance(pieces[x], pieces[y]).numpy()) for x, y in pairs]
+    start, distances = time.perf_counter(), []
+    for x, y in pairs:
+        between = cosine_distance(pieces[x], pieces[y])
+        cost = make_table(len(pieces[x]) + 1, len(pieces[y]) + 1)
+        distances.append(
+            looped_dtw(between.numpy() if isinstance(cost, np.ndarray) else between, cost)
+        )
     seconds = time.perf_counter() - start
-    for (x, y), distance in zip(pairs[:20], distances, strict=False):
-        n, m = frames.sizes[x], frames.sizes[y]
-        ours = dtw(cosine_distance(pieces[x], pieces[y])[None], n[None], m[None])
-        assert abs(ours.item() - distance) < 1e-6
-    return seconds / LOOPED_PAIRS
+    x, y = pairs[0]
+    between = cosine_distance(pieces[x], pieces[y])[None]
+    assert abs(dtw(between, frames.sizes[x, None], frames.sizes[y, None]) - distances[0]) < 1e-6
+    return seconds / n_pairs
 
 
-def looped_dtw(distances):
+def looped_dtw(distances, cost):
     """DTW of one pair, cell by cell, with its path traced back for the length."""
     n, m = distances.shape
-    cost = np.full((n + 1, m + 1), np.inf, dtype=np.float32)
     cost[0, 0] = 0
     for i in range(1, n + 1):
         for j in range(1, m + 1):

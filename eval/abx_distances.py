@@ -102,11 +102,11 @@ class Tables:
 
         What lies outside of a table is arbitrary.
         """
-        first = self.starts[which] + row * self.widths[which] + column
-        i, j = (torch.arange(size, device=first.device)[:, None] for size in (n, m))
-        index = (first + i * self.widths[which])[:, None] + j  # pairs last, as the DTW wants them
-        cut = self.flat.index_select(0, index.clamp_(max=len(self.flat) - 1).view(-1))
-        return cut.view(n, m, -1).permute(2, 0, 1)
+        start = self.starts[which] + row * self.widths[which] + column
+        start = start[:, None] + torch.arange(n, device=start.device) * self.widths[which, None]
+        runs = self.flat.unfold(0, m, 1)  # all runs of m floats, as a view
+        start = start.clamp_(max=len(runs) - 1).view(-1)
+        return runs.index_select(0, start).view(-1, n, m)
 
 
 def frame_tables(x, y, distance):
@@ -125,6 +125,7 @@ def frame_tables(x, y, distance):
         widths[some] = tables.shape[2]
         used += tables.numel()
         pieces.append(tables.view(-1))
+    pieces.append(tables.new_zeros(int(widths.max())))  # so that a run from any float on exists
     return Tables(torch.cat(pieces), starts, widths)
 
 

@@ -368,8 +368,8 @@ def draw_log_scores(place, length, tensors, names, phones, position=None):
     if not 0 <= first <= n_positions - shown:
         raise UserError(f"--position {first}: must be 0 to {n_positions - shown} in this capture")
     scores = scores[first : first + shown]
-    possible = scores[scores > NEVER]
-    # The scores far from the path go down very far, and would hide the others.
+    # Scores far from the path go down very far, and would hide the others.
+    possible = scores[scores > NEVER] if (scores > NEVER).any() else scores
     limits = {"vmin": possible.quantile(0.1).item(), "vmax": possible.max().item()}
     columns = place.subplots(1, shown, sharey=True, squeeze=False)[0]
     for at, (axes, matrix) in enumerate(zip(columns, scores, strict=True), first):
