@@ -14,6 +14,7 @@ makes one from phone labels. `OUT/ABX_scores.json` holds the scores and what the
 `OUT/ABX_args.json` the flags.
 """
 
+import argparse
 import math
 import os
 import sys
@@ -142,7 +143,11 @@ def parse_arguments(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(prog="ABX.py", description="ABX error of features of speech.")
+    parser = CommandLine(
+        prog="ABX.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="load", required=True, metavar="COMMAND")
     model = commands.add_parser("from_checkpoint", help="score the features of a CPC model")
     add = model.add_argument
@@ -180,6 +185,7 @@ def add_extension(parser, default, what):
 
 def add_shared_flags(parser):
     add_task_flags(parser.add_argument_group("what is compared"))
+    add_sampling_flags(parser.add_argument_group("what is drawn where there is much"))
     add = parser.add_argument_group("how").add_argument
     add(
         "--fastabx",
@@ -223,7 +229,7 @@ def add_task_flags(group):
         default="librilight",
         choices=list(SLICINGS),
         help="; ".join(f"{name}: {rule}" for name, rule in SLICINGS.items())
-        + " (default: librilight, what published scores of CPC were measured with)",
+        + " (default: librilight, as the original program)",
     )
     add(
         "--context",
@@ -231,6 +237,10 @@ def add_task_flags(group):
         choices=list(CONTEXTS),
         help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()) + " (default: within)",
     )
+
+
+def add_sampling_flags(group):
+    add = group.add_argument
     add(
         "--max_size_group",
         type=int,

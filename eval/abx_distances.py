@@ -12,10 +12,9 @@ import torch
 from eval.dtw import FRAME_DISTANCES, dtw, normalize_with_singularity
 from utils.logs import progress
 
-# What is held at once. On a CPU: as much as stays in its caches, while each step is still worth
-# its overhead.
-PAIRS_PER_ROUND = {"cpu": 2**17, "cuda": 2**20}  # pairs of items
-FLOATS_PER_ROUND = {"cpu": 2**20, "cuda": 2**26}  # in frames and tables
+# Floats held at once: as many as make each step worth its overhead, and few enough for caches.
+TABLE_FLOATS = {"cpu": 2**24, "cuda": 2**28}  # in tables of distances between frames
+STEP_FLOATS = {"cpu": 2**20, "cuda": 2**26}  # in a product of matrices, in a DTW
 
 
 # ------------------------------------------------------------------------------- cutting up work
@@ -117,7 +116,7 @@ def frame_tables(x, y, distance):
     floats = x.sizes * y.sizes + (x.sizes + y.sizes) * x.frames.shape[1]
     starts, widths = torch.empty_like(x.starts), torch.empty_like(x.starts)
     pieces, used = [], 0
-    for some in rounds(floats[order], FLOATS_PER_ROUND[like.device.type], like[order]):
+    for some in rounds(floats[order], STEP_FLOATS[like.device.type], like[order]):
         some = order[some]
         tables = FRAME_DISTANCES[distance](x.of(some).padded(), y.of(some).padded())
         size = tables[0].numel()
@@ -165,8 +164,9 @@ def compare_groups(frames, x, n_x, y, n_y, distance):
     sizes = n_x * n_y
     distances = frames.frames.new_full((int(sizes.sum()),), math.inf)
     blocks = Blocks(distances, sizes.cumsum(0) - sizes, n_x, n_y)
+    floats = frames.merged(x, n_x).sizes * frames.merged(y, n_y).sizes
     with progress(what="comparing", unit=" pairs", total=len(distances), unit_scale=True) as bar:
-        for some in rounds(sizes, PAIRS_PER_ROUND[sizes.device.type]):
+        for some in rounds(floats, TABLE_FLOATS[sizes.device.type]):
             compare_some(blocks, some, frames, x[some], y[some], distance)
             bar.update(int(sizes[some].sum()))
     return blocks
@@ -199,7 +199,7 @@ def warp(tables, which, x, x_origin, y, y_origin):
     result = tables.flat.new_empty(len(which))
     row, column = x.starts - x_origin, y.starts - y_origin
     floats = (x.sizes + 1) * (y.sizes + 1)
-    for some in rounds(floats[order], FLOATS_PER_ROUND[which.device.type]):
+    for some in rounds(floats[order], STEP_FLOATS[which.device.type]):
         some = order[some]
         n, m = x.sizes[some], y.sizes[some]
         cut = tables.cut(which[some], row[some], column[some], int(n.max()), int(m.max()))

@@ -1,9 +1,13 @@
-"""Tests of the building blocks: arguments, checkpoint files, schedule, logs, stop signals."""
+"""Tests of the building blocks: arguments, files, checkpoints, captures, logs, stop signals."""
 
+import json
+import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import stat
+import threading
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from utils.arguments import (
     parse_arguments,
     stored_arguments,
 )
+from utils.capture import CaptureReader, CaptureWriter, prediction_names
 from utils.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
 from utils.files import TEMPORARY_PREFIX, atomic_path, load_tensors, remove_leftovers, save_tensors
 from utils.logs import RunningMeans, append_epoch
@@ -412,3 +417,312 @@ def test_outside_a_deferred_block_a_stop_signal_acts_at_once():
         raise AssertionError("not reached")
     assert stopped.value.status == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+CAPTURED = {
+    "conv_repr": (torch.float32, (6, 4)),
+    "ctx_repr": (torch.float32, (6, 5)),
+    "speaker_align": (torch.int64, ()),
+    "phone_align": (torch.int64, (6,)),
+    "pred": (torch.float32, (3, 4, 2)),
+    "cpcctc_align": (torch.int64, (3, 3)),
+    "cpcctc_log_scores": (torch.float32, (3, 3, 2)),
+}
+
+
+def captured(n_windows, names=CAPTURED, seed=0):
+    """A batch of every kind of captured tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (10 * torch.randn(n_windows, *CAPTURED[name][1], generator=generator)).to(
+            CAPTURED[name][0]
+        )
+        for name in names
+    }
+
+
+def location(window):
+    return f"speaker/{window // 3}.flac", 20480 * (window % 3)
+
+
+def write(directory, sizes, names=CAPTURED, **options):
+    """Write batches of these sizes; returns all windows of each name."""
+    batches, first = [], 0
+    with CaptureWriter(directory, names, **{"epoch": 4, **options}) as writer:
+        for seed, size in enumerate(sizes):
+            batches.append(captured(size, names, seed))
+            writer.write(first, batches[-1], [location(first + row) for row in range(size)])
+            first += size
+    return {name: torch.cat([batch[name] for batch in batches]) for name in names}
+
+
+def files(directory):
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+
+
+def test_capture_comes_back_as_it_was_written(tmp_path):
+    written = write(tmp_path / "4", [4, 4, 3], checkpoint="run/checkpoint_4.pt", flags={"x": [1]})
+    reader = CaptureReader(tmp_path / "4")
+    assert set(reader.names) == set(CAPTURED)
+    assert (len(reader), reader.n_windows) == (3, 11)
+    assert reader.ranges == [(0, 3), (4, 7), (8, 10)]
+    assert (reader.epoch, reader.checkpoint) == (4, "run/checkpoint_4.pt")
+    assert reader.flags == {"x": [1]}
+    batches = list(reader)
+    for name, (dtype, _) in CAPTURED.items():
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), written[name])
+        assert batches[0][name].dtype == dtype
+    window = reader.window(9)
+    assert (window.window, window.file, window.offset) == (9, *location(9))
+    assert all(torch.equal(window.tensors[name], written[name][9]) for name in CAPTURED)
+
+
+def test_files_have_the_names_of_the_original(tmp_path):
+    write(tmp_path, [2, 1], ["ctx_repr", "phone_align"])
+    assert files(tmp_path) == [
+        "ctx_repr/ctx_repr_batch0-1.pt",
+        "ctx_repr/ctx_repr_batch2-2.pt",
+        "index.json",
+        "phone_align/phone_align_batch0-1.pt",
+        "phone_align/phone_align_batch2-2.pt",
+    ]
+    tensor = torch.load(tmp_path / "ctx_repr/ctx_repr_batch0-1.pt", weights_only=True)
+    assert isinstance(tensor, torch.Tensor)
+
+
+def test_batches_are_ordered_by_window_not_by_name(tmp_path):
+    write(tmp_path, [8, 4, 90, 5], ["speaker_align"])
+    assert CaptureReader(tmp_path).ranges == [(0, 7), (8, 11), (12, 101), (102, 106)]
+
+
+def test_a_capture_of_the_original_has_no_index(tmp_path):
+    written = write(tmp_path, [3], ["ctx_repr"])
+    (tmp_path / "index.json").unlink()
+    reader = CaptureReader(tmp_path)
+    assert (reader.epoch, reader.checkpoint, reader.flags) == (None, None, {})
+    window = reader.window(1)
+    assert (window.file, window.offset) == (None, None)
+    assert torch.equal(window.tensors["ctx_repr"], written["ctx_repr"][1])
+
+
+def test_reader_reads_only_what_is_asked_for(tmp_path):
+    write(tmp_path, [2, 2])
+    (tmp_path / "pred" / "pred_batch0-1.pt").write_bytes(b"damaged")
+    reader = CaptureReader(tmp_path, ["ctx_repr", "speaker_align"])
+    assert reader.names == ("ctx_repr", "speaker_align")
+    assert all(batch.keys() == {"ctx_repr", "speaker_align"} for batch in reader)
+    with pytest.raises(UserError, match="cpcctc_x not captured, only conv_repr, cpcctc_align"):
+        CaptureReader(tmp_path, ["cpcctc_x"])
+
+
+def test_tensors_are_stored_on_their_own_and_in_their_type(tmp_path):
+    everything = torch.randn(2, 1000, 1000, dtype=torch.bfloat16)
+    tensors = {
+        "ctx_repr": everything[:, :3, :4].requires_grad_(),
+        "speaker_align": torch.tensor([1, 2], dtype=torch.int32),
+        "conv_repr": torch.randn(4, 2, 2)[:2],
+    }
+    with CaptureWriter(tmp_path, tensors, epoch=0) as writer:
+        writer.write(0, {**tensors, "pred": None}, [("a", 0), ("a", 1)])
+    (batch,) = CaptureReader(tmp_path)
+    assert batch["ctx_repr"].dtype == torch.float32
+    assert batch["speaker_align"].dtype == torch.int64
+    assert not batch["ctx_repr"].requires_grad
+    for name in tensors:
+        assert (tmp_path / name / f"{name}_batch0-1.pt").stat().st_size < 5000
+
+
+def test_rows_and_locations_must_agree(tmp_path):
+    writer = CaptureWriter(tmp_path, ["ctx_repr"], epoch=0)
+    with pytest.raises(ValueError, match="ctx_repr: 3 rows, 2 locations"):
+        writer.write(0, captured(3), [location(0), location(1)])
+
+
+def test_an_earlier_capture_is_replaced_and_nothing_else(tmp_path):
+    directory = tmp_path / "4"
+    write(directory, [4, 4])
+    kept = {
+        "ctx_repr/notes.txt",
+        "ctx_repr/conv_repr_batch0-3.pt",
+        "mine/ctx_repr_batch0-3.pt",
+        "ctx_repr_batch0-3.pt",
+        "ctx_repr/ctx_repr_batch0-3.pt.bak",
+    }
+    for name in kept:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("mine")
+    (directory / "ctx_repr" / ".writing-1.pt").write_text("of a killed run")
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere, [1], ["phone_align"])
+    (directory / "linked").symlink_to(elsewhere / "phone_align")
+
+    written = write(directory, [5], ["ctx_repr"])
+    assert set(files(directory)) == kept | {"index.json", "ctx_repr/ctx_repr_batch0-4.pt"}
+    assert "phone_align/phone_align_batch0-0.pt" in files(elsewhere)
+    assert CaptureReader(directory).n_windows == len(written["ctx_repr"])
+
+
+def test_the_writer_says_what_it_replaced(tmp_path):
+    assert CaptureWriter(tmp_path, ["ctx_repr"], epoch=0).removed == 0
+    write(tmp_path, [4, 4], ["ctx_repr", "pred"])
+    assert CaptureWriter(tmp_path, ["ctx_repr"], epoch=0).removed == 4
+
+
+def test_directories_are_made_even_without_a_batch(tmp_path):
+    with CaptureWriter(tmp_path / "0", ["pred", "ctx_repr"], epoch=0):
+        pass
+    assert (tmp_path / "0" / "pred").is_dir()
+    with pytest.raises(UserError, match="holds no capture"):
+        CaptureReader(tmp_path / "0")
+
+
+def test_a_capture_that_failed_has_no_index(tmp_path):
+    write(tmp_path, [2], ["ctx_repr"])
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        CaptureWriter(tmp_path, ["ctx_repr"], epoch=5),
+    ):
+        raise RuntimeError("out of memory")
+    assert files(tmp_path) == []
+
+
+def test_two_processes_write_one_capture(tmp_path):
+    """Each in a thread, with a `gather` as a collective of two ranks is."""
+    barrier, values = threading.Barrier(2), {}
+    write(tmp_path, [7], ["ctx_repr"])  # an earlier one
+    sizes, failures = [3, 3, 2, 2], []
+
+    def run(rank):
+        def gather(value):
+            values[rank] = value
+            barrier.wait(timeout=20)
+            gathered = [values[0], values[1]]
+            barrier.wait(timeout=20)
+            return gathered
+
+        try:
+            with CaptureWriter(
+                tmp_path, ["ctx_repr"], epoch=1, main=rank == 0, gather=gather
+            ) as writer:
+                for batch in range(rank, len(sizes), 2):
+                    first = sum(sizes[:batch])
+                    windows = range(first, first + sizes[batch])
+                    tensors = {"ctx_repr": torch.tensor(windows).float().view(-1, 1, 1)}
+                    writer.write(first, tensors, [location(window) for window in windows])
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    reader = CaptureReader(tmp_path)
+    assert reader.ranges == [(0, 2), (3, 5), (6, 7), (8, 9)]
+    assert torch.cat([batch["ctx_repr"] for batch in reader]).flatten().tolist() == [*range(10)]
+    assert [reader.location(window) for window in range(10)] == [location(w) for w in range(10)]
+    assert json.loads((tmp_path / "index.json").read_text())["windows"][9]["window"] == 9
+
+
+def test_an_unwritable_directory_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"/file/3: the capture can't be written.*pathCaptureSave"):
+        CaptureWriter(tmp_path / "file" / "3", ["ctx_repr"], epoch=3)
+    (tmp_path / "9").write_text("")
+    with pytest.raises(UserError, match=r"/9: the capture can't be written"):
+        CaptureWriter(tmp_path / "9", ["ctx_repr"], epoch=9)
+
+
+def _write_until_full(directory, said):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    writer = CaptureWriter(directory, ["ctx_repr"], epoch=0)
+    try:
+        writer.write(0, {"ctx_repr": torch.zeros(2, 300, 300)}, [location(0), location(1)])
+    except UserError as error:
+        said.put(str(error))
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    """A limit on the size of files fails as a full disk does: in the middle of a write."""
+    spawn = multiprocessing.get_context("spawn")
+    said = spawn.SimpleQueue()
+    process = spawn.Process(target=_write_until_full, args=(tmp_path / "0", said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    message = said.get()
+    assert message.startswith(f"{tmp_path / '0'}: the capture can't be written there (")
+    assert "File too large" in message
+    assert files(tmp_path) == []  # no part of a file is left
+
+
+def test_a_missing_file_is_named(tmp_path):
+    write(tmp_path, [2, 2], ["ctx_repr", "pred"])
+    (tmp_path / "pred" / "pred_batch2-3.pt").unlink()
+    with pytest.raises(UserError, match=r"pred/pred_batch2-3\.pt: missing"):
+        CaptureReader(tmp_path)
+    assert len(CaptureReader(tmp_path, ["ctx_repr"])) == 2
+
+
+def test_lost_windows_are_counted(tmp_path):
+    write(tmp_path, [2, 3], ["ctx_repr"])
+    (tmp_path / "ctx_repr" / "ctx_repr_batch2-4.pt").unlink()
+    with pytest.raises(UserError, match="files of window 2 and 2 others are missing"):
+        CaptureReader(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensor", "short", "number", "list"])
+def test_a_damaged_file_is_named(content, tmp_path):
+    write(tmp_path, [2, 2], ["ctx_repr"])
+    path = tmp_path / "ctx_repr" / "ctx_repr_batch2-3.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        value = {"short": torch.zeros(1, 6, 5), "number": torch.tensor(2.0), "list": [1, 2]}
+        torch.save(value[content], path)
+    reader = CaptureReader(tmp_path)
+    reader.window(1)
+    with pytest.raises(UserError, match=r"ctx_repr/ctx_repr_batch2-3\.pt: .*(damaged|refused)"):
+        reader.window(2)
+
+
+@pytest.mark.parametrize("index", ["[]", '{"windows": [{"window": 0}]}', '{"windows": 3}', "{"])
+def test_a_damaged_index_is_named(index, tmp_path):
+    write(tmp_path, [2], ["ctx_repr"])
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index\.json"):
+        CaptureReader(tmp_path)
+
+
+def test_files_of_two_captures_are_not_mixed(tmp_path):
+    write(tmp_path, [4, 4], ["ctx_repr"])
+    torch.save(torch.zeros(6, 6, 5), tmp_path / "ctx_repr" / "ctx_repr_batch0-5.pt")
+    with pytest.raises(UserError, match="two captures, with windows 0-3 and 0-5"):
+        CaptureReader(tmp_path)
+
+
+def test_what_there_is_instead(tmp_path):
+    write(tmp_path / "2", [2], ["ctx_repr"])
+    write(tmp_path / "10", [2], ["ctx_repr"])
+    with pytest.raises(UserError, match="choose an epoch: 2, 10$"):
+        CaptureReader(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        CaptureReader(tmp_path / "3")
+    for window in (-1, 2):
+        with pytest.raises(UserError, match=f"no window {window} .* has 0 to 1"):
+            CaptureReader(tmp_path / "2").window(window)
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({}, ["#0", "#1", "#2"]),
+        ({"CPCCTCLearnBlank": False, "CPCCTCSelfLoop": False}, ["1", "2", "3"]),
+        ({"CPCCTCLearnBlank": False, "CPCCTCSelfLoop": True}, ["self", "1", "2"]),
+        ({"CPCCTCLearnBlank": True, "CPCCTCSelfLoop": True}, ["blank", "self", "1"]),
+    ],
+)
+def test_names_of_predictions_are_in_the_order_of_the_criterion(flags, names):
+    assert prediction_names(3, flags) == names

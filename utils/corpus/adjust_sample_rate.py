@@ -10,6 +10,7 @@ converted again, so a call that was stopped goes on where it was when it is repe
 can't be read are named in the end, and the exit status is then 2.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -56,7 +57,11 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = CommandLine(prog="adjust_sample_rate.py", description="Convert audio files to 16 kHz.")
+    parser = CommandLine(
+        prog="adjust_sample_rate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("path_db", help="folder of the audio files; those in its folders count, too")
     add(

@@ -13,6 +13,7 @@ its file without extension. To label further audio with the ids of an earlier ca
 model, give its phones.txt with --phones.
 """
 
+import argparse
 import math
 import os
 import re
@@ -87,7 +88,8 @@ def main(argv=None):
 def build_parser():
     parser = CommandLine(
         prog="convert_alignments.py",
-        description="Phone labels from the TextGrids or the CTM file of a forced aligner.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("alignments", help="folder of TextGrids, or a CTM file")

@@ -10,6 +10,7 @@ beginning of the name, up to the first `-`. Two equal phones in a row can't be t
 and count as one.
 """
 
+import argparse
 import os
 import sys
 
@@ -47,7 +48,9 @@ def main(argv=None):
 
 def build_parser():
     parser = CommandLine(
-        prog="make_abx_item.py", description="An item file for eval/ABX.py from phone labels."
+        prog="make_abx_item.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("labels", help="labels, `name id id ...` a line, an id for every 10 ms")

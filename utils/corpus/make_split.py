@@ -10,6 +10,7 @@ The same seed gives the same lists, and new speakers leave those of the others a
 it goes by speaker.
 """
 
+import argparse
 import os
 import random
 import sys
@@ -42,7 +43,9 @@ def main(argv=None):
 
 def parse_arguments(argv):
     parser = CommandLine(
-        prog="make_split.py", description="Training and validation lists of a database."
+        prog="make_split.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("pathDB", help="root of the audio files, speaker/.../name + extension")

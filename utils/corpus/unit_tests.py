@@ -1,14 +1,30 @@
-"""Tests of the commands on corpora: the synthesiser and make_demo."""
+"""Tests of the commands on data: the demo corpus, and getting one's own data ready."""
 
+import itertools
+import os
+import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from praatio import textgrid
 
-from utils.corpus import make_demo
+from dataset import read_phone_labels, scan_corpus, select_sequences
+from utils.corpus import adjust_sample_rate, convert_alignments, make_demo, make_split
+from utils.corpus.alignments import (
+    SILENCE,
+    Interval,
+    frame_symbols,
+    frames_before,
+    read_symbols,
+    runs,
+    write_labels,
+    write_symbols,
+)
 from utils.corpus.synthesiser import (
     PHONES,
     VOWELS,
@@ -403,3 +419,454 @@ def test_help_names_every_flag(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(flag in text for flag in ("OUT", "--speakers", "--utterances", "--seed"))
+
+
+def refused(main, *arguments):
+    """Run a command that must refuse; nothing else may leave it."""
+    with pytest.raises(SystemExit) as error:
+        main([str(argument) for argument in arguments])
+    assert error.value.code == 2
+
+
+# ---------------------------------------------------------------------------------- alignments
+
+
+def test_a_label_is_the_phone_at_the_middle_of_its_frame():
+    draw = random.Random(0)
+    times = sorted({0.0, *(round(draw.uniform(0, 2), 4) for _ in range(40))})
+    intervals = [
+        Interval(start, end, f"p{i}") for i, (start, end) in enumerate(itertools.pairwise(times))
+    ]
+    symbols = frame_symbols(intervals, times[-1], "gap")
+    assert len(symbols) == int(times[-1] * SAMPLE_RATE) // SAMPLES_PER_FRAME
+    for frame, symbol in enumerate(symbols):
+        middle = (SAMPLES_PER_FRAME * frame + SAMPLES_PER_FRAME // 2) / SAMPLE_RATE
+        assert [symbol] == [s for start, end, s in intervals if start <= middle < end]
+
+
+def test_decimal_times_are_exact():
+    assert [frames_before(t) for t in (0.0, 0.005, 0.0051, 0.145, 0.15, 2.675)] == [
+        0,
+        0,
+        1,
+        14,
+        15,
+        267,
+    ]
+    symbols = frame_symbols([Interval(0.0, 0.07, "a"), Interval(0.1, 1.1, "b")], 1.13, "gap")
+    assert symbols == ["a"] * 7 + ["gap"] * 3 + ["b"] * 100 + ["gap"] * 3
+
+
+def random_alignments(seed=0, n_utterances=6):
+    """name -> ids; the last id is silence, as is always the beginning and never the end."""
+    rng = np.random.default_rng(seed)
+    labels = {}
+    for i in range(n_utterances):
+        phones = rng.integers(0, len(PHONES) - 1, 30)
+        row = np.repeat(np.append(len(PHONES) - 1, phones), rng.integers(1, 20, 31))
+        labels[f"{i}-utt"] = row.tolist()
+    return labels
+
+
+def symbols_of_demo():
+    """symbol -> id, with silence last, so that ids aren't those that a converter would give."""
+    others = sorted(set(PHONES) - {SILENCE})
+    return {symbol: number for number, symbol in enumerate([*others, SILENCE])}
+
+
+@pytest.fixture
+def alignments(tmp_path):
+    """A label file and a symbol file: (labels, symbols, their folder)."""
+    labels, symbols = random_alignments(), symbols_of_demo()
+    write_labels(tmp_path / "labels.txt", labels)
+    write_symbols(tmp_path / "phones.txt", symbols)
+    return labels, symbols, tmp_path
+
+
+def write_textgrids(folder, labels, symbols, format="long_textgrid"):
+    """TextGrids like those of the Montreal Forced Aligner: silence is an empty interval."""
+    names = {number: symbol for symbol, number in symbols.items()}
+    for name, row in labels.items():
+        entries = [
+            (first / 100, end / 100, "" if names[label] == SILENCE else names[label])
+            for first, end, label in runs(row)
+        ]
+        grid = textgrid.Textgrid()
+        grid.addTier(textgrid.IntervalTier("words", [(0, len(row) / 100, "word")]))
+        grid.addTier(textgrid.IntervalTier("phones", entries, 0, len(row) / 100))
+        path = folder / name.split("-")[0] / f"{name}.TextGrid"
+        path.parent.mkdir(parents=True)
+        grid.save(str(path), format=format, includeBlankSpaces=True)
+
+
+def write_ctm(path, labels, symbols):
+    """A CTM file like Kaldi's, without lines for silence."""
+    names = {number: symbol for symbol, number in symbols.items()}
+    with open(path, "w") as file:
+        for name, row in labels.items():
+            for first, end, label in runs(row):
+                if names[label] != SILENCE:
+                    duration = (end - first) / 100
+                    file.write(f"{name} 1 {first / 100:.2f} {duration:.2f} {names[label]} 1.0\n")
+
+
+@pytest.mark.parametrize("form", ["long_textgrid", "short_textgrid", "ctm"])
+def test_round_trip(alignments, form):
+    labels, symbols, folder = alignments
+    if form == "ctm":
+        write_ctm(folder / "in.ctm", labels, symbols)
+        source = folder / "in.ctm"
+    else:
+        write_textgrids(folder / "in", labels, symbols, form)
+        source = folder / "in"
+    convert_alignments.main(
+        [str(source), str(folder / "out"), "--phones", str(folder / "phones.txt")]
+    )
+    converted = read_phone_labels(folder / "out" / "converted_aligned_phones.txt").labels
+    assert {name: row.tolist() for name, row in converted.items()} == labels
+    assert read_symbols(folder / "out" / "phones.txt") == symbols
+
+
+def test_new_ids_begin_with_silence(tmp_path):
+    (tmp_path / "a.ctm").write_text(
+        ";; a comment\n"
+        "u1 1 0.00 0.02 sil\nu1 1 0.02 0.03 AH0_B\nu1 1 0.05 0.02 B_E\n"
+        "u2 A 0.00 0.01 AH1_S 0.9\nu2 A 0.02 0.01 sp\n"
+    )
+    flags = ["--strip_stress", "--strip_position"]
+    convert_alignments.main([str(tmp_path / "a.ctm"), str(tmp_path / "out"), *flags])
+    labels = (tmp_path / "out" / "converted_aligned_phones.txt").read_text()
+    assert labels == "u1 0 0 1 1 1 2 2\nu2 1 0 0\n"
+    assert (tmp_path / "out" / "phones.txt").read_text() == "0 SIL\n1 AH\n2 B\n"
+    convert_alignments.main([str(tmp_path / "a.ctm"), str(tmp_path / "out"), "--silence", "sp"])
+    symbols = read_symbols(tmp_path / "out" / "phones.txt")
+    assert list(symbols) == ["SIL", "AH0_B", "AH1_S", "B_E", "sil"]
+
+
+def test_phones_of_an_earlier_call_are_reused(tmp_path, capsys):
+    (tmp_path / "a.ctm").write_text("u1 1 0 0.02 A\n")
+    (tmp_path / "phones.txt").write_text("3 SIL\n7 A\n")
+    flags = ["--phones", tmp_path / "phones.txt"]
+    convert_alignments.main([str(part) for part in (tmp_path / "a.ctm", tmp_path / "out", *flags)])
+    assert (tmp_path / "out" / "converted_aligned_phones.txt").read_text() == "u1 7 7\n"
+    (tmp_path / "a.ctm").write_text("u1 1 0 0.02 A\nu2 1 0 0.02 Q\n")
+    refused(convert_alignments.main, tmp_path / "a.ctm", tmp_path / "out", *flags)
+    assert "u2: has phones that aren't in" in capsys.readouterr().err
+    (tmp_path / "phones.txt").write_text("7 A\n")
+    refused(convert_alignments.main, tmp_path / "a.ctm", tmp_path / "out", *flags)
+    assert "has no SIL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("u1 1 0.5 A", "line 2: not `name channel start duration phone`"),
+        ("u1 1 0.5 long A", "line 2: not `name"),
+        ("u1 1 -0.5 0.1 A", "line 2: not `name"),
+        ("u1 1 0.02 0.1 A", "line 2: begins at 0.02 s, before 0.1 s"),
+    ],
+)
+def test_broken_ctm_is_named(tmp_path, capsys, line, message):
+    (tmp_path / "a.ctm").write_text(f"u1 1 0 0.1 A\n{line}\n")
+    refused(convert_alignments.main, tmp_path / "a.ctm", tmp_path / "out")
+    assert f"a.ctm, {message}" in capsys.readouterr().err
+
+
+GRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+xmin = 0
+xmax = 0.4
+tiers? <exists>
+size = 1
+item []:
+    item [1]:
+        class = "IntervalTier"
+        name = "phones"
+        xmin = 0
+        xmax = 0.4
+        intervals: size = 2
+        intervals [1]:
+            xmin = 0
+            xmax = 0.1
+            text = "A"
+        intervals [2]:
+            xmin = 0.1
+            xmax = 0.4
+            text = "B C"
+"""
+
+
+def test_textgrid_in_any_encoding(tmp_path):
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "a.TextGrid").write_text(GRID, encoding=encoding)
+        convert_alignments.main([str(tmp_path), str(tmp_path / "out")])
+        labels = (tmp_path / "out" / "converted_aligned_phones.txt").read_text()
+        assert labels == f"a {' '.join('1' * 10 + '2' * 30)}\n"
+        assert (tmp_path / "out" / "phones.txt").read_text() == "0 SIL\n1 A\n2 B_C\n"
+
+
+@pytest.mark.parametrize(
+    ("found", "instead", "message"),
+    [
+        ("xmax = 0.1", "xmax = soon", "a.TextGrid, line 17: no proper TextGrid"),
+        ('text = "A"', "text = A", "a.TextGrid, line 18: no proper TextGrid"),
+        ("xmin = 0.1", "xmin = 0.05", "a.TextGrid, line 20: no proper TextGrid"),
+        (
+            '            xmax = 0.4\n            text = "B C"\n',
+            "",
+            "a.TextGrid, line 20: no proper",
+        ),
+        (GRID[GRID.index("        intervals [2]") :], "", "a.TextGrid, line 18: cut off"),
+        ('name = "phones"', 'name = "words"', "0 tiers are named phones; there are words"),
+        (GRID, "", "a.TextGrid: no proper TextGrid"),
+        (GRID, "hello\n", "a.TextGrid: no proper TextGrid"),
+    ],
+)
+def test_broken_textgrid_is_named(tmp_path, capsys, found, instead, message):
+    (tmp_path / "a.TextGrid").write_text(GRID.replace(found, instead))
+    refused(convert_alignments.main, tmp_path, tmp_path / "out")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_textgrids_are_read_by_processes_as_without(alignments, monkeypatch):
+    labels, symbols, folder = alignments
+    write_textgrids(folder / "in", labels, symbols)
+    monkeypatch.setattr(convert_alignments, "WORTH_PROCESSES", 2)
+    arguments = [str(folder / "in"), str(folder / "out"), "--phones", str(folder / "phones.txt")]
+    convert_alignments.main([*arguments, "--n_process", "2"])
+    converted = read_phone_labels(folder / "out" / "converted_aligned_phones.txt").labels
+    assert {name: row.tolist() for name, row in converted.items()} == labels
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0 A\nB 1\n", "line 2: not `id symbol`"),
+        ("0 A\n1\n", "line 2: not `id symbol`"),
+        ("0 A\n0 B\n", "line 2: '0 B' is there a second time"),
+        ("0 A\n1 A\n", "line 2: '1 A' is there a second time"),
+        ("", "no symbols"),
+    ],
+)
+def test_broken_symbol_files_are_named(tmp_path, content, message):
+    (tmp_path / "phones.txt").write_text(content)
+    with pytest.raises(UserError, match=f"phones.txt.*{message}"):
+        read_symbols(tmp_path / "phones.txt")
+
+
+# --------------------------------------------------------------------------------------- splits
+
+
+def empty_corpus(root, sizes):
+    """Empty files: speaker -> how many."""
+    for speaker, size in sizes.items():
+        for i in range(size):
+            path = root / speaker / "chapter" / f"{speaker}-{i}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return root
+
+
+def split(root, out, *flags):
+    make_split.main([str(root), str(out), *map(str, flags)])
+    return [(out / name).read_text().split("\n")[:-1] for name in ("train.txt", "val.txt")]
+
+
+def speaker_of(name):
+    return name.split("-")[0]
+
+
+def test_split_by_utterance_keeps_all_speakers(tmp_path):
+    root = empty_corpus(tmp_path / "audio", {"a": 20, "b": 40, "c": 2, "d": 1})
+    train, validation = split(root, tmp_path / "out", "--validation", 0.2)
+    assert len(train) + len(validation) == len({*train, *validation}) == 63
+    assert [len([n for n in validation if speaker_of(n) == s]) for s in "abcd"] == [4, 8, 1, 0]
+    assert split(root, tmp_path / "again", "--validation", 0.2) == [train, validation]
+    assert split(root, tmp_path / "other", "--validation", 0.2, "--seed", 1)[1] != validation
+    empty_corpus(root, {"aa": 10})
+    more = split(root, tmp_path / "more", "--validation", 0.2)[1]
+    assert [name for name in more if speaker_of(name) != "aa"] == validation
+
+
+def test_split_by_speaker_divides_speakers(tmp_path):
+    root = empty_corpus(tmp_path / "audio", {f"s{i}": 3 + i % 4 for i in range(20)})
+    flags = ["--by", "speaker", "--validation", 0.25]
+    train, validation = split(root, tmp_path / "out", *flags)
+    assert {*map(speaker_of, train)}.isdisjoint(map(speaker_of, validation))
+    assert abs(len(validation) - 0.25 * 90) <= 3
+    assert split(root, tmp_path / "again", *flags) == [train, validation]
+    assert split(root, tmp_path / "other", *flags, "--seed", 3)[1] != validation
+    few = empty_corpus(tmp_path / "few", {"a": 9, "b": 8})
+    assert {*map(speaker_of, split(few, tmp_path / "out", "--by", "speaker")[1])} == {"b"}
+
+
+def test_split_of_a_list(tmp_path, capsys):
+    root = empty_corpus(tmp_path / "audio", {"a": 20, "b": 20})
+    (tmp_path / "list.txt").write_text("".join(f"a-{i}\n" for i in range(10)) + "gone\n")
+    train, validation = split(root, tmp_path / "out", "--list", tmp_path / "list.txt")
+    assert {*train, *validation} == {f"a-{i}" for i in range(10)}
+    assert "1 names aren't in" in capsys.readouterr().out
+
+
+def test_impossible_splits_are_refused(tmp_path, capsys):
+    root = empty_corpus(tmp_path / "audio", {"a": 3})
+    refused(make_split.main, root, tmp_path / "out", "--by", "speaker")
+    assert "one list would be empty" in capsys.readouterr().err
+    refused(make_split.main, root, tmp_path / "out", "--validation", "1.5")
+    (root / "a" / "a-1.flac").touch()
+    refused(make_split.main, root, tmp_path / "out")
+    assert "have one name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_are_what_training_reads(tiny_corpus, tmp_path):
+    corpus = scan_corpus(tiny_corpus / "audio")
+    for names in split(tiny_corpus / "audio", tmp_path, "--validation", 0.3):
+        assert len(select_sequences(corpus.sequences, names, tmp_path)) == len(names) > 0
+
+
+# --------------------------------------------------------------------------------- sample rates
+
+
+def tone(rate, seconds, frequency=440.0):
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)
+
+
+def write_tone(path, rate, seconds=1.3, channels=1, frequency=440.0, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = tone(rate, seconds, frequency)
+    soundfile.write(path, np.stack([wave] * channels, axis=1), rate, **how)
+
+
+def adjust(*arguments):
+    adjust_sample_rate.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("extension", "rate", "channels", "tolerance"),
+    [(".wav", 48000, 1, 2e-3), (".flac", 44100, 2, 2e-3), (".wav", 8000, 1, 2e-3)]
+    + [(".ogg", 22050, 1, 0.05), (".mp3", 44100, 1, 0.05)],
+)
+def test_any_rate_and_format_becomes_16_khz(tmp_path, extension, rate, channels, tolerance):
+    write_tone(tmp_path / "in" / "deep" / f"a{extension}", rate, channels=channels)
+    flags = ["--file_extension", extension, "--out_extension", ".wav"]
+    adjust(tmp_path / "in", tmp_path / "out", *flags)
+    new, new_rate = soundfile.read(tmp_path / "out" / "deep" / "a.wav", always_2d=True)
+    assert new_rate == 16000
+    assert new.shape[1] == channels
+    assert soundfile.info(tmp_path / "out" / "deep" / "a.wav").subtype == "PCM_16"
+    assert len(new) == pytest.approx(1.3 * 16000, abs=1 if tolerance < 0.01 else 1200)
+    inside = slice(4000, 16000)  # an end of the file rings, and codecs shift the tone
+    lags = [0] if tolerance < 0.01 else range(40)
+    clean = tone(16000, 3)
+    errors = [np.abs(new[inside, 0] - clean[4000 + lag : 16000 + lag]).max() for lag in lags]
+    assert min(errors) < tolerance
+
+
+def test_blocks_are_as_if_resampled_at_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "a.wav", rng.uniform(-0.5, 0.5, 11025 * 7 + 123), 11025)
+    whole = converted_with_block(tmp_path, monkeypatch, 60)
+    assert len(whole) == -(-(11025 * 7 + 123) * 16000 // 11025)
+    for block in (2, 3):
+        assert np.abs(converted_with_block(tmp_path, monkeypatch, block) - whole).max() <= 1
+
+
+def converted_with_block(folder, monkeypatch, seconds):
+    monkeypatch.setattr(adjust_sample_rate, "BLOCK", seconds)
+    out = Path(f"{folder}-out", str(seconds))
+    adjust(folder, out, "--file_extension", ".wav")
+    return soundfile.read(out / "a.wav", dtype="int16")[0].astype(int)
+
+
+def test_a_second_call_converts_what_is_missing_or_old(tmp_path, capsys):
+    for name in "abc":
+        write_tone(tmp_path / "in" / f"{name}.wav", 8000)
+    adjust(tmp_path / "in", tmp_path / "out", "--file_extension", ".wav")
+    assert "3 files converted, 0 were" in capsys.readouterr().out
+    (tmp_path / "out" / "a.wav").unlink()
+    os.utime(tmp_path / "out" / "b.wav", (0, 0))
+    (tmp_path / "out" / ".writing-x.wav").touch()  # what a killed call leaves
+    adjust(tmp_path / "in", tmp_path / "out", "--file_extension", ".wav")
+    assert "2 files converted, 1 were" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.wav", "b.wav", "c.wav"]
+
+
+def test_files_at_the_rate_are_copied(tmp_path):
+    write_tone(tmp_path / "in" / "a.mp3", 16000)
+    adjust(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "a.mp3").read_bytes() == (tmp_path / "in" / "a.mp3").read_bytes()
+
+
+def test_only_files_of_the_label_file(tmp_path, capsys):
+    for name in "abc":
+        write_tone(tmp_path / "in" / f"{name}.wav", 8000)
+    (tmp_path / "labels.txt").write_text("a 1 2\nc 3 4\nz 1 2\n")
+    flags = ["--file_extension", ".wav"]
+    adjust(tmp_path / "in", tmp_path / "labels.txt", *flags, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.wav", "c.wav"]
+    assert "1 of 3 names have no file" in capsys.readouterr().out
+
+
+def test_unreadable_files_are_named_and_the_others_converted(tmp_path, capsys):
+    write_tone(tmp_path / "in" / "good.flac", 8000)
+    (tmp_path / "in" / "more").mkdir()
+    (tmp_path / "in" / "more" / "bad.flac").write_bytes(b"nonsense")
+    (tmp_path / "in" / "none.flac").touch()
+    refused(adjust_sample_rate.main, tmp_path / "in", tmp_path / "out", "--file_extension", ".flac")
+    output = capsys.readouterr()
+    assert "1 files converted" in output.out
+    assert "2 of 3 files can't be converted: more/bad.flac: can't be decoded" in output.err
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["good.flac"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["in", "in/out"], "is inside of"),
+        (["in", "in"], "is inside of"),
+        (["gone", "out"], "no such directory"),
+        (["in", "out", "--out_extension", ".xyz"], "--out_extension .xyz"),
+        (["in", "out", "--file_extension", ".ogg"], "no file ends with"),
+        (["in", "labels.txt", "out", "--file_extension", ".wav"], "no file is named in"),
+    ],
+)
+def test_wrong_calls_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    write_tone(tmp_path / "in" / "a.wav", 8000)
+    (tmp_path / "labels.txt").write_text("z 1\n")
+    monkeypatch.chdir(tmp_path)
+    refused(adjust_sample_rate.main, *arguments)
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- as a program
+
+
+def test_commands_run_from_anywhere(tmp_path):
+    write_tone(tmp_path / "in" / "s1" / "s1-1.mp3", 44100)
+    write_tone(tmp_path / "in" / "s1" / "s1-2.mp3", 44100)
+    (tmp_path / "a.ctm").write_text("s1-1 1 0 0.5 A\ns1-1 1 0.5 0.5 B\n")
+    calls = {
+        "adjust_sample_rate.py": ["in", "out", "--out_extension", ".flac"],
+        "convert_alignments.py": ["a.ctm", "labels"],
+        "make_split.py": ["in", "lists", "--file_extension", ".mp3", "--validation", "0.5"],
+        "make_abx_item.py": ["--help"],
+    }
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "utils" / "corpus" / name), *arguments],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, arguments in calls.items()
+    ]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs), outputs
+    assert soundfile.info(tmp_path / "out" / "s1" / "s1-2.flac").samplerate == 16000
+    assert (tmp_path / "labels" / "phones.txt").read_text() == "0 SIL\n1 A\n2 B\n"
+    assert (tmp_path / "lists" / "val.txt").read_text() in ("s1-1\n", "s1-2\n")
+    assert "LABELS" in outputs[3] or "labels" in outputs[3]

@@ -1,0 +1,313 @@
+"""The time and the memory of a training step, part by part, beside what its arithmetic must take.
+
+    python benchmarks/train_step.py [--configurations cpc,cpcctc] [--threads 2] [--json FILE]
+
+The steps are those of train.py, on noise from a small corpus in a temporary directory. Each
+configuration runs in a new process; after a few steps to warm up, the figures are medians over
+steps. The parts of a step add up to it (`heads and negatives`: predictions, drawing and scoring;
+`optimiser`: with the gradient's norm; `rest`: seeding, running means and the like). `processors`
+is the time that all threads together were busy, which other work on the machine disturbs less.
+
+The floor is the time that the matrix products of a step take at the rate of one large product,
+measured in the same process; see `floating_point_operations`. It depends on the configuration and
+the machine, and on nothing in this program. Memory is that of the process (on a GPU: of the tensors
+there), at its peak and how much of that the steps added. Go by ratios: times depend on what else
+the machine does.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+from benchmarks.data import in_new_process, write_corpus
+from criterion import soft_align
+from model import CPCEncoder
+from train import Data, build_step, prepare_machine, settle_arguments
+from trainer import Trainer
+from transformers import SIZE_FEED_FORWARD
+from utils.files import save_json
+from utils.logs import progress
+from utils.misc import SAMPLES_PER_FRAME
+from utils.stopping import StopSignals
+
+EXAMPLE = (
+    "--nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSkipBeg 1 "
+    "--CPCCTCSkipEnd 2"
+)
+CONFIGURATIONS = {  # the flags of train.py, beyond its defaults
+    "cpc": "",
+    "cpc-linear": "--rnnMode linear",
+    "cpcctc": EXAMPLE,
+    "cpcctc-linear": f"{EXAMPLE} --rnnMode linear",
+    # Chorowski et al., "Aligned contrastive predictive coding" (2021)
+    "cpcctc-paper": "--nPredicts 6 --CPCCTC --CPCCTCNumMatched 12 --nLevelsGRU 2 --dropout "
+    "--limitNegsInBatch 8 --batchSizeGPU 32",
+    # what `make demo` trains
+    "demo": f"{EXAMPLE} --rnnMode linear --hiddenEncoder 64 --hiddenGar 96 --arMode GRU "
+    "--sizeWindow 10240",
+}
+PARTS = (
+    "data",
+    "encoder",
+    "AR",
+    "heads and negatives",
+    "alignment",
+    "backward",
+    "optimiser",
+    "rest",
+)
+ROWS = {  # key of a figure -> how the table calls it
+    "step_ms": "step, ms",
+    "processors_ms": "processors, ms",
+    "floor_ms": "floor, ms",
+    "ratio": "step / floor",
+    "windows_per_s": "windows/s",
+    "peak_mb": "peak memory, MB",
+    "step_mb": "of which steps, MB",
+}
+N_FILES = 40  # of 12 s: several batches of 32 windows
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="cpc-benchmark-") as root:
+        write_corpus(root, N_FILES)
+        for name in progress(args.configurations, what="measuring", unit=" configurations"):
+            results[name] = in_new_process(measure, name, root, args)
+    print_table(results, args)
+    if args.json:
+        save_json(args.json, results)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--configurations",
+        type=configuration_names,
+        default=[name for name in CONFIGURATIONS if name != "demo"],
+        metavar="NAME,NAME",
+        help=f"which of {', '.join(CONFIGURATIONS)} to measure (default: all but demo)",
+    )
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps before these")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    return parser.parse_args(argv)
+
+
+def configuration_names(text):
+    names = text.split(",")
+    for name in names:
+        if name not in CONFIGURATIONS:
+            raise argparse.ArgumentTypeError(f"{name}: there are {', '.join(CONFIGURATIONS)}")
+    return names
+
+
+def print_table(results, args):
+    device = next(iter(results.values()))["device"]
+    print(f"torch {torch.__version__}, {args.threads} threads, {device}")
+    print(f"{'':22}" + "".join(f"{name:>15}" for name in results))
+    for key, title in ROWS.items():
+        values = [result[key] for result in results.values()]
+        print(f"{title:22}" + "".join(f"{v:15.2f}" if v < 10 else f"{v:15.0f}" for v in values))
+    for part in PARTS:
+        values = [result["parts"][part] for result in results.values()]
+        print(f"{'  ' + part + ', ms':22}" + "".join(f"{value:15.1f}" for value in values))
+
+
+# ---------------------------------------------------------------- one configuration, in its process
+
+
+def measure(name, root, options):
+    """The figures of a configuration."""
+    trainer = build_trainer(name, root, options)
+    device, watch = trainer.device, Stopwatch(trainer.device)
+    time_parts(trainer, watch)
+    trainer.train_loader.dataset.only_pack()  # decoding isn't part of a step
+    batches = all_batches(trainer.train_loader)
+    trainer.step.train()
+    level = memory(device)
+    steps = [timed_step(trainer, batches, watch) for _ in range(options.warm_up + options.steps)]
+    peak = memory(device, peak=True)
+    parts, busy = zip(*steps[options.warm_up :], strict=True)
+    step_ms = statistics.median(sum(times.values()) for times in parts)
+    operations, rate = floating_point_operations(trainer.args), matrix_rate(device)
+    floor_ms = 1000 * operations / rate
+    return {
+        "step_ms": step_ms,
+        "processors_ms": statistics.median(busy),
+        "floor_ms": floor_ms,
+        "ratio": step_ms / floor_ms,
+        "windows_per_s": 1000 * trainer.args.batchSizeGPU / step_ms,
+        "peak_mb": peak,
+        "step_mb": peak - level,
+        "parts": {part: statistics.median(times[part] for times in parts) for part in PARTS},
+        "gflop": operations / 1e9,
+        "gflop_per_s": rate / 1e9,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def build_trainer(name, root, options):
+    """A new run with the flags of a configuration, and nothing printed."""
+    flags = CONFIGURATIONS[name].split()
+    flags += ["--pathDB", root, "--pathCheckpoint", os.path.join(root, "run")]
+    flags += ["--device", options.device, "--threads", str(options.threads), "--random_seed", "0"]
+    flags += ["--samplingType", "uniform"]  # every batch is full
+    with contextlib.redirect_stdout(io.StringIO()):
+        args, _ = settle_arguments(flags)
+        device = prepare_machine(args)
+        data = Data(args)
+        step, _ = build_step(args, data)
+        sets = data.training_sets
+    return Trainer(args, step.to(device), *sets, hooks=[], device=device, stop=StopSignals())
+
+
+def all_batches(loader):
+    """Batches without end, epoch after epoch."""
+    return itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+
+
+def time_parts(trainer, watch):
+    """Let the watch time the functions that a step is made of."""
+    model, criterion = trainer.step.model, trainer.step.criterion
+    watch.time("encoder", model.gEncoder, "forward")
+    watch.time("AR", model.gAR, "forward")
+    watch.time("heads and negatives", criterion, "forward")
+    watch.time("alignment", soft_align, "soft_align")
+    watch.time("backward", torch.Tensor, "backward")
+    watch.time("optimiser", torch.nn.utils, "get_total_norm")
+    watch.time("optimiser", trainer.optimizer, "step")
+    watch.time("optimiser", trainer.optimizer, "zero_grad")
+
+
+def timed_step(trainer, batches, watch):
+    """Milliseconds by part, and those of all processors together."""
+    busy = time.process_time()
+    with watch.span("rest"):
+        with watch.span("data"):
+            position, batch = next(batches)
+        trainer.train_on(position, batch)
+    return watch.read(), 1000 * (time.process_time() - busy)
+
+
+class Stopwatch:
+    """Adds up the time of named parts. A part that runs inside another counts for itself alone."""
+
+    def __init__(self, device):
+        self.on_cuda = device.type == "cuda"
+        self.running, self.spans = [], []
+
+    def time(self, part, owner, name):
+        """From now on, time each call of the function `name` of `owner` as `part`."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            with self.span(part):
+                return function(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+    @contextlib.contextmanager
+    def span(self, part):
+        around = self.running[-1] if self.running else None
+        self.running.append(part)
+        start = self._now()
+        yield
+        self.spans.append((part, around, start, self._now()))
+        self.running.pop()
+
+    def _now(self):
+        """Milliseconds, or on CUDA the point in the device's work that was asked for so far."""
+        if not self.on_cuda:
+            return 1000 * time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self):
+        """Milliseconds by part since the last reading; waits for the device."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        times = defaultdict(float)
+        for part, around, start, end in self.spans:
+            elapsed = start.elapsed_time(end) if self.on_cuda else end - start
+            times[part] += elapsed
+            if around:
+                times[around] -= elapsed
+        self.spans = []
+        return times
+
+
+def memory(device, peak=False):
+    """MB in use now, or at most so far: on a CPU by this process, on CUDA by its tensors."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return used(device) / 2**20
+    field = "VmHWM:" if peak else "VmRSS:"
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+
+def matrix_rate(device, repeat=10):
+    """Floating-point operations a second of a large product of float32 matrices, the best of some.
+
+    Best and not median, since what is wanted is what the machine can do.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device)
+    watch, times = Stopwatch(device), []
+    for _ in range(repeat):
+        with watch.span("product"):
+            matrix @ matrix
+        times.append(watch.read()["product"])
+    return 2 * size**3 / (min(times) / 1000)
+
+
+def floating_point_operations(args):
+    """Of the matrix products that a step needs by its definition: a product and a sum are two.
+
+    Backward takes twice those of forward, but for the waveform, of which no gradient is needed. A
+    prediction is scored with its negatives and, in plain CPC, with its frame; in CPC-CTC, with
+    every matched frame. Norms, activations and the like aren't counted.
+    """
+    dim, size_window, batch = args.hiddenEncoder, args.sizeWindow, args.batchSizeGPU
+    n_frames, channels, convolutions = size_window, 1, []
+    for stride, _ in CPCEncoder.STRIDES_AND_PADDINGS:
+        n_frames //= stride
+        convolutions.append(n_frames * 2 * stride * channels * dim)
+        channels = dim
+    assert n_frames == size_window // SAMPLES_PER_FRAME
+    n_gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[args.arMode]
+    widths = [dim] + [args.hiddenGar] * args.nLevelsGRU
+    ar = n_frames * sum(n_gates * args.hiddenGar * (w + args.hiddenGar) for w in widths[:-1])
+    n_future = args.CPCCTCNumMatched if args.CPCCTC else args.nPredicts
+    n_windows = n_frames - n_future
+    head = n_windows * args.hiddenGar * dim
+    if args.rnnMode == "transformer":  # query, key, value, output; feed-forward; attention
+        head = n_windows * (4 * dim * dim + 2 * dim * SIZE_FEED_FORWARD + 3 * n_windows * dim)
+    n_predictions = args.nPredicts + args.CPCCTCSelfLoop
+    n_candidates = args.negativeSamplingExt + (n_future if args.CPCCTC else 1)
+    scores = n_windows * n_predictions * n_candidates * dim
+    forward = sum(convolutions) + ar + args.nPredicts * head + scores
+    return 2 * batch * (3 * forward - convolutions[0])
+
+
+if __name__ == "__main__":
+    main()

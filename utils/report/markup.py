@@ -1,0 +1,47 @@
+"""HTML and SVG in which text from outside can't become markup."""
+
+import html
+import re
+
+VOID = frozenset(("img", "meta"))  # elements without an end tag
+_UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML
+
+
+class Markup(str):
+    """Text that is HTML already. Only `tag` and this module's caller with a constant make it."""
+
+    __slots__ = ()
+
+
+def tag(name, *content, **attributes):
+    """`<name attribute="...">content</name>`, as Markup.
+
+    Content that isn't Markup is escaped, whatever it is; None is left out. Attributes that are
+    None are left out, too; `class_` means `class`, and an underscore within a name a hyphen.
+    """
+    words = [name]
+    for key, value in attributes.items():
+        if value is not None:
+            words.append(f'{key.rstrip("_").replace("_", "-")}="{html.escape(printable(value))}"')
+    start = f"<{' '.join(words)}>"
+    return Markup(start if name in VOID else f"{start}{join(*content)}</{name}>")
+
+
+def join(*content):
+    """Pieces of content, one after the other, as Markup; what isn't Markup is escaped."""
+    return Markup(
+        "".join(
+            piece if isinstance(piece, Markup) else html.escape(printable(piece))
+            for piece in content
+            if piece is not None
+        )
+    )
+
+
+def printable(value):
+    """`str(value)` with a replacement for all that UTF-8 or HTML can't hold.
+
+    File names of other encodings have such characters in Python, and reach it in flags.
+    """
+    text = str(value).encode("utf-8", "replace").decode()
+    return _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
