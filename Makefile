@@ -21,19 +21,19 @@ MODEL = --nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSk
 	--CPCCTCSkipEnd 2 --rnnMode linear --hiddenEncoder 64 --hiddenGar 96 --arMode GRU
 TRAINING = --sizeWindow 10240 --learningRate 2e-3 --nEpoch 6 --random_seed 1 --logging_step 200
 PROBES = --supervised_classif_metric --speaker_sep --linsep_classif_each_epochs 5 \
-	--linsep_lr 1e-3 --linsepBatchSizeGPU 32 --linsep_logs_dir $(DEMO)/probes
+	--linsep_lr 1e-2 --linsepBatchSizeGPU 32 --linsep_logs_dir $(DEMO)/probes
 CAPTURE = --pathCaptureDS $(DEMO)/corpus/test_split.txt --captureDStotNr 8 --captureEachEpochs 5 \
 	--captureEverything --pathCaptureSave $(DEMO)/captures
 UNTRAINED = $(RUN) eval/linear_separability.py $(DEMO)/corpus/audio \
 	$(DEMO)/corpus/train_split.txt $(DEMO)/corpus/test_split.txt $(DEMO)/run/checkpoint_0.pt \
-	--no_pretraining --size_window 10240 --lr 1e-3 --batchSizeGPU 32 --random_seed 1
+	--no_pretraining --size_window 10240 --lr 1e-2 --batchSizeGPU 32 --random_seed 1
 
 demo: .venv/installed
 	$(RUN) utils/corpus/make_demo.py $(DEMO)/corpus
 	$(RUN) train.py --pathCheckpoint $(DEMO)/run $(CORPUS) $(MODEL) $(TRAINING) $(PROBES) $(CAPTURE)
 	@echo; echo "the same probes on the same network with random weights:"
-	$(UNTRAINED) --pathPhone $(PHONES) --pathCheckpoint $(DEMO)/untrained/phone
-	$(UNTRAINED) --pathCheckpoint $(DEMO)/untrained/speaker
+	@$(UNTRAINED) --pathPhone $(PHONES) --pathCheckpoint $(DEMO)/untrained/phone
+	@$(UNTRAINED) --pathCheckpoint $(DEMO)/untrained/speaker
 	$(RUN) utils/report/plot_capture.py $(DEMO)/captures/5 --windows 0 3 \
 		--phones $(DEMO)/corpus/phones.txt --out $(DEMO)/pictures
 	@echo

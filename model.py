@@ -13,6 +13,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from transformers import build_transformer
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
@@ -66,10 +67,38 @@ class HalfOverlapConv(nn.Conv1d):
         padded = F.pad(x, (0, 0, padding, padding))
         n_blocks = padded.size(1) // stride
         blocks = padded[:, : n_blocks * stride].unflatten(1, (n_blocks, stride)).flatten(2)
-        halves = self.weight.permute(2, 1, 0).reshape(2, 1, blocks.size(2), -1)
-        first, second = halves.expand(-1, len(x), -1, -1)
-        output = torch.baddbmm(self.bias, blocks[:, :-1], first)
+        halves = self.weight.permute(2, 1, 0).reshape(2, blocks.size(2), -1)
+        return _BlockPairs.apply(blocks, halves, self.bias)
+
+
+class _BlockPairs(torch.autograd.Function):
+    """Block t times the first half of a kernel plus block t + 1 times the second, plus a bias.
+
+    blocks: (B, T + 1, K), halves: (2, K, C), bias: (C,) -> (B, T, C). Autograd would make a tensor
+    of the size of the blocks for the gradient of either product, and add them up: on a CPU that
+    would be a twentieth of the encoder's time, and a third of its memory.
+    """
+
+    @staticmethod
+    def forward(ctx, blocks, halves, bias):
+        ctx.save_for_backward(blocks, halves)
+        first, second = halves.unsqueeze(1).expand(-1, len(blocks), -1, -1)
+        output = torch.baddbmm(bias, blocks[:, :-1], first)
         return torch.baddbmm(output, blocks[:, 1:], second)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        blocks, halves = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)
+        # With a row of zeros after each waveform's, one product takes in all waveforms.
+        rows, gradients = blocks.flatten(0, 1), F.pad(gradient, (0, 0, 0, 1)).flatten(0, 1)
+        halves_gradient = torch.stack([rows.T @ gradients, rows[1:].T @ gradients[:-1]])
+        blocks_gradient = None
+        if ctx.needs_input_grad[0]:  # not of the waveform
+            blocks_gradient = gradients @ halves[0].T
+            blocks_gradient[1:].addmm_(gradients[:-1], halves[1].T)
+            blocks_gradient = blocks_gradient.view_as(blocks)
+        return blocks_gradient, halves_gradient, gradient.sum(dim=(0, 1))
 
 
 class ChannelNorm(nn.Module):

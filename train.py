@@ -221,14 +221,14 @@ class Data:
         """What the networks are trained and validated on."""
         return self.split_sets(with_phones=trains_on_phones(self.args))
 
-    def capture_set(self, *, with_phones):
+    def capture_sequences(self):
         args = self.args
         sequences = self.listed(args.pathCaptureDS)
         if args.captureDSfreq is not None:
-            sequences = keep_percentage(sequences, args.captureDSfreq)
+            return keep_percentage(sequences, args.captureDSfreq)
         if args.captureDStotNr is not None:
-            sequences = keep_total(sequences, args.captureDStotNr)
-        return self.dataset(sequences, "capture set", with_phones=with_phones, whole_frames=True)
+            return keep_total(sequences, args.captureDStotNr)
+        return sequences
 
 
 def set_aside(sequences, share, seed):
@@ -267,15 +267,20 @@ def build_hooks(args, data, stats, device, checkpoint=None):
 
 
 def capture_hook(args, data, stats, device, checkpoint):
+    names, sequences = captured_names(args), data.capture_sequences()
+    if "phone_align" in names and not any(s.name in data.labels.labels for s in sequences):
+        print(
+            f"warning: {args.path_phone_data} has labels for none of the {len(sequences)} "
+            "sequences to capture: everything but phone_align is captured"
+        )
+        names.remove("phone_align")
+    with_phones = "phone_align" in {*names, *stats.needs}
+    capture_set = data.dataset(sequences, "capture set", with_phones=with_phones, whole_frames=True)
     return CaptureHook(
         BatchLoader(
-            data.capture_set(with_phones="phone_align" in {*captured_names(args), *stats.needs}),
-            args.batchSizeGPU,
-            "sequential",
-            seed=args.random_seed,
-            training=False,
+            capture_set, args.batchSizeGPU, "sequential", seed=args.random_seed, training=False
         ),
-        captured_names(args),
+        names,
         stats,
         args.pathCaptureSave,
         every=args.captureEachEpochs,

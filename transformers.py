@@ -88,8 +88,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """x: (B, S, dim) -> (B, S, dim)."""
-        hidden = dropout_(self.lin1(x), DROPOUT, self.training)  # before the ReLU: both in place
-        return self.lin2(F.relu(hidden, inplace=True))
+        # Without a batch dimension, or `hidden` is a view, and in-place changes cost copies.
+        hidden = self.lin1(x.flatten(0, 1))
+        hidden = dropout_(hidden, DROPOUT, self.training)  # before the ReLU: both in place
+        return self.lin2(F.relu(hidden, inplace=True)).view_as(x)
 
 
 def dropout_(x, probability, training):
@@ -103,7 +105,7 @@ def dropout_(x, probability, training):
     n_dropped = round(probability * n_values)
     draws = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 4 + 1,)).view(torch.int16)
     draws = draws[: x.numel()].view(x.shape)  # from -n_values / 2 on
-    x.masked_fill_(draws < n_dropped - n_values // 2, 0)
+    x.mul_(draws >= n_dropped - n_values // 2)
     return x.mul_(n_values / (n_values - n_dropped))
 
 
@@ -148,6 +150,8 @@ class CausalAttention(nn.Module):
         Raises UserError if S is larger than `size_sequence`.
         """
         check_length(query.size(2), self.size_sequence)
+        if self.training and query.device.type == "cpu":
+            return self.attend_with_dropout(query, key, value)
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -156,6 +160,16 @@ class CausalAttention(nn.Module):
             is_causal=self.Krelpos is None,
             dropout_p=DROPOUT if self.training else 0.0,
         )
+
+    def attend_with_dropout(self, query, key, value):
+        """The same in training on a CPU, where PyTorch's dropout takes as long as the products."""
+        n_frames, dim_head = query.shape[2:]
+        if self.Krelpos is None:
+            position_scores = query.new_full((n_frames, n_frames), -math.inf).triu(1)
+        else:
+            position_scores = self.relative_scores(query)
+        weights = ((query * dim_head**-0.5) @ key.mT + position_scores).softmax(dim=-1)
+        return dropout_(weights.clone(), DROPOUT, training=True) @ value
 
     def relative_scores(self, query):
         """query: (B, heads, S, dim_head) -> (B, heads, S, S), what positions add to the scores.

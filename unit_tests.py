@@ -453,6 +453,17 @@ def test_capture_on_a_checkpoint_equals_the_one_during_training(words, tiny_corp
     assert index["windows"][0]["file"].endswith(".flac")
 
 
+def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(
+    tiny_corpus, tmp_path, capsys
+):
+    flags = capture_flags(tiny_corpus, tmp_path / "capture")
+    flags[-1] = written(tmp_path / "labels", "somebody-else 1 2 3\n")
+    trained(tiny_corpus, tmp_path / "run", *flags, epochs=1)
+    names = {path.parts[1] for path in captured(tmp_path / "capture")}
+    assert names == {"conv_repr", "ctx_repr", "speaker_align", "pred"}
+    assert "labels for none" in capsys.readouterr().out
+
+
 def test_a_capture_that_can_not_be_written_costs_no_epoch(tiny_corpus, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     flags = capture_flags(tiny_corpus, tmp_path / "file")

@@ -34,6 +34,7 @@ def draw_curves(logs, path):
     rate.set_ylim(bottom=0)
     for axes in (losses, accuracies, probe, rate):
         axes.set_xlabel("epoch")
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     save_figure(figure, path)
