@@ -58,7 +58,14 @@ from utils.checkpoint import (
     open_checkpoint,
 )
 from utils.hooks import CaptureHook, ProbeHook
-from utils.misc import UserError, command, generator_from, keep_freed_memory, seed_from
+from utils.misc import (
+    UserError,
+    command,
+    device_from,
+    generator_from,
+    keep_freed_memory,
+    seed_from,
+)
 from utils.stopping import Stopped, StopSignals
 
 
@@ -155,8 +162,7 @@ def prepare_machine(args):
     use_tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = use_tf32
     torch.backends.cudnn.allow_tf32 = use_tf32
-    on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if on_cuda else "cpu")
+    return device_from(args.device)
 
 
 # ------------------------------------------------------------------------------------------- data

@@ -112,10 +112,8 @@ def command(main):
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
 
     return program
-
-
-def run_command(main, argv=None):
-    """Run `main(argv)` as a program and exit with its status."""
-    sys.exit(command(main)(argv))

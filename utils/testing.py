@@ -1,7 +1,9 @@
 """What the tests share: golden values of the original program, real speech, a tiny corpus."""
 
+import contextlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +104,18 @@ def assert_gradients_close(module, expected, tolerance=1e-4):
     parameters = dict(module.named_parameters())
     for name, gradient in expected.items():
         assert_close(parameters[name].grad, gradient, tolerance, what=f"gradient of {name}")
+
+
+@contextlib.contextmanager
+def ends_refused(capsys, said):
+    """A block in which a command ends with status 2 and one line on stderr that matches `said`."""
+    with pytest.raises(SystemExit) as end:
+        yield
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert re.search(said, error), error
 
 
 def write_tiny_corpus(root, *, speakers=3, utterances=3, seconds=(1.4, 3.0), seed=0):

@@ -44,7 +44,7 @@ from utils.corpus.synthesiser import (
 )
 from utils.files import TEMPORARY_PREFIX, atomic_path, load_json, remove_leftovers, save_json
 from utils.logs import progress
-from utils.misc import SAMPLE_RATE, CommandLine, UserError, run_command
+from utils.misc import SAMPLE_RATE, CommandLine, UserError, command
 
 VERSION = 1  # of the corpus: to be raised when the same seed gives other bytes
 MANIFEST = "demo_corpus.json"
@@ -286,6 +286,7 @@ def parse_arguments(argv):
     return args
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     settings = Settings(args.speakers, args.utterances, args.seed)
@@ -298,4 +299,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

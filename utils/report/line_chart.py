@@ -120,7 +120,7 @@ def draw_bands(axes, lines):
     epochs = epochs[:: math.ceil(len(epochs) / MOST_BANDS)]
     borders = [(one + other) / 2 for one, other in zip(epochs, epochs[1:], strict=False)]
     borders = [axes.first, *borders, axes.last]
-    for epoch, start, end in zip(epochs, borders, borders[1:], strict=True):
+    for epoch, start, end in zip(epochs, borders, borders[1:], strict=False):
         told = [f"epoch {epoch}"]
         told += [
             f"{line.name}: {readable(known[epoch])}"
@@ -172,9 +172,7 @@ def legend(lines, level=None):
     lines = [line for line in lines if line.points]
     if any(line.kind == "step" for line in lines) and len(lines) > 2:
         lines = [lines[0], lines[-1]]
-    entries = [
-        _entry(line.name, line.points[-1][1], line.kind, line.opacity) for line in lines
-    ]
+    entries = [_entry(line.name, line.points[-1][1], line.kind, line.opacity) for line in lines]
     if level:
         entries.append(_entry(*level, "level"))
     return tag("p", *entries, class_="legend")

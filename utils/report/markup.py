@@ -13,7 +13,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def tag(name, *content, **attributes):
+def tag(name, /, *content, **attributes):
     """`<name attribute="...">content</name>`, as Markup.
 
     Content that isn't Markup is escaped, whatever it is; None is left out. Attributes that are

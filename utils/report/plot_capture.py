@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from utils.audio import open_audio, reason
 from utils.capture import CaptureReader, prediction_names
-from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, run_command
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, command
 from utils.report.plots import save_figure
 
 DRAWN = (
@@ -50,6 +50,7 @@ class Segment(NamedTuple):
     symbol: str
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     reader = CaptureReader(args.directory)
@@ -407,4 +408,4 @@ def _place_beside(place, axes):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

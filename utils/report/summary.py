@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.files import load_json
 from utils.logs import mean, percent
-from utils.misc import CommandLine, UserError, run_command
+from utils.misc import CommandLine, UserError, command
 
 
+@command
 def main(argv=None):
     parser = CommandLine(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's --pathCheckpoint")
@@ -74,4 +75,4 @@ def probe_rows(logs, untrained):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from utils.capture import CaptureReader, CaptureWriter
 from utils.misc import SAMPLE_RATE, UserError
 from utils.report import plot_capture
+from utils.testing import ends_refused
 
 N_FRAMES, N_MATCHED, N_PREDICTIONS = 64, 6, 5
 N_POSITIONS = N_FRAMES - N_MATCHED
@@ -177,11 +178,11 @@ def test_a_part_is_drawn_as_well(names, flags, tmp_path, capsys):
     assert imread(tmp_path / "pictures" / "window_00001.png").std() > 0.02
 
 
-def test_audio_alone_is_drawn_and_nothing_is_refused(tmp_path, database):
+def test_audio_alone_is_drawn_and_nothing_is_refused(tmp_path, database, capsys):
     capture = write_capture(tmp_path / "3", ["pred"], pathDB=database)
     plot_capture.main([str(capture), "--windows", "1"])
     assert (capture / "pictures" / "window_00001.png").exists()
-    with pytest.raises(UserError, match="nothing to draw: no audio.*no picture of pred alone"):
+    with ends_refused(capsys, "nothing to draw: no audio.*no picture of pred alone"):
         plot_capture.main([str(write_capture(tmp_path / "4", ["pred"]))])
 
 
@@ -206,11 +207,11 @@ def test_missing_audio_is_said_or_refused(tmp_path, capsys):
     capture = write_capture(tmp_path / "3", ["phone_align"], pathDB=tmp_path / "gone")
     plot_capture.main([str(capture), "--windows", "0"])
     assert "gone/7/a.wav: No such file or directory; drawn without audio" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"elsewhere/7/a\.wav: No such file"):
+    with ends_refused(capsys, r"elsewhere/7/a\.wav: No such file"):
         plot_capture.main([str(capture), "--pathDB", str(tmp_path / "elsewhere")])
     (capture / "index.json").unlink()
     plot_capture.main([str(capture), "--windows", "0"])
-    with pytest.raises(UserError, match=r"has no index\.json, so no audio"):
+    with ends_refused(capsys, r"has no index\.json, so no audio"):
         plot_capture.main([str(capture), "--pathDB", str(tmp_path)])
 
 
@@ -224,8 +225,8 @@ def test_missing_audio_is_said_or_refused(tmp_path, capsys):
         (["--out", "/dev/null/x"], "/dev/null/x: pictures can't be written.*--out"),
     ],
 )
-def test_wrong_flags_are_refused(words, said, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_wrong_flags_are_refused(words, said, tmp_path, capsys):
+    with ends_refused(capsys, said):
         plot_capture.main([str(write_capture(tmp_path)), *words])
 
 

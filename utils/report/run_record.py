@@ -1,0 +1,84 @@
+"""What a run's report tells beside its logs: speed, memory and commands, in `report_data.json`.
+
+`checkpoint_logs.json` must be the same for two runs with the same seed, so it can't hold these.
+The file is welcome, not needed: where it is missing or damaged, it is begun anew.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from utils.files import load_json, save_json
+from utils.misc import UserError
+from utils.report.markup import printable
+
+RECORD = "report_data.json"
+
+
+def epoch_speed(clock, device):
+    """How an epoch went, for `RunRecord.add`: a dict of plain values.
+
+    clock: the `utils.logs.Clock` of its training, stopped. Seconds and windows are those of this
+    process, less than the epoch's if it was begun by an earlier one. Memory is in bytes, the
+    largest amount that the process has held so far.
+    """
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else "CPU"
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return {
+        "seconds": clock.stopped - clock.started,
+        "windows": clock.windows,
+        "waited": clock.waited,
+        "memory": kilobyte * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "gpu_memory": torch.cuda.max_memory_allocated(device) if on_cuda else None,
+        "machine": f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}",
+        "finished": time.time(),
+    }
+
+
+class RunRecord:
+    """The content of `report_data.json`.
+
+    epochs: dicts of `epoch_speed` with their `epoch`; calls: dicts of each `command` that the run
+    was started or resumed with and the first `epoch` that it finished. Both in order.
+    """
+
+    def __init__(self, directory):
+        self.path = Path(directory, RECORD)
+        content = self._content()
+        self.epochs = _entries(content.get("epochs"), "machine")
+        self.calls = _entries(content.get("calls"), "command")
+
+    def _content(self):
+        try:
+            content = load_json(self.path)
+        except UserError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def add(self, epoch, speed, command):
+        """Note a finished epoch; what was noted of it and of later ones is overtaken by it."""
+        self.epochs = [row for row in self.epochs if row["epoch"] < epoch]
+        self.epochs.append({"epoch": epoch, **speed})
+        self.calls = [call for call in self.calls if call["epoch"] < epoch]
+        command = printable(command)
+        if not self.calls or self.calls[-1]["command"] != command:
+            self.calls.append({"epoch": epoch, "command": command})
+
+    def save(self):
+        save_json(self.path, {"calls": self.calls, "epochs": self.epochs})
+
+
+def _entries(value, text):
+    """The entries of a list that are dicts with a whole `epoch` and a text, in order of epochs."""
+    sound = [
+        entry
+        for entry in (value if isinstance(value, list) else [])
+        if isinstance(entry, dict)
+        and type(entry.get("epoch")) is int
+        and isinstance(entry.get(text), str)
+    ]
+    return sorted(sound, key=lambda entry: entry["epoch"])
