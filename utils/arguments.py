@@ -285,7 +285,7 @@ def add_machine_flags(group):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: CUDA where there is one")
     add("--nGPU", type=int, default=-1, metavar="N",
-        help="processes, one for each GPU (default: all GPUs, or one process on a CPU)")
+        help="GPUs to train on; only one is supported so far (default: one, where there is one)")
     add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"],
         help="arithmetic of the products; tf32 and bf16 need CUDA")
     add("--compile", action="store_true", help="compile encoder and criterion (slower start)")
@@ -643,8 +643,8 @@ def check_machine(args):
     )
     refuse_if(args.nGPU == 0 or args.nGPU < -1, f"--nGPU {args.nGPU}: -1 (all) or a number from 1")
     refuse_if(
-        cuda and args.nGPU > torch.cuda.device_count(),
-        f"--nGPU {args.nGPU}: there are {torch.cuda.device_count()} CUDA devices here",
+        args.nGPU > 1,
+        f"--nGPU {args.nGPU}: training in several processes isn't supported yet; use --nGPU 1",
     )
 
 

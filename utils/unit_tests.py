@@ -24,7 +24,13 @@ from utils.arguments import (
     stored_arguments,
 )
 from utils.capture import CaptureReader, CaptureWriter, prediction_names
-from utils.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    Checkpoint,
+    follow_speaker_order,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from utils.files import TEMPORARY_PREFIX, atomic_path, load_tensors, remove_leftovers, save_tensors
 from utils.logs import RunningMeans, append_epoch
 from utils.misc import UserError, seed_from
@@ -144,6 +150,7 @@ def paths(tmp_path):
         ("--load /no/such.pt", "--load /no/such.pt: no such file"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
         ("--nGPU 0", "--nGPU 0"),
+        ("--nGPU 2", "isn't supported yet"),
         ("--arMode lstm", "invalid choice"),
         ("--random_seed -1", "--random_seed"),
         ("--onlyCapture --pathCaptureDS LIST --captureSetStats x --speaker_sep", "no probe"),
@@ -344,6 +351,38 @@ def test_a_golden_checkpoint_of_the_original_is_completed():
     assert checkpoint.state["position"] == [checkpoint.epoch + 1, 0, 0]
     assert len(checkpoint.state["logs"]["locLoss_val"]) == checkpoint.epoch + 1
     assert checkpoint.state["args"]["CPCCTC"] is True
+
+
+def original_with_speakers(tmp_path):
+    """A checkpoint of the original whose two speakers it met in the order b, a; its listing."""
+    torch.save(([(0, "b/x.flac"), (1, "a/y.flac")], ["b", "a"]), tmp_path / "_seqs_cache.txt")
+    weights = torch.arange(6.0).view(2, 3)
+    moments = {"exp_avg": weights + 10, "exp_avg_sq": weights + 20, "step": torch.tensor(1.0)}
+    content = {
+        "gEncoder": {},
+        "cpcCriterion": {"speakerEmb.weight": weights},
+        "optimizer": {"state": {0: moments}},
+    }
+    checkpoint = Checkpoint(tmp_path / "checkpoint_0.pt", content, of_original=True)
+    return checkpoint, torch.nn.ModuleDict({"speakerEmb": torch.nn.Embedding(2, 3)})
+
+
+def test_speakers_of_the_original_are_renumbered(tmp_path):
+    checkpoint, criterion = original_with_speakers(tmp_path)
+    follow_speaker_order(checkpoint, criterion, ("a", "b"), tmp_path / "_seqs_cache.txt")
+    swapped = torch.tensor([[3.0, 4.0, 5.0], [0.0, 1.0, 2.0]])
+    moments = checkpoint.state["optimizer"]["state"][0]
+    assert torch.equal(checkpoint.state["cpcCriterion"]["speakerEmb.weight"], swapped)
+    assert torch.equal(moments["exp_avg"], swapped + 10)
+    assert torch.equal(moments["exp_avg_sq"], swapped + 20)
+
+
+def test_without_their_order_speakers_of_the_original_are_refused(tmp_path):
+    checkpoint, criterion = original_with_speakers(tmp_path)
+    with pytest.raises(UserError, match="none.txt is needed"):
+        follow_speaker_order(checkpoint, criterion, ("a", "b"), tmp_path / "none.txt")
+    with pytest.raises(UserError, match="doesn't list the speakers"):
+        follow_speaker_order(checkpoint, criterion, ("a", "c"), tmp_path / "_seqs_cache.txt")
 
 
 # ------------------------------------------------------------------------------------------ logs
