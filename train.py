@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from criterion import build_criterion, parse_mask_rules
+from criterion import NoneCriterion, build_criterion, parse_mask_rules
 from dataset import (
     AudioDataset,
     BatchLoader,
@@ -36,7 +36,7 @@ from dataset import (
 )
 from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
-from model import build_model
+from model import CPCModel, build_model
 from stats.stats_collector import StatsCollector
 from stats.stats_utils import check_needs, parse_stats
 from trainer import Trainer, TrainStep
@@ -57,7 +57,7 @@ from utils.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
 )
-from utils.hooks import CaptureHook, ProbeHook
+from utils.hooks import PREDICTED, CaptureHook, ProbeHook
 from utils.misc import (
     UserError,
     command,
@@ -105,10 +105,12 @@ def hooks_once(args, checkpoint, device, _):
     """Capture or probe the model of a checkpoint, without training."""
     stats = parse_specs(args)
     data = Data(args)
-    step, _ = build_step(args, data, checkpoint)
-    step.to(device)
+    model, criterion = load_model(checkpoint)[0], NoneCriterion()
+    if args.onlyCapture and PREDICTED & {*captured_names(args), *stats.needs}:
+        criterion = build_criterion(args, len(data.corpus.speakers))
+        take_weights(criterion, checkpoint, args, data)
     for hook in build_hooks(args, data, stats, device, checkpoint):
-        hook.run(checkpoint.epoch, step.model, step.criterion)
+        hook.run(checkpoint.epoch, model.to(device), criterion.to(device))
 
 
 # -------------------------------------------------------------------------- arguments and machine
@@ -123,7 +125,7 @@ def settle_arguments(argv):
         for overruled in follow_checkpoint(args, given, kept):
             print(overruled)
         given -= ARCHITECTURE | ORDER  # the checkpoint's values count: nothing to contradict
-    check_arguments(args, given)
+    check_arguments(args, given, resumed=checkpoint is not None)
     if args.random_seed is None:
         args.random_seed = random.SystemRandom().randrange(2**31)
     return args, checkpoint
@@ -304,6 +306,8 @@ def probe_hooks(args, data, device):
         hooks.append(probe_hook("phone", sets, data.labels.n_phones, args, device))
     if args.speaker_sep:
         sets = data.training_sets
+        if trains_on_phones(args):  # these leave out what has no phone labels
+            sets = data.split_sets(" of the speaker probe", with_phones=False)
         hooks.append(probe_hook("speaker", sets, len(data.corpus.speakers), args, device))
     return hooks
 
@@ -339,31 +343,49 @@ def build_step(args, data, checkpoint=None):
         model = load_model(checkpoint)[0]
         models = checkpoint.state.get("models")
     elif args.load:
-        model, models = loaded_model(args)
         source = open_checkpoint(args.load[0]) if args.loadCriterion else None
+        model, models = loaded_model(args, source)
     else:
         model = build_model(args)
-    n_phones = data.labels.n_phones if data.labels else 0
+    n_phones = data.labels.n_phones if trains_on_phones(args) else 0
     criterion = build_criterion(args, len(data.corpus.speakers), n_phones)
     if source:
-        listing = Path(args.pathDB, "_seqs_cache.txt")
-        follow_speaker_order(source, criterion, data.corpus.speakers, listing)
-        load_weights(criterion, source.state["cpcCriterion"], source.path)
+        take_weights(criterion, source, args, data)
     if args.compile:
-        model.gEncoder.compile()
+        for part in model.modules():
+            if isinstance(part, CPCModel):
+                part.gEncoder.compile()
         criterion.compile()
     return TrainStep(criterion, model), models
 
 
-def loaded_model(args):
-    """The model of `--load`, and the flags of each of its parts; `args` follow it."""
+def loaded_model(args, source):
+    """The model of `--load`, and the flags of each of its parts.
+
+    `args` follow the model and, with `--loadCriterion`, the criterion of the checkpoint `source`.
+    """
     model = load_model(args.load, gru_level=args.gru_level, nullspace=args.nullspace)[0]
-    for name in sorted(MODEL):
+    followed = {}
+    if source:
+        kept = stored_arguments(source.state["args"], source.path)
+        followed = {name: getattr(kept, name) for name in ARCHITECTURE - MODEL}
+    for name in MODEL:
         values = [getattr(flags, name) for flags in model.arguments]
         if all(value == values[0] for value in values):
-            setattr(args, name, values[0])
-    args.hiddenEncoder, args.hiddenGar = model.dim_encoded, model.dim_context
+            followed[name] = values[0]
+    followed |= {"hiddenEncoder": model.dim_encoded, "hiddenGar": model.dim_context}
+    for name, value in sorted(followed.items()):
+        if getattr(args, name) != value:
+            print(f"--{name}: {value}, as in what is loaded (instead of {getattr(args, name)})")
+            setattr(args, name, value)
     return model, [vars(flags) for flags in model.arguments]
+
+
+def take_weights(criterion, source, args, data):
+    """Load the criterion's weights from a checkpoint."""
+    listing = Path(args.pathDB, "_seqs_cache.txt")
+    follow_speaker_order(source, criterion, data.corpus.speakers, listing)
+    load_weights(criterion, source.state["cpcCriterion"], source.path)
 
 
 if __name__ == "__main__":

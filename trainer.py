@@ -5,12 +5,19 @@ to be kept, since everything is seeded anew from the position in the data.
 """
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
 
 from dataset import BatchLoader, Position
-from utils.checkpoint import copy_to_cpu, load_optimizer, save_checkpoint, saved_checkpoints
+from utils.checkpoint import (
+    check_resumable,
+    copy_to_cpu,
+    load_optimizer,
+    save_checkpoint,
+    saved_checkpoints,
+)
 from utils.files import remove_leftovers, save_json
 from utils.hooks import untouched
 from utils.logs import Clock, RunningMeans, append_epoch, mean, percent, progress
@@ -69,7 +76,8 @@ class Trainer:
         self.position = Position(0, 0, 0)  # where training goes on
         self.running = RunningMeans()  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
-        self.best, self.best_accuracy = None, 0.0
+        self.best = None
+        self.best_accuracy = -float("inf") if args.supervised and args.CTC else 0.0
         self.unchecked = []  # steps whose finiteness wasn't looked at yet
         self.steps_since_save = 0
         self.superseded = saved_checkpoints(self.directory) if args.restart else []
@@ -83,7 +91,12 @@ class Trainer:
         if done >= self.args.nEpoch:
             print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--pathCheckpoint {self.directory}: can't be made ({error.strerror})"
+            ) from error
         remove_leftovers(self.directory)
         try:
             if self.position == (0, 0, 0):
@@ -91,8 +104,7 @@ class Trainer:
             while self.position.epoch < self.args.nEpoch:
                 self.run_epoch()
         except Stopped:
-            if self.position != (0, 0, 0):
-                self.save()
+            if self.position != (0, 0, 0) and self.save():
                 print(f"saved in epoch {self.position.epoch}; the same command goes on from there")
             raise
         self.print_summary()
@@ -136,18 +148,25 @@ class Trainer:
 
     def end_epoch(self, epoch, values, save_now=False):
         append_epoch(self.logs, epoch, values)
-        accuracy = mean(values["locAcc_val"])
-        if accuracy > self.best_accuracy:
-            self.best_accuracy, self.best = accuracy, copy_to_cpu(self.step.model.state_dict())
+        score = self.score(values["locLoss_val"], values["locAcc_val"])
+        if score > self.best_accuracy:
+            self.best_accuracy, self.best = score, copy_to_cpu(self.step.model.state_dict())
         self.position, self.running = Position(epoch + 1, 0, 0), RunningMeans()
         last = epoch + 1 == self.args.nEpoch
+        saved = True
         if save_now or last or epoch % self.args.save_step == 0:
-            self.save(epoch)
+            saved = self.save(epoch)
         try:
             save_json(self.directory / "checkpoint_logs.json", self.logs)
             draw_curves(self.logs, self.directory / CURVES)
         except OSError as error:
             print(f"warning: {self.directory}: logs and curves not written ({error})")
+        if last and not saved:
+            raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
+
+    def score(self, losses, accuracies):
+        """What makes an epoch the best: its accuracy; by CTC, which has none, minus its loss."""
+        return -mean(losses) if self.args.supervised and self.args.CTC else mean(accuracies)
 
     # --------------------------------------------------------------------------------- one epoch
 
@@ -231,6 +250,11 @@ class Trainer:
                     losses, accuracies = self.step(batch.to(self.device), generator_from(*seed))
                 running.add(losses, accuracies, len(batch.window))
         losses, accuracies = running.means()
+        if not math.isfinite(sum(losses)):
+            raise UserError(
+                f"{what}: the loss isn't a finite number. The checkpoints are sound; look at the "
+                "validation files, or lower --learningRate"
+            )
         return {"locLoss_val": losses, "locAcc_val": accuracies}
 
     def log_start(self):
@@ -245,21 +269,25 @@ class Trainer:
     # ------------------------------------------------------------------------ saving and resuming
 
     def save(self, epoch=None):
-        """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` where no epoch just ended."""
+        """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` where no epoch just ended.
+
+        Returns whether that went well: a full disk is no reason to stop training.
+        """
         self.check_finite()
         try:
             path = save_checkpoint(self.directory, self.state(), epoch)
         except OSError as error:
             print(
                 f"warning: {self.directory}: no checkpoint written ({error}). Earlier ones are as "
-                "they were; training goes on and tries again at the next save"
+                "they were, and it is tried again at the next save"
             )
-            return
+            return False
         self.steps_since_save = 0
         for old in self.superseded:
             if old != path:
                 old.unlink(missing_ok=True)
         self.superseded = []
+        return True
 
     def state(self):
         """Everything that a later call needs to go on exactly from here (utils/checkpoint.py)."""
@@ -281,6 +309,7 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Go on from a checkpoint, of this program or of the original."""
+        check_resumable(checkpoint)
         state = checkpoint.state
         self.position = Position(*state["position"])
         self.logs.update(state["logs"])
@@ -317,11 +346,14 @@ class Trainer:
 
     def print_summary(self):
         """What the run came to, and where to look."""
-        series = list(zip(self.logs["locLoss_val"], self.logs["locAcc_val"], strict=True))
-        series = [(mean(loss), mean(accuracy)) for loss, accuracy in series]
-        best = max(range(len(series)), key=lambda index: series[index][1])
-        rows = [("first epoch", 0), ("best epoch", best), ("last epoch", len(series) - 1)]
-        rows = [(f"{name} ({self.logs['epoch'][index]})", *series[index]) for name, index in rows]
+        epochs, losses, accuracies = (
+            self.logs[key] for key in ("epoch", "locLoss_val", "locAcc_val")
+        )
+        best = max(range(len(epochs)), key=lambda i: self.score(losses[i], accuracies[i]))
+        chosen = [("first epoch", 0), ("best epoch", best), ("last epoch", len(epochs) - 1)]
+        rows = [
+            (f"{name} ({epochs[i]})", mean(losses[i]), mean(accuracies[i])) for name, i in chosen
+        ]
         if "before_training" in self.logs:
             values = self.logs["before_training"].values()
             rows.insert(0, ("before training", *map(mean, values)))

@@ -176,7 +176,13 @@ def build_mask(rules, n_matched, n_predictions):
     """(1, M, K) float, 1 where a frame must not match a prediction."""
     mask = torch.zeros(1, n_matched, n_predictions)
     for frames, predictions in rules:
-        mask[:, frames, predictions] = 1
+        chosen = mask[:, frames, predictions]
+        if chosen.numel() == 0:
+            raise UserError(
+                f"--CPCCTCMasq: a rule masks nothing: there are {n_matched} matched frames and "
+                f"{n_predictions} predictions, counted from 0"
+            )
+        chosen.fill_(1)
     return mask
 
 

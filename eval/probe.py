@@ -23,7 +23,7 @@ from criterion.seq_alignment import best_label_sequences, collapse_label_chain, 
 from dataset import BatchLoader
 from utils.files import save_json, save_tensors
 from utils.logs import RunningMeans, append_epoch, percent, progress
-from utils.misc import SAMPLES_PER_FRAME, available_memory, generator_from, seed_from
+from utils.misc import SAMPLES_PER_FRAME, UserError, available_memory, generator_from, seed_from
 from utils.report.plot_confusion import draw_confusion
 
 BEAM = 20  # label sequences kept while CTC outputs are decoded; 100 would take four times as long
@@ -127,11 +127,17 @@ def run_probe(
         if epoch > 0 and epoch % options.logging_step == 0:
             save_json(log, probe.logs)
 
-    result = probe.run(write_log)
-    save_json(log, probe.logs)
-    probe.draw_confusion(log.with_name("confusion.png"))
-    if checkpoint_dir:
-        save_best_classifier(probe, Path(checkpoint_dir, place))
+    try:
+        result = probe.run(write_log)
+        save_json(log, probe.logs)
+        probe.draw_confusion(log.with_name("confusion.png"))
+        if checkpoint_dir:
+            save_best_classifier(probe, Path(checkpoint_dir, place))
+    except OSError as error:
+        raise UserError(
+            f"{logs_dir}: the results of the {probe.name} can't be written "
+            f"({error.strerror or error}: {error.filename})"
+        ) from error
     return result
 
 

@@ -9,6 +9,7 @@ from a checkpoint depends on its class; each flag is in exactly one:
 - INHERITED: the command line's where it is given there, else the checkpoint's.
 """
 
+import math
 import os
 
 import torch
@@ -64,6 +65,7 @@ INHERITED = (
 )
 FILES = names("pathTrain pathVal pathCaptureDS path_phone_data")
 PATHS = FILES | names("pathDB pathCaptureSave pathCheckpoint linsep_logs_dir linsep_checkpoint_dir")
+CONTRASTIVE_ONLY = names("CPCCTC limitNegsInBatch speakerEmbedding dropout")
 CPCCTC_ONLY = frozenset(name for name in ARCHITECTURE if name.startswith("CPCCTC")) - {"CPCCTC"}
 
 
@@ -351,7 +353,7 @@ def follow_checkpoint(args, given, kept):
             follows |= names("pathTrain pathVal") - given
             follows -= {"path_phone_data"}  # given or not, it says whether phones are probed
     else:
-        follows |= {name for name in ORDER if not gone(name, kept)}
+        follows |= {name for name in ORDER if not (gone(name, kept) and name in given)}
     for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
         if chosen in given:
             follows -= {other}
@@ -410,10 +412,11 @@ AT_LEAST = {
 BETAS = ("beta1", "beta2", "linsep_beta1", "linsep_beta2")
 
 
-def check_arguments(args, given):
+def check_arguments(args, given, resumed=False):
     """Refuse what can't work, before anything is loaded. Completes what follows from other flags.
 
     `given` holds the flags that the user has a say in: contradictions are judged between these.
+    `resumed`: the run goes on from a checkpoint, so that files to start from aren't needed.
     Raises UserError with the flag and the cure.
     """
     check_numbers(args)
@@ -423,7 +426,7 @@ def check_arguments(args, given):
     check_probes(args, given)
     check_capture(args, given)
     check_machine(args)
-    check_paths(args)
+    check_paths(args, resumed)
 
 
 def refuse_if(condition, message):
@@ -438,6 +441,11 @@ def refuse_without(flag, available, candidates, given):
 
 
 def check_numbers(args):
+    for name, value in vars(args).items():
+        refuse_if(
+            isinstance(value, float) and not math.isfinite(value),
+            f"--{name} {value}: must be a finite number",
+        )
     for lowest, flags in AT_LEAST.items():
         for name in sorted(flags):
             value = getattr(args, name)
@@ -518,8 +526,17 @@ def check_model(args, given):
 
 
 def check_criterion(args, given):
+    without = "--supervised" if args.supervised else "--cpc_mode none"
+    if args.supervised or args.cpc_mode == "none":
+        useless = sorted(given & (CPCCTC_ONLY | CONTRASTIVE_ONLY))
+        refuse_if(useless, f"--{useless[0] if useless else ''} has no effect with {without}")
+        refuse_if(
+            args.cpc_mode == "none" and (args.encoder_type, args.arMode) == ("mfcc", "no_ar"),
+            "--cpc_mode none with --encoder_type mfcc and --arMode no_ar: nothing to train",
+        )
+        return
     refuse_without("--CPCCTC", args.CPCCTC, CPCCTC_ONLY, given)
-    if args.rnnMode == "transformer" and args.cpc_mode != "none" and not args.supervised:
+    if args.rnnMode == "transformer":
         refuse_if(
             args.hiddenGar != args.hiddenEncoder,
             f"--rnnMode transformer needs --hiddenGar ({args.hiddenGar}) and --hiddenEncoder "
@@ -563,9 +580,7 @@ def check_supervised(args, given):
         not args.path_phone_data and (args.nLevelsPhone > 1 or args.onEncoder),
         "--nLevelsPhone and --onEncoder need --path_phone_data FILE",
     )
-    refuse_if(
-        args.CPCCTC or args.cpc_mode, "--supervised replaces CPC: leave out --CPCCTC and --cpc_mode"
-    )
+    refuse_if(args.cpc_mode, "--supervised replaces CPC: leave out --cpc_mode")
 
 
 def check_probes(args, given):
@@ -648,7 +663,7 @@ def check_machine(args):
     )
 
 
-def check_paths(args):
+def check_paths(args, resumed):
     """The paths that this call of the program reads must exist."""
     refuse_if(
         not args.pathDB,
@@ -663,5 +678,5 @@ def check_paths(args):
     for name in sorted(used):
         path = getattr(args, name)
         refuse_if(path and not os.path.isfile(path), f"--{name} {path}: no such file")
-    for path in args.load or []:
+    for path in [] if resumed else args.load or []:
         refuse_if(not os.path.isfile(path), f"--load {path}: no such file")

@@ -168,8 +168,9 @@ def _complete_original(path, state):
     state["logs"] = {}
     with contextlib.suppress(UserError):  # its logs are welcome, not needed
         state["logs"] = load_json(path.parent / "checkpoint_logs.json")
-    epochs = len(state["logs"].get("epoch", [])) if isinstance(state["logs"], dict) else 0
-    done = int(match[1]) + 1 if match else max(epochs, 1)
+    done = int(match[1]) + 1 if match else 1
+    if not _are_logs(state["logs"]) or len(state["logs"].get("epoch", [])) < done:
+        state["logs"] = {}
     state["logs"] = {
         key: value[:done] if isinstance(value, list) else value
         for key, value in state["logs"].items()
@@ -181,9 +182,10 @@ def _check_types(path, state):
     """Refuse a file whose parts can't be what they are called, before they are used."""
     position = state.get("position")
     sound = (
-        isinstance(state.get("cpcCriterion"), dict)
+        all(isinstance(key, str) for key in state["gEncoder"])
+        and isinstance(state.get("cpcCriterion"), dict)
         and isinstance(state.get("args"), dict)
-        and isinstance(state.get("logs"), dict)
+        and _are_logs(state.get("logs"))
         and isinstance(position, list)
         and len(position) == 3
         and all(isinstance(number, int) and number >= 0 for number in position)
@@ -192,6 +194,41 @@ def _check_types(path, state):
     )
     if not sound:
         raise UserError(f"{path}: damaged: parts of the checkpoint are missing or of a wrong type")
+
+
+def _are_logs(logs):
+    """Whether these can be `checkpoint_logs.json`: lists over the same epochs."""
+    return (
+        isinstance(logs, dict)
+        and all(
+            len(series) == len(logs.get("epoch", []))
+            for series in logs.values()
+            if isinstance(series, list)
+        )
+        and isinstance(logs.get("epoch", []), list)
+    )
+
+
+def check_resumable(checkpoint):
+    """Raise UserError unless training can go on from this checkpoint."""
+    state = checkpoint.state
+    sound = isinstance(state.get("optimizer"), dict) and isinstance(state.get("best"), dict | None)
+    if not checkpoint.of_original:
+        running = state.get("running")
+        sound = (
+            sound
+            and isinstance(state.get("best_accuracy"), float | int)
+            and isinstance(running, dict)
+            and running.keys() >= {"sums", "norms", "windows", "batches"}
+            and all(isinstance(running[key], int) for key in ("windows", "batches"))
+            and (not running["batches"] or getattr(running["sums"], "ndim", 0) == 2)
+            and {"hidden", "machine", "fingerprint"} <= state.keys()
+        )
+    if not sound:
+        raise UserError(
+            f"{checkpoint.path}: training can't go on from it: what a training run keeps is "
+            "missing or damaged (to start from its weights, use --load)"
+        )
 
 
 def save_checkpoint(directory, state, epoch=None):
@@ -245,6 +282,10 @@ def load_optimizer(optimizer, state, source):
         raise UserError(f"{source}: its optimizer state doesn't fit ({error})") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+        for parameter in group["params"]:
+            if parameter in optimizer.state:  # the fused optimiser counts steps on the device
+                moments = optimizer.state[parameter]
+                moments["step"] = torch.as_tensor(moments["step"]).float().to(parameter.device)
 
 
 def follow_speaker_order(checkpoint, criterion, speakers, listing):

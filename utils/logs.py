@@ -86,7 +86,7 @@ class RunningMeans:
     def add(self, losses, accuracies, windows, gradient_norm=0.0):
         """Add a batch of `windows` windows with losses (1, n) and accuracies (1, n)."""
         self.sums = self.sums + windows * torch.cat([losses, accuracies]).detach().double()
-        self.norms = self.norms + gradient_norm
+        self.norms = self.norms + torch.as_tensor(gradient_norm).double()
         self.windows += windows
         self.batches += 1
 

@@ -65,7 +65,7 @@ def first_few(items, limit=5):
     """The first items of a list as text, for a message; safe to print whatever a file is named."""
     items = list(items)
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return (", ".join(items[:limit]) + rest).encode("utf-8", "replace").decode()
+    return "".join(c if c.isprintable() else "?" for c in ", ".join(items[:limit]) + rest)
 
 
 def available_memory(device):

@@ -30,9 +30,9 @@ def main(argv=None):
     if not logs.get("epoch"):
         raise UserError(f"{args.run}: no epoch is finished yet")
     rows = validation_rows(logs) + probe_rows(logs, untrained_scores(args.untrained))
-    print(f"{'':<34}{'untrained':>12}{'trained':>12}")
+    print(f"{'':<38}{'untrained':>12}{'trained':>12}")
     for name, before, after in rows:
-        print(f"{name:<34}{before:>12}{after:>12}")
+        print(f"{name:<38}{before:>12}{after:>12}")
     print(f"trained for {len(logs['epoch'])} epochs; checkpoints, logs and pictures:")
     for picture in sorted(args.run.parent.rglob("*.png")):
         print(f"    {picture}")
