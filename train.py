@@ -44,6 +44,7 @@ from utils.arguments import (
     ARCHITECTURE,
     MODEL,
     ORDER,
+    build_parser,
     capturable_names,
     captured_names,
     check_arguments,
@@ -66,6 +67,7 @@ from utils.misc import (
     keep_freed_memory,
     seed_from,
 )
+from utils.report.page import RunReport
 from utils.stopping import Stopped, StopSignals
 
 
@@ -73,20 +75,33 @@ from utils.stopping import Stopped, StopSignals
 def main(argv=None):
     with StopSignals() as stop:
         try:
-            args, checkpoint = settle_arguments(sys.argv[1:] if argv is None else argv)
-            run_on_checkpoint = args.onlyCapture or args.only_classif_metric
-            run = hooks_once if run_on_checkpoint else train
-            return run(args, checkpoint, prepare_machine(args), stop)
+            words = sys.argv[1:] if argv is None else argv
+            args, checkpoint = settle_arguments(words)
+            device = prepare_machine(args)
+            if args.onlyCapture or args.only_classif_metric:
+                return hooks_once(args, checkpoint, device)
+            return train(args, checkpoint, device, stop, words)
         except Stopped as stopped:
             print(f"stopped by {stopped}")
             return stopped.status
 
 
-def train(args, checkpoint, device, stop):
-    """A run from its beginning, or from `checkpoint`, to its last epoch."""
+def train(args, checkpoint, device, stop, words):
+    """A run from its beginning, or from `checkpoint`, to its last epoch.
+
+    `words` of the command line are shown in the run's report.
+    """
     stats = parse_specs(args)
     data = Data(args)
     step, models = build_step(args, data, checkpoint)
+    report = RunReport(
+        args,
+        build_parser().parse_args([]),
+        ["python", "train.py", *words],
+        data.training_sets,
+        data.labels,
+        {name: stat.directory for name, stat in stats.stats.items() if hasattr(stat, "directory")},
+    )
     trainer = Trainer(
         args,
         step.to(device),
@@ -94,6 +109,7 @@ def train(args, checkpoint, device, stop):
         hooks=build_hooks(args, data, stats, device),
         device=device,
         stop=stop,
+        report=report,
         models=models,
     )
     if checkpoint:
@@ -101,7 +117,7 @@ def train(args, checkpoint, device, stop):
     trainer.run()
 
 
-def hooks_once(args, checkpoint, device, _):
+def hooks_once(args, checkpoint, device):
     """Capture or probe the model of a checkpoint, without training."""
     stats = parse_specs(args)
     data = Data(args)

@@ -22,7 +22,9 @@ from utils.files import remove_leftovers, save_json
 from utils.hooks import untouched
 from utils.logs import Clock, RunningMeans, append_epoch, mean, percent, progress
 from utils.misc import UserError, generator_from, seed_from
+from utils.report.page import REPORT
 from utils.report.plots import draw_curves
+from utils.report.run_record import epoch_speed
 from utils.schedule import learning_rate
 from utils.stopping import Stopped
 
@@ -53,12 +55,15 @@ class Trainer:
     """A run: networks, data, optimiser, and how far it has come.
 
     args: the flags; step: a TrainStep on `device`; train_set, val_set: AudioDatasets;
-    hooks: see utils/hooks.py; stop: the StopSignals in force; models: flags of each part of a
-    model that began with `--load`, or None.
+    hooks: see utils/hooks.py; report: a RunReport (utils/report/page.py), or None; stop: the
+    StopSignals in force; models: flags of each part of a model that began with `--load`, or None.
     """
 
-    def __init__(self, args, step, train_set, val_set, *, hooks, device, stop, models=None):
+    def __init__(
+        self, args, step, train_set, val_set, *, hooks, device, stop, report=None, models=None
+    ):
         self.args, self.step, self.hooks, self.device, self.stop = args, step, hooks, device, stop
+        self.report = report
         self.directory, self.models = Path(args.pathCheckpoint), models
         self.fingerprint = f"{train_set.fingerprint()}-{val_set.fingerprint()}"
         loader = {"batch_size": args.batchSizeGPU, "seed": args.random_seed}
@@ -159,8 +164,10 @@ class Trainer:
         try:
             save_json(self.directory / "checkpoint_logs.json", self.logs)
             draw_curves(self.logs, self.directory / CURVES)
+            if self.report:
+                self.report.write(self.logs, epoch_speed(self.clock, self.device))
         except OSError as error:
-            print(f"warning: {self.directory}: logs and curves not written ({error})")
+            print(f"warning: {self.directory}: logs and pictures not written ({error})")
         if last and not saved:
             raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
 
@@ -363,6 +370,8 @@ class Trainer:
         print(f"{'speed':<20}{self.clock}")
         print(f"{'checkpoints, logs':<20}{self.directory}")
         print(f"{'curves':<20}{self.directory / CURVES}")
+        if self.report:
+            print(f"{'report':<20}{self.directory / REPORT}")
 
 
 def describe_machine(device):

@@ -90,7 +90,7 @@ def test_a_run_leaves_checkpoints_arguments_logs_and_curves(tiny_corpus, tmp_pat
     state = trained(tiny_corpus, tmp_path, "--learningRate", "0.01", "--schedulerRamp", "2")
     assert {p.name for p in tmp_path.iterdir()} == {
         "checkpoint_0.pt", "checkpoint_1.pt", "checkpoint_args.json", "checkpoint_logs.json",
-        "checkpoint_curves.png",
+        "checkpoint_curves.png", "report.html", "report_data.json",
     }  # fmt: skip
     logs = json.loads((tmp_path / "checkpoint_logs.json").read_text())
     assert logs == state["logs"]

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from utils.files import load_json
 from utils.logs import mean, percent
 from utils.misc import CommandLine, UserError, command
+from utils.report.run_record import RunRecord
 
 
 @command
@@ -33,7 +34,11 @@ def main(argv=None):
     print(f"{'':<38}{'untrained':>12}{'trained':>12}")
     for name, before, after in rows:
         print(f"{name:<38}{before:>12}{after:>12}")
-    print(f"trained for {len(logs['epoch'])} epochs; checkpoints, logs and pictures:")
+    epochs = RunRecord(args.run).epochs
+    if epochs:
+        windows, seconds = (sum(epoch[key] for epoch in epochs) for key in ("windows", "seconds"))
+        print(f"{len(epochs)} epochs, {windows / seconds:.3g} windows/s in training")
+    print(f"report, checkpoints and logs: {args.run}; pictures:")
     for picture in sorted(args.run.parent.rglob("*.png")):
         print(f"    {picture}")
 
