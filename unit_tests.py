@@ -115,8 +115,10 @@ def test_a_run_learns(tiny_corpus, tmp_path):
     state = trained(tiny_corpus, tmp_path, *words, epochs=8)
     start = sum(state["logs"]["before_training"]["locLoss_val"])
     assert sum(state["logs"]["locLoss_val"][-1]) < 0.9 * start
-    best = max(sum(row) / 2 for row in state["logs"]["locAcc_val"])
-    assert state["best_accuracy"] == best
+    accuracies = [sum(row) / 2 for row in state["logs"]["locAcc_val"]]
+    best = accuracies.index(max(accuracies))
+    assert state["best_accuracy"] == accuracies[best]
+    assert_equal_trees(state["best"], checkpoint(tmp_path, best)["gEncoder"], "best")
 
 
 def test_the_same_seed_gives_the_same_checkpoint(tiny_corpus, tmp_path):
@@ -264,6 +266,41 @@ def test_another_corpus_is_said_and_the_next_epoch_begins(
     assert run("--pathCheckpoint", tmp_path / "run", "--pathDB", other / "audio") == 0
     assert "epoch 0 ends here" in capsys.readouterr().out
     assert checkpoint(tmp_path / "run", 0)["logs"]["iter"] == [2]
+
+
+def test_a_list_that_is_gone_does_not_become_the_whole_corpus(tiny_corpus, tmp_path, capsys):
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", "--nEpoch", 1]
+    flags[3] = shutil.copy(tiny_corpus / "train.txt", tmp_path / "train.txt")
+    assert run(*flags) == 0
+    (tmp_path / "train.txt").unlink()
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2) == 2
+    assert "train.txt: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["optimizer", "running", "machine", "best_accuracy"])
+def test_a_checkpoint_without_what_training_needs_is_refused(part, tiny_corpus, tmp_path, capsys):
+    state = trained(tiny_corpus, tmp_path, epochs=1)
+    del state[part]
+    torch.save(state, tmp_path / "checkpoint_0.pt")
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 2) == 2
+    assert "training can't go on from it" in capsys.readouterr().err
+
+
+def test_a_place_that_can_not_be_made_is_refused(tiny_corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "file" / "run"]
+    assert run(*flags) == 2
+    assert "--pathCheckpoint" in capsys.readouterr().err
+
+
+def test_the_criterion_is_loaded_with_the_architecture_it_had(tiny_corpus, tmp_path):
+    loaded = trained(tiny_corpus, tmp_path / "a", *EXAMPLE, epochs=1)
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "b", "--nEpoch", 1]
+    words = ["--load", tmp_path / "a" / "checkpoint_0.pt", "--loadCriterion"]
+    assert run(*flags, *words, "--learningRate", "0") == 0
+    state = checkpoint(tmp_path / "b", 0)
+    assert state["args"]["CPCCTC"] is True
+    assert_equal_trees(state["cpcCriterion"], loaded["cpcCriterion"], "criterion")
 
 
 def test_damaged_checkpoints_are_never_a_fresh_start(tiny_corpus, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """Tests of the pictures: what is in them, from captures whose content is known."""
 
+import html.parser
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +13,12 @@ import soundfile
 import torch
 from matplotlib.image import imread
 
+import train
 from utils.capture import CaptureReader, CaptureWriter
 from utils.misc import SAMPLE_RATE, UserError
 from utils.report import plot_capture
+from utils.report.page import REPORT
+from utils.report.run_record import RunRecord
 from utils.testing import ends_refused
 
 N_FRAMES, N_MATCHED, N_PREDICTIONS = 64, 6, 5
@@ -237,3 +243,97 @@ def test_symbols_are_read_with_the_line_that_is_wrong(tmp_path):
     path.write_text("0 SIL\nAA 1\n")
     with pytest.raises(UserError, match=r"phones\.txt: line 2 should be `id symbol`, is 'AA 1'"):
         plot_capture.read_symbols(path)
+
+
+# ---------------------------------------------------------------------------------- the report
+
+SECTIONS = ("Training", "Probes", "Stats", "Capture", "Corpus", "Speed and memory")
+
+
+@pytest.fixture(scope="module")
+def reported_run(tiny_corpus, tmp_path_factory):
+    """A run with probes, captures and stats, in a directory with a hostile name."""
+    place = tmp_path_factory.mktemp("reported")
+    run, phones = place / "<img src=x onerror=alert(1)>", f"{tiny_corpus}/phones.txt"
+    words = (
+        "--hiddenEncoder 8 --hiddenGar 8 --rnnMode linear --negativeSamplingExt 4 --nPredicts 2 "
+        "--sizeWindow 3200 --nEpoch 2 --captureEverything --captureEachEpochs 1 "
+        "--supervised_classif_metric --speaker_sep --linsep_classif_each_epochs 1 "
+        "--linsep_n_epoch 2"
+    ).split()
+    paths = {
+        "pathDB": f"{tiny_corpus}/audio",
+        "pathTrain": f"{tiny_corpus}/train.txt",
+        "pathVal": f"{tiny_corpus}/test.txt",
+        "pathCaptureDS": f"{tiny_corpus}/test.txt",
+        "path_phone_data": phones,
+        "pathCheckpoint": run,
+        "pathCaptureSave": place / "captures",
+        "linsep_logs_dir": place / "probes",
+        "captureSetStats": f"reprDiff:cosine,ctx_repr,0.05,{place / 'stats'}",
+    }
+    flags = [str(word) for name, path in paths.items() for word in (f"--{name}", path)]
+    assert not train.main([*words, *flags])
+    return run / REPORT
+
+
+class Page(html.parser.HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_report_holds_the_whole_run_and_needs_no_network(reported_run):
+    content = reported_run.read_text(encoding="utf-8")
+    page = Page(content)
+    text = " ".join(page.text)
+    assert all(section in text for section in SECTIONS)
+    assert "2 of 2 epochs done" in text
+    for flag in ("--sizeWindow", "--captureEverything"):
+        assert flag in text
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) >= 3  # confusions, stat, capture
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) >= 6
+    assert "http://" not in re.sub(r'xmlns="[^"]*"', "", content)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here (Debian's package)")
+def test_a_browser_shows_the_report(reported_run, tmp_path):
+    copy = shutil.copy(reported_run, tmp_path / "report.html")
+    browser = (
+        "chromium --headless --no-sandbox --disable-gpu --disable-background-networking "
+        "--no-first-run --window-size=1280,2000"
+    ).split()
+    for action in ("--dump-dom", f"--screenshot={tmp_path / 'report.png'}"):
+        words = [*browser, f"--user-data-dir={tmp_path / 'profile'}", action, f"file://{copy}"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+        if action == "--dump-dom":
+            assert all(section in done.stdout for section in SECTIONS)
+            assert "2 of 2 epochs done" in done.stdout
+    assert (tmp_path / "report.png").stat().st_size > 50_000
+
+
+def test_the_record_of_a_run_survives_and_is_begun_anew_when_damaged(tmp_path):
+    record = RunRecord(tmp_path)
+    speed = {"seconds": 2.0, "windows": 10, "machine": "CPU"}
+    for epoch in (0, 1, 2):
+        record.add(epoch, speed, "train.py")
+    record.save()
+    again = RunRecord(tmp_path)
+    again.add(1, speed, "train.py --nEpoch 9")  # the run went back to epoch 1
+    assert [row["epoch"] for row in again.epochs] == [0, 1]
+    assert [call["epoch"] for call in again.calls] == [0, 1]
+    record.path.write_text("{torn")
+    assert RunRecord(tmp_path).epochs == []
