@@ -41,7 +41,7 @@ from utils.testing import GOLDEN, assert_close, golden_cases
 
 # ------------------------------------------------------------------------------------- arguments
 
-ORIGINAL_DEFAULTS = {  # SPEC 8: names and defaults that command lines of the original rely on
+ORIGINAL_DEFAULTS = {  # names and defaults that command lines of the original rely on
     "hiddenEncoder": 256, "hiddenGar": 256, "nPredicts": 12, "CPCCTC": False,
     "CPCCTCNumMatched": 16, "CPCCTCSkipBeg": 0, "CPCCTCSkipEnd": 0, "CPCCTCSelfLoop": False,
     "CPCCTCLearnBlank": False, "CPCCTCNoNegsMatchWin": False, "CPCCTCMasq": "",
