@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
     @property
     def opacity(self):
-        return round(0.3 + 0.7 * self.strength, 2)
+        return round(0.2 + 0.8 * self.strength, 2)
 
 
 class Axes(NamedTuple):
@@ -79,7 +79,7 @@ def fit_axes(lines, level, from_zero):
     low, high = min(values), max(values)
     size = max(abs(low), abs(high)) or 1.0
     room = 0.06 * (high - low) if high - low > 1e-6 * size else 0.1 * size
-    floor = low - room if low < 0 else max(0.0, low - room)
+    floor = 0.0 if from_zero and low == 0 else low - room
     first, last = min(epochs), max(epochs)
     margin = 0.5 if first == last else 0
     return Axes(first - margin, last + margin, floor, high + room)
@@ -150,7 +150,7 @@ def ticks(low, high, about, whole=False):
     """Round numbers from low to high, some `about` of them, and the step between them."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = max(m * power for m in (1, 2, 5, 10) if m * power <= 1.5 * rough)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     step = max(1, round(step)) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)], step

@@ -93,7 +93,7 @@ class RunReport:
             "body",
             heading(self.directory, logs, args, record.epochs),
             tag("nav", *links),
-            status_tiles(logs, record.epochs),
+            status_tiles(logs, args, record.epochs),
             *(
                 tag("section", tag("h2", name), *content, id=anchor(name))
                 for name, content in sections.items()
@@ -165,8 +165,8 @@ def before_training(logs, key, scale=1.0):
 
 def probe_scores(logs):
     """(task, score name, its key) of each probe that has found something."""
-    matches = filter(None, map(PROBE_SCORE.fullmatch, sorted(logs)))
-    return [(match["task"], match["score"], match[0]) for match in matches if points(logs, match[0])]
+    matches = [PROBE_SCORE.fullmatch(key) for key in sorted(logs) if points(logs, key)]
+    return [(match["task"], match["score"], match[0]) for match in matches if match]
 
 
 # ---------------------------------------------------------------------------------- page elements
@@ -202,48 +202,36 @@ def charts(*figures):
 
 
 def table(head, rows, kind="numbers", caption=None):
-    """A table that scrolls sideways where there is no room for it.
-
-    `-` stands for a cell that is None, dots for rows left out, which are one None.
-    """
-    left_out = [tag("td", "\N{MIDLINE HORIZONTAL ELLIPSIS}", colspan=len(head))]
-    cells = [
-        left_out if row is None else [tag("td", "-" if cell is None else cell) for cell in row]
-        for row in rows
-    ]
+    """A table that scrolls sideways where there is no room for it. `-` stands for None."""
+    lines = [tag("tr", *(tag("td", "-" if cell is None else cell) for cell in row)) for row in rows]
     inner = tag(
         "table",
         caption and tag("caption", caption),
         tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head))),
-        tag("tbody", *(tag("tr", *row) for row in cells)),
+        tag("tbody", *lines),
         class_=kind,
     )
     return tag("div", inner, class_="table")
-
-
-def epoch_table(epochs, columns, best, caption=None):
-    """A table of the first, the best and the latest epochs; columns: name -> {epoch: text}."""
-    chosen = {*epochs[:1], best, *epochs[-MOST_ROWS:]}
-    rows = []
-    for epoch in epochs:
-        if epoch in chosen:
-            name = f"{epoch} (best)" if epoch == best else epoch
-            rows.append([name, *(values.get(epoch) for values in columns.values())])
-        elif rows[-1] is not None:
-            rows.append(None)
-    return table(["epoch", *columns], rows, caption=caption)
 
 
 def soft(*content):
     return tag("p", *content, class_="soft")
 
 
+def few(epochs, always=()):
+    """Epochs for a table: the first, the latest ones and those in `always`; `...` where some are
+    left out."""
+    chosen = {*epochs[:1], *epochs[-MOST_ROWS:], *(set(always) & set(epochs))}
+    rows, left_out = [], False
+    for epoch in epochs:
+        if epoch in chosen:
+            rows += ["..."] * left_out + [epoch]
+        left_out = epoch not in chosen
+    return rows
+
+
 def shown(value):
     return None if value is None else readable(value)
-
-
-def three_decimals(value):
-    return None if value is None else f"{value:.3f}"
 
 
 def percentage(value):
@@ -254,8 +242,8 @@ def duration(seconds):
     """About how long, as people say it."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
-            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
-    return f"{seconds:.0f} s"
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def memory(n_bytes):
@@ -293,12 +281,12 @@ def seconds_between_epochs(speeds):
     return statistics.median(steps) if steps else None
 
 
-def status_tiles(logs, speeds):
+def status_tiles(logs, args, speeds):
     """The few figures that one looks for first."""
     losses, accuracies = points(logs, "locLoss_val"), points(logs, "locAcc_val", 100)
     best_loss = min(losses, key=lambda p: p[1], default=None)
     best_accuracy = max(accuracies, key=lambda p: p[1], default=None)
-    tiles = []
+    tiles = [("epochs", len(logs["epoch"]), f"of {args.nEpoch}")]
     if losses:
         best = f"best {readable(best_loss[1])}, epoch {best_loss[0]}"
         tiles.append(("validation loss", readable(losses[-1][1]), best))
@@ -325,9 +313,9 @@ def speed_tiles(row):
     if seconds:
         waiting = share_waited(row)
         yield (
-            "windows/s",
-            f"{windows_per_second(row) or 0:.3g}",
-            f"data wait {percentage(waiting) or '-'}",
+            "speed",
+            f"{readable(windows_per_second(row) or 0)}",
+            f"windows/s, data wait {percentage(waiting) or '-'}",
         )
     gpu, host = number(row.get("gpu_memory")), number(row.get("memory"))
     if gpu:
@@ -381,10 +369,9 @@ def by_step(logs):
 def last_epoch_by_step(logs):
     """A table of the latest epoch's means for each prediction step."""
     names = {"train": "training", "val": "validation"}
-    kinds = (("loss", "locLoss", 1, three_decimals), ("accuracy", "locAcc", 100, percentage))
     rows = [
-        (f"{names[part]} {title}", [show(number(value, scale)) for value in pairs[-1][1]])
-        for title, key, scale, show in kinds
+        (f"{names[part]} {title}", [shown(number(v, scale)) for v in pairs[-1][1]])
+        for title, key, scale in (("loss", "locLoss", 1), ("accuracy (%)", "locAcc", 100))
         for part in ("train", "val")
         if (pairs := column(logs, f"{key}_{part}")) and isinstance(pairs[-1][1], list)
     ]
@@ -402,7 +389,7 @@ def probe_section(logs, args, pictures):
     elif not found:
         yield soft(f"None so far: they come every {args.linsep_classif_each_epochs} epochs.")
     yield charts(*(probe_chart(logs, *probe) for probe in found))
-    yield tag("div", *(probe_table(logs, *probe) for probe in found), class_="tables")
+    yield from (probe_table(logs, *probe) for probe in found)
     yield pictures.get("probes")
 
 
@@ -423,15 +410,18 @@ def probe_table(logs, task, score, key):
         f"always the commonest {task}": f"{task}_baseline_val_{score}",
     }
     columns = {name: dict(points(logs, other, 100)) for name, other in names.items()}
+    columns = {name: values for name, values in columns.items() if values}
     scores = columns["validation"]
     best = (min if score == "per" else max)(scores, key=scores.get)
-    columns = {
-        name: {epoch: percentage(value) for epoch, value in values.items()}
-        for name, values in columns.items()
-        if values
-    }
-    caption = f"{task.capitalize()} probe: {SCORES[score]}"
-    return epoch_table(list(scores), columns, best, caption)
+    rows = [
+        [row_name(epoch, best), *(percentage(values.get(epoch)) for values in columns.values())]
+        for epoch in few(list(scores), [best])
+    ]
+    return table(["epoch", *columns], rows, caption=f"{task.capitalize()} probe: {SCORES[score]}")
+
+
+def row_name(epoch, best):
+    return f"{epoch} (best)" if epoch == best else epoch
 
 
 def stats_section(logs, args, stats, pictures):
@@ -469,7 +459,7 @@ def value_charts(logs, keys, prefix):
             members.sort(key=lambda key: int(NUMBERED.fullmatch(key)["number"]))
             first = int(NUMBERED.fullmatch(members[0])["number"])
             steps = [points(logs, key) for key in members]
-            yield step_chart(title, steps, title, first)
+            yield step_chart(title, steps, "number", first)
 
 
 def capture_section(logs, args, pictures):
@@ -510,8 +500,8 @@ def corpus_row(dataset, labels):
 
 def speed_section(rows):
     series = {
-        "Windows/s in training": windows_per_second,
-        "Data wait (% of the training time)": share_waited,
+        "Windows a second, training": windows_per_second,
+        "Share of the time spent waiting for data (%)": share_waited,
         "Peak memory of the process (GiB)": lambda row: number(row.get("memory"), 2**-30),
         "Peak GPU memory (GiB)": lambda row: number(row.get("gpu_memory"), 2**-30),
         "Training time of an epoch (s)": lambda row: number(row.get("seconds")),
@@ -536,9 +526,9 @@ def flags_section(calls, args, defaults):
         yield tag("p", text)
         yield tag("pre", tag("code", call["command"]))
     changed = [
-        (name, value, default)
-        for name, default in vars(defaults).items()  # in the order of --help
-        if (value := getattr(args, name)) != default
+        (name, value, vars(defaults).get(name))
+        for name, value in sorted(vars(args).items())
+        if value != vars(defaults).get(name)
     ]
     rows = [
         [tag("code", f"--{name}"), tag("code", flag_value(value)), flag_value(default)]
@@ -550,15 +540,13 @@ def flags_section(calls, args, defaults):
 def flag_value(value):
     if isinstance(value, list | tuple):
         return shlex.join(map(str, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return {None: "none", "": "empty"}.get(value, value)
+    return {True: "yes", False: "no", None: "none", "": "empty"}.get(value, value)
 
 
 def epochs_section(logs, speeds):
     columns = {
-        "training loss": ("locLoss_train", 1, three_decimals),
-        "validation loss": ("locLoss_val", 1, three_decimals),
+        "training loss": ("locLoss_train", 1, shown),
+        "validation loss": ("locLoss_val", 1, shown),
         "training accuracy": ("locAcc_train", 100, percentage),
         "validation accuracy": ("locAcc_val", 100, percentage),
         "learning rate": ("learningRate", 1, shown),
@@ -573,7 +561,11 @@ def epochs_section(logs, speeds):
     values["data wait"] = {row["epoch"]: percentage(share_waited(row)) for row in speeds}
     accuracies = dict(points(logs, "locAcc_val"))
     best = max(accuracies, key=accuracies.get, default=None)
-    yield epoch_table(logs["epoch"], values, best)
+    rows = [
+        [row_name(epoch, best), *(known.get(epoch) for known in values.values())]
+        for epoch in few(logs["epoch"], [best])
+    ]
+    yield table(["epoch", *values], rows)
     yield soft("Every epoch, with each prediction step: ", tag("code", "checkpoint_logs.json"), ".")
 
 
@@ -592,9 +584,9 @@ def latest_capture(logs, args):
     """The directory of the latest capture; None if there is none."""
     if not args.pathCaptureDS or not args.pathCaptureSave:
         return None
-    due = (epoch for epoch in reversed(logs["epoch"]) if epoch % args.captureEachEpochs == 0)
-    directories = (Path(args.pathCaptureSave, str(epoch)) for epoch in due)
-    return next((directory for directory in directories if directory.is_dir()), None)
+    due = [epoch for epoch in logs["epoch"] if epoch % args.captureEachEpochs == 0]
+    directory = Path(args.pathCaptureSave, str(due[-1])) if due else None
+    return directory if directory and directory.is_dir() else None
 
 
 def draw_capture(directory):
