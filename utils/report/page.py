@@ -540,7 +540,9 @@ def flags_section(calls, args, defaults):
 def flag_value(value):
     if isinstance(value, list | tuple):
         return shlex.join(map(str, value))
-    return {True: "yes", False: "no", None: "none", "": "empty"}.get(value, value)
+    if isinstance(value, bool):  # first: 1 is equal to True
+        return "yes" if value else "no"
+    return {None: "none", "": "empty"}.get(value, value)
 
 
 def epochs_section(logs, speeds):
