@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from utils.audio import decode_into
+from utils.distributed import ALONE
 from utils.listing import list_audio_files
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few, generator_from
 from utils.windows import Layout, cumulated, plan_pack, split_in_packs
@@ -216,44 +217,57 @@ def allocate_audio(samples, dtype):
 class PackDecoding:
     """A pack being filled by threads: they start at once, `finish` waits for them.
 
-    What several processes of a machine could share is apart: the memory (`allocate_audio`), the
-    filling of each file's slice (`decode_into`), and closing the gaps left by bad files.
+    The processes of a machine have one pack in common, and each decodes a part of its files; what
+    is bad on one machine is left out on all.
     """
 
-    def __init__(self, dataset, files):
+    def __init__(self, dataset, files, world=ALONE):
         """`files`: (n,) ascending indices of the dataset's sequences."""
-        self.dataset = dataset
+        self.dataset, self.world = dataset, world
         self.layout = Layout.of(files, dataset.samples)
-        self.audio = allocate_audio(int(self.layout.boundaries[-1]), dataset.dtype)
+        size = int(self.layout.boundaries[-1])
+        allocate = world.shared_tensor if world.local_size > 1 else allocate_audio
+        self.audio = allocate(size, dataset.dtype)
         parts = np.split(self.audio.numpy(), self.layout.boundaries[1:-1])
         sequences = [dataset.sequences[i] for i in files]
         items = [
             (part, os.path.join(dataset.root, sequence.path), sequence.samples)
             for part, sequence in zip(parts, sequences, strict=True)
         ]
-        self.workers = Workers(lambda item: decode_into(*item), items, dataset.n_threads)
+        self.own = range(world.local_rank, len(items), world.local_size)
+        own_items = [items[i] for i in self.own]
+        self.workers = Workers(lambda item: decode_into(*item), own_items, dataset.n_threads)
 
     def finish(self):
         """The `Pack`, without files that turned out to be bad (see `AudioDataset.skip`)."""
-        problems = self.workers.results("decoding", " files")
-        files = self.layout.files
-        paths = [self.dataset.sequences[i].path for i in files]
-        self.dataset.skip({path: p for path, p in zip(paths, problems, strict=True) if p})
-        good = np.array([not problem for problem in problems])
-        audio = close_gaps(self.audio, self.layout.boundaries, good)
+        problems, files = self._problems(), self.layout.files
+        good = np.ones(len(files), dtype=bool)
+        good[list(problems)] = False
+        if problems:
+            bad = {self.dataset.sequences[files[i]].path: p for i, p in problems.items()}
+            self.world.together(lambda: self.dataset.skip(bad))
+            if self.world.local_rank == 0:
+                close_gaps(self.audio, self.layout.boundaries, good)
+            self.world.agree()  # nobody reads before that is done
         layout = Layout.of(files[good], self.dataset.samples)
+        audio = self.audio[: int(layout.boundaries[-1])]
         return Pack(audio, self.dataset.labels_of(layout.files), layout)
+
+    def _problems(self):
+        """Wait for all processes' threads; what is wrong with which of the files, by position."""
+        own = zip(self.own, self.workers.results("decoding", " files"), strict=True)
+        found = self.world.gather({i: problem for i, problem in own if problem})
+        return {i: problem for part in reversed(found) for i, problem in part.items()}
 
 
 def close_gaps(audio, boundaries, good):
-    """Move the good files of a pack together, in place; returns the part that they fill."""
+    """Move the good files of a pack together, in place."""
     waveform, end = audio.numpy(), 0
     for i in np.flatnonzero(good):
         begin, length = boundaries[i], boundaries[i + 1] - boundaries[i]
         if end < begin:
             waveform[end : end + length] = waveform[begin : begin + length]
         end += length
-    return audio[:end]
 
 
 def allowed_bad_files(n_files, fraction):
@@ -407,10 +421,11 @@ class AudioDataset:
         parts = [labels[self.sequences[i].name][: n_frames[i]] for i in files]
         return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int16), *parts]))
 
-    def only_pack(self):
-        """The pack of all files: decoded once, then kept."""
+    def only_pack(self, world=ALONE):
+        """The pack of all files: decoded once, by all processes of `world`, then kept."""
         if self._only_pack is None:
-            self._only_pack = PackDecoding(self, np.arange(len(self.sequences))).finish()
+            files = np.arange(len(self.sequences))
+            self._only_pack = PackDecoding(self, files, world).finish()
         return self._only_pack
 
 
@@ -453,7 +468,7 @@ class BatchLoader:
     """Batches of the windows of a dataset, epoch by epoch; the next pack is decoded meanwhile.
 
     The order of an epoch depends on the dataset, `batch_size`, `sampling`, `seed` and the epoch's
-    number alone. Of several processes, number `rank` gets each `world_size`-th batch.
+    number alone. Of several processes (`world`), each gets every `world.size`-th batch.
 
     sampling: the windows of a batch come from one speaker (`samespeaker`), from one file
         (`samesequence`), from anywhere (`uniform`), or each row of a batch goes on where that row
@@ -461,17 +476,18 @@ class BatchLoader:
         files, but nothing `continues`).
     training: files and windows are shuffled and begin at random offsets. A `uniform` batch that
         isn't full is dropped if the pack has a full one; all processes get the same number, so
-        that at most `world_size` - 1 batches of an epoch are dropped. Otherwise: every window, in
+        that at most `world.size` - 1 batches of an epoch are dropped. Otherwise: every window, in
         order (`sequential` and `uniform` are then the same), the last batch as small as it is.
+
+    In training the processes wait for each other at each new pack; otherwise only in `prepare`.
     """
 
-    def __init__(self, dataset, batch_size, sampling, *, seed, training, rank=0, world_size=1):
+    def __init__(self, dataset, batch_size, sampling, *, seed, training, world=ALONE):
         """Raises UserError if the dataset has no window, or not a batch for every process."""
         if sampling not in SAMPLINGS:
             raise ValueError(f"sampling {sampling!r} is none of {SAMPLINGS}")
         self.dataset, self.batch_size, self.sampling = dataset, batch_size, sampling
-        self.seed, self.training = seed, training
-        self.rank, self.world_size = rank, world_size
+        self.seed, self.training, self.world = seed, training, world
         self._ahead = {}  # (epoch, pack) -> PackDecoding, at most one
         self._n_batches = {}  # of the epoch asked for last
         self._begin(0)
@@ -481,10 +497,10 @@ class BatchLoader:
         n_batches = self.n_batches(0)
         if n_batches == 0:
             raise self._no_window()
-        if self.training and n_batches < self.world_size:
+        if self.training and n_batches < self.world.size:
             raise UserError(
                 f"{self.dataset.title}: {n_batches} batches of {self.batch_size} windows are too "
-                f"few for {self.world_size} processes; use fewer (--nGPU) or a smaller "
+                f"few for {self.world.size} processes; use fewer (--nGPU) or a smaller "
                 "--batchSizeGPU"
             )
 
@@ -499,16 +515,25 @@ class BatchLoader:
         """Batches for this process in the current epoch, if no more files turn out to be bad."""
         n_batches = self.n_batches(self._epoch)
         if self.training:
-            return n_batches // self.world_size
-        return len(range(self.rank, n_batches, self.world_size))
+            return n_batches // self.world.size
+        return len(range(self.world.rank, n_batches, self.world.size))
 
-    def n_batches(self, epoch):
-        """Batches of all processes in an epoch, if no more files turn out to be bad."""
+    def n_batches(self, epoch, first=None):
+        """Batches of all processes in an epoch, if no more files turn out to be bad.
+
+        Those from the position `first` on, if it is given.
+        """
         if epoch not in self._n_batches:
             layouts = (Layout.of(files, self.dataset.samples) for files in self._packs_of(epoch))
             plans = (self._plan(epoch, p, layout) for p, layout in enumerate(layouts))
-            self._n_batches = {epoch: sum(plan.n_batches for plan in plans)}
-        return self._n_batches[epoch]
+            self._n_batches = {epoch: [plan.n_batches for plan in plans]}
+        n_batches = self._n_batches[epoch]
+        return max(0, sum(n_batches[first.pack :]) - first.batch) if first else sum(n_batches)
+
+    def prepare(self):
+        """Decode, with all processes, what every epoch needs, where it fits in one pack."""
+        if len(self._packs) == 1:
+            self.dataset.only_pack(self.world)
 
     def _packs_of(self, epoch):
         generator = generator_from(self.seed, "packs", epoch) if self.training else None
@@ -538,10 +563,10 @@ class BatchLoader:
                 self._plans[p] = plan, pack.layout
                 for g in range(min(skip, plan.n_batches), plan.n_batches):
                     self._check_ahead()
-                    if turn % self.world_size == self.rank:
+                    if turn % self.world.size == self.world.rank:
                         mine = Position(epoch, p, g), self._gather(pack, p, g)
                     turn += 1
-                    if turn % self.world_size == 0:  # every process has its batch
+                    if turn % self.world.size == 0:  # every process has its batch
                         yield mine
                         mine = None
                 skip = max(0, skip - plan.n_batches)
@@ -568,19 +593,22 @@ class BatchLoader:
 
     def _take(self, p):
         if len(self._packs) == 1:
-            return self.dataset.only_pack()
+            return self.dataset.only_pack(self.world)
         decoding = self._ahead.pop((self._epoch, p), None)
-        return (decoding or PackDecoding(self.dataset, self._packs[p])).finish()
+        return (decoding or self._decoding(self._packs[p])).finish()
+
+    def _decoding(self, files):
+        return PackDecoding(self.dataset, files, self.world if self.training else ALONE)
 
     def _decode_ahead(self, p):
         """Begin with pack `p`; after the last pack, in training, with the next epoch's first."""
         if len(self._packs) == 1:
             return
         if p < len(self._packs):
-            self._ahead = {(self._epoch, p): PackDecoding(self.dataset, self._packs[p])}
+            self._ahead = {(self._epoch, p): self._decoding(self._packs[p])}
         elif self.training:
             files = self._packs_of(self._epoch + 1)[0]
-            self._ahead = {(self._epoch + 1, 0): PackDecoding(self.dataset, files)}
+            self._ahead = {(self._epoch + 1, 0): self._decoding(files)}
 
     def _check_ahead(self):
         for decoding in self._ahead.values():
@@ -608,9 +636,9 @@ class BatchLoader:
     def _continues(self, plan, layout, g):
         """Whether each row goes on where it ended in the batch that this process had before."""
         starts = plan.batch(g)
-        if self.sampling != "sequential" or g < self.world_size:
+        if self.sampling != "sequential" or g < self.world.size:
             return np.zeros(len(starts), dtype=bool)
-        before = plan.batch(g - self.world_size)[: len(starts)]
+        before = plan.batch(g - self.world.size)[: len(starts)]
         same_file = layout.position_of(before) == layout.position_of(starts)
         return same_file & (before + self.dataset.size_window == starts)
 

@@ -33,6 +33,7 @@ from dataset import (
     select_sequences,
 )
 from utils import listing, workers
+from utils.distributed import World
 from utils.logs import PlainProgress
 from utils.misc import SAMPLE_RATE, UserError, generator_from
 from utils.testing import (
@@ -736,7 +737,9 @@ def test_no_window_left_after_decoding(own_corpus):
 
 def test_too_many_processes(small_corpus):
     with pytest.raises(UserError, match="training set: 1 batches of 41 windows are too few for 2"):
-        BatchLoader(small_set(small_corpus), 41, "uniform", seed=0, training=True, world_size=2)
+        BatchLoader(
+            small_set(small_corpus), 41, "uniform", seed=0, training=True, world=World(0, 2)
+        )
     with pytest.raises(ValueError, match="sampling 'speaker' is none of"):
         BatchLoader(small_set(small_corpus), 41, "speaker", seed=0, training=True)
 
@@ -943,8 +946,7 @@ def test_capture_windows_are_one_list_that_batches_cut(small_corpus, world_size)
                 training=False,
                 packs=False,
                 batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
+                world=World(rank, world_size),
             )
             batches = [batch for _, batch in loader.epoch(0)]
             assert len(batches) == len(loader)
@@ -964,7 +966,7 @@ def test_processes_share_an_epoch(small_corpus, sampling, world_size):
     shares = [
         [summary(item) for item in loader.epoch(2)]
         for loader in (
-            loader_of(small_corpus, sampling, rank=rank, world_size=world_size)
+            loader_of(small_corpus, sampling, world=World(rank, world_size))
             for rank in range(world_size)
         )
     ]
@@ -979,10 +981,11 @@ def test_processes_share_an_epoch(small_corpus, sampling, world_size):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_going_on_from_any_position(small_corpus, sampling, world_size):
     """The rest of an epoch, bit by bit, also where the position is beyond the end of a pack."""
-    options = {"world_size": world_size, "rank": world_size - 1}
+    options = {"world": World(world_size - 1, world_size)}
     loader = loader_of(small_corpus, sampling, **options)
     whole = [summary(item) for item in loader.epoch(3)]
-    rank0 = [p for p, _ in loader_of(small_corpus, sampling, world_size=world_size).epoch(3)]
+    first = loader_of(small_corpus, sampling, world=World(0, world_size))
+    rank0 = [position for position, _ in first.epoch(3)]
     assert len({position.pack for position in rank0}) > 2
     for done, position in enumerate(rank0):
         again = loader_of(small_corpus, sampling, **options)

@@ -15,11 +15,13 @@
 `python train.py --help` explains every flag, README.md every task.
 """
 
+import argparse
 import functools
 import os
 import random
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -53,12 +55,15 @@ from utils.arguments import (
     stored_arguments,
 )
 from utils.checkpoint import (
+    Checkpoint,
     follow_speaker_order,
     load_weights,
     newest_checkpoint,
     open_checkpoint,
 )
+from utils.distributed import World, joined_world
 from utils.hooks import PREDICTED, CaptureHook, ProbeHook
+from utils.launch import launch, processes_to_start
 from utils.misc import (
     UserError,
     command,
@@ -73,27 +78,54 @@ from utils.stopping import Stopped, StopSignals
 
 @command
 def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    args, _ = parse_arguments(words)
+    n_processes = processes_to_start(args)
+    if n_processes:
+        return launch(n_processes, main, words)
     with StopSignals() as stop:
         try:
-            words = sys.argv[1:] if argv is None else argv
-            args, checkpoint = settle_arguments(words)
-            device = prepare_machine(args)
-            if args.onlyCapture or args.only_classif_metric:
-                return hooks_once(args, checkpoint, device)
-            return train(args, checkpoint, device, stop, words)
+            with joined_world(stop, device_from(args.device)) as world:
+                run(words, world)
         except Stopped as stopped:
             print(f"stopped by {stopped}")
             return stopped.status
 
 
-def train(args, checkpoint, device, stop, words):
-    """A run from its beginning, or from `checkpoint`, to its last epoch.
+class Job(NamedTuple):
+    """What is to be done, and with what."""
+
+    args: argparse.Namespace
+    checkpoint: Checkpoint | None  # that this call of the program goes on from, or works on
+    stats: StatsCollector
+    data: "Data"
+    device: torch.device
+    world: World
+
+
+def run(words, world):
+    """What the command line `words` asks for, as one of the processes of `world`."""
+    args, checkpoint, stats = world.together(lambda: settle_arguments(words))
+    args.random_seed = world.from_first(lambda: args.random_seed)  # where none was given
+    device = prepare_machine(args, world)
+    corpus = world.from_first(lambda: find_audio(args))
+    data = world.together(lambda: Data(args, corpus))
+    job = Job(args, checkpoint, stats, data, device, world)
+    if args.onlyCapture or args.only_classif_metric:
+        model, criterion, hooks = world.together(lambda: prepare_hooks(job))
+        for hook in hooks:
+            hook.run(checkpoint.epoch, model, criterion)
+    else:
+        world.together(lambda: prepare_training(job, words)).run()
+
+
+def prepare_training(job, words):
+    """A Trainer, at the beginning of a run or where its checkpoint was saved.
 
     `words` of the command line are shown in the run's report.
     """
-    stats = parse_specs(args)
-    data = Data(args)
-    step, models = build_step(args, data, checkpoint)
+    args, data, stats = job.args, job.data, job.stats
+    step, models = build_step(args, data, job.checkpoint)
     report = RunReport(
         args,
         build_parser().parse_args([]),
@@ -104,36 +136,37 @@ def train(args, checkpoint, device, stop, words):
     )
     trainer = Trainer(
         args,
-        step.to(device),
+        step.to(job.device),
         *data.training_sets,
-        hooks=build_hooks(args, data, stats, device),
-        device=device,
-        stop=stop,
+        hooks=build_hooks(job),
+        device=job.device,
+        world=job.world,
         report=report,
         models=models,
     )
-    if checkpoint:
-        trainer.restore(checkpoint)
-    trainer.run()
+    if job.checkpoint:
+        trainer.restore(job.checkpoint)
+    return trainer
 
 
-def hooks_once(args, checkpoint, device):
-    """Capture or probe the model of a checkpoint, without training."""
-    stats = parse_specs(args)
-    data = Data(args)
-    model, criterion = load_model(checkpoint)[0], NoneCriterion()
-    if args.onlyCapture and PREDICTED & {*captured_names(args), *stats.needs}:
+def prepare_hooks(job):
+    """Model, criterion and hooks, to capture or probe the model of a checkpoint."""
+    args, data = job.args, job.data
+    model, criterion = load_model(job.checkpoint)[0], NoneCriterion()
+    if args.onlyCapture and PREDICTED & {*captured_names(args), *job.stats.needs}:
         criterion = build_criterion(args, len(data.corpus.speakers))
-        take_weights(criterion, checkpoint, args, data)
-    for hook in build_hooks(args, data, stats, device, checkpoint):
-        hook.run(checkpoint.epoch, model.to(device), criterion.to(device))
+        take_weights(criterion, job.checkpoint, args, data)
+    return model.to(job.device), criterion.to(job.device), build_hooks(job)
 
 
 # -------------------------------------------------------------------------- arguments and machine
 
 
 def settle_arguments(argv):
-    """The arguments, completed by those of the checkpoint that this run goes on from (or None)."""
+    """The arguments, completed by those of the checkpoint that is gone on from or worked on.
+
+    Returns them, the Checkpoint (None at the beginning of a run), and the StatsCollector.
+    """
     args, given = parse_arguments(argv)
     checkpoint = find_checkpoint(args)
     if checkpoint:
@@ -144,7 +177,7 @@ def settle_arguments(argv):
     check_arguments(args, given, resumed=checkpoint is not None)
     if args.random_seed is None:
         args.random_seed = random.SystemRandom().randrange(2**31)
-    return args, checkpoint
+    return args, checkpoint, parse_specs(args)
 
 
 def parse_specs(args):
@@ -172,11 +205,13 @@ def find_checkpoint(args):
     return None if args.restart else newest_checkpoint(args.pathCheckpoint)
 
 
-def prepare_machine(args):
+def prepare_machine(args, world):
     """Set threads, memory and arithmetic; returns the device."""
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
+    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     use_tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = use_tf32
     torch.backends.cudnn.allow_tf32 = use_tf32
@@ -186,18 +221,21 @@ def prepare_machine(args):
 # ------------------------------------------------------------------------------------------- data
 
 
+def find_audio(args):
+    return scan_corpus(
+        args.pathDB,
+        args.file_extension,
+        ignore_cache=args.ignore_cache,
+        n_threads=args.n_process_loader,
+    )
+
+
 class Data:
     """The corpus, and the sets that this call of the program makes of it."""
 
-    def __init__(self, args):
-        self.args = args
+    def __init__(self, args, corpus):
+        self.args, self.corpus = args, corpus
         self.labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
-        self.corpus = scan_corpus(
-            args.pathDB,
-            args.file_extension,
-            ignore_cache=args.ignore_cache,
-            n_threads=args.n_process_loader,
-        )
 
     def listed(self, path):
         """The sequences of a list; of the whole corpus without one."""
@@ -274,15 +312,16 @@ def trains_on_phones(args):
 # ------------------------------------------------------------------------------------------ hooks
 
 
-def build_hooks(args, data, stats, device, checkpoint=None):
+def build_hooks(job):
     """What is done between epochs, or once on a checkpoint."""
-    hooks = []
+    args, hooks = job.args, []
     if args.pathCaptureDS and not args.only_classif_metric:
-        hooks.append(capture_hook(args, data, stats, device, checkpoint))
+        hooks.append(capture_hook(job))
     if args.supervised_classif_metric and not args.onlyCapture:
-        hooks += probe_hooks(args, data, device)
+        hooks += probe_hooks(job)
+    once = args.onlyCapture or args.only_classif_metric
     for hook in hooks:
-        if not checkpoint and not any(map(hook.due, range(args.nEpoch))):
+        if not once and not any(map(hook.due, range(args.nEpoch))):
             print(
                 f"warning: {hook.name} comes every {hook.every} epochs from epoch {hook.every} "
                 f"on, so never in a run of {args.nEpoch}"
@@ -290,7 +329,8 @@ def build_hooks(args, data, stats, device, checkpoint=None):
     return hooks
 
 
-def capture_hook(args, data, stats, device, checkpoint):
+def capture_hook(job):
+    args, data, stats = job.args, job.data, job.stats
     names, sequences = captured_names(args), data.capture_sequences()
     if "phone_align" in names and not any(s.name in data.labels.labels for s in sequences):
         print(
@@ -300,35 +340,43 @@ def capture_hook(args, data, stats, device, checkpoint):
         names.remove("phone_align")
     with_phones = "phone_align" in {*names, *stats.needs}
     capture_set = data.dataset(sequences, "capture set", with_phones=with_phones, whole_frames=True)
+    loader = BatchLoader(
+        capture_set,
+        args.batchSizeGPU,
+        "sequential",
+        seed=args.random_seed,
+        training=False,
+        world=job.world,
+    )
     return CaptureHook(
-        BatchLoader(
-            capture_set, args.batchSizeGPU, "sequential", seed=args.random_seed, training=False
-        ),
+        loader,
         names,
         stats,
         args.pathCaptureSave,
         every=args.captureEachEpochs,
         seed=args.random_seed,
         flags=vars(args),
-        device=device,
-        checkpoint=checkpoint and checkpoint.path,
+        device=job.device,
+        checkpoint=job.checkpoint.path if args.onlyCapture else None,
     )
 
 
-def probe_hooks(args, data, device):
-    hooks = []
+def probe_hooks(job):
+    args, data, hooks = job.args, job.data, []
     if args.path_phone_data:
         sets = data.split_sets(" of the phone probe", with_phones=True)
-        hooks.append(probe_hook("phone", sets, data.labels.n_phones, args, device))
+        hooks.append(probe_hook(job, "phone", sets, data.labels.n_phones))
     if args.speaker_sep:
         sets = data.training_sets
         if trains_on_phones(args):  # these leave out what has no phone labels
             sets = data.split_sets(" of the speaker probe", with_phones=False)
-        hooks.append(probe_hook("speaker", sets, len(data.corpus.speakers), args, device))
+        hooks.append(probe_hook(job, "speaker", sets, len(data.corpus.speakers)))
     return hooks
 
 
-def probe_hook(task, sets, n_classes, args, device):
+def probe_hook(job, task, sets, n_classes):
+    args = job.args
+
     def probe(epoch, model):
         result = run_probe(
             task,
@@ -338,11 +386,12 @@ def probe_hook(task, sets, n_classes, args, device):
             ProbeOptions.of_training_run(args, task, epoch),
             logs_dir=args.linsep_logs_dir,
             checkpoint_dir=args.linsep_checkpoint_dir,
-            device=device,
+            device=job.device,
         )
         return result.logged()
 
-    return ProbeHook(f"the {task} probe", probe, every=args.linsep_classif_each_epochs)
+    every = args.linsep_classif_each_epochs
+    return ProbeHook(f"the {task} probe", probe, every=every, world=job.world)
 
 
 # --------------------------------------------------------------------------------------- networks

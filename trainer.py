@@ -30,6 +30,7 @@ from utils.stopping import Stopped
 
 CURVES = "checkpoint_curves.png"
 NO_MORE = 2**31  # as the pack of a position: nothing of the epoch is left to train on
+STEPS_BETWEEN_AGREEMENTS = 8  # about stopping, among several processes
 
 
 class TrainStep(torch.nn.Module):
@@ -55,18 +56,30 @@ class Trainer:
     """A run: networks, data, optimiser, and how far it has come.
 
     args: the flags; step: a TrainStep on `device`; train_set, val_set: AudioDatasets;
-    hooks: see utils/hooks.py; report: a RunReport (utils/report/page.py), or None; stop: the
-    StopSignals in force; models: flags of each part of a model that began with `--load`, or None.
+    hooks: see utils/hooks.py; report: a RunReport (utils/report/page.py), or None; models: flags of
+    each part of a model that began with `--load`, or None; world: the processes that train
+    together, all with the same weights and the same position, each on batches of its own. The first
+    one prints and writes.
     """
 
     def __init__(
-        self, args, step, train_set, val_set, *, hooks, device, stop, report=None, models=None
+        self,
+        args,
+        step,
+        train_set,
+        val_set,
+        *,
+        hooks,
+        device,
+        report=None,
+        models=None,
+        world,
     ):
-        self.args, self.step, self.hooks, self.device, self.stop = args, step, hooks, device, stop
-        self.report = report
+        self.args, self.step, self.hooks, self.device = args, step, hooks, device
+        self.report, self.world, self.stop = report, world, world.stop
         self.directory, self.models = Path(args.pathCheckpoint), models
         self.fingerprint = f"{train_set.fingerprint()}-{val_set.fingerprint()}"
-        loader = {"batch_size": args.batchSizeGPU, "seed": args.random_seed}
+        loader = {"batch_size": args.batchSizeGPU, "seed": args.random_seed, "world": world}
         self.train_loader = BatchLoader(
             train_set, sampling=args.samplingType, training=True, **loader
         )
@@ -78,8 +91,9 @@ class Trainer:
             eps=args.epsilon,
             fused=True,
         )
+        self.network = step  # or what averages its gradients over the processes
         self.position = Position(0, 0, 0)  # where training goes on
-        self.running = RunningMeans()  # of the epoch in progress
+        self.running = RunningMeans(world)  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None
         self.best_accuracy = -float("inf") if args.supervised and args.CTC else 0.0
@@ -96,13 +110,9 @@ class Trainer:
         if done >= self.args.nEpoch:
             print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
             return
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--pathCheckpoint {self.directory}: can't be made ({error.strerror})"
-            ) from error
-        remove_leftovers(self.directory)
+        self.world.from_first(self.make_directory)
+        self.network = self.world.wrap(self.step)
+        self.val_loader.prepare()
         try:
             if self.position == (0, 0, 0):
                 self.log_start()
@@ -113,6 +123,15 @@ class Trainer:
                 print(f"saved in epoch {self.position.epoch}; the same command goes on from there")
             raise
         self.print_summary()
+
+    def make_directory(self):
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--pathCheckpoint {self.directory}: can't be made ({error.strerror})"
+            ) from error
+        remove_leftovers(self.directory)
 
     def run_epoch(self):
         epoch = self.position.epoch
@@ -156,11 +175,18 @@ class Trainer:
         score = self.score(values["locLoss_val"], values["locAcc_val"])
         if score > self.best_accuracy:
             self.best_accuracy, self.best = score, copy_to_cpu(self.step.model.state_dict())
-        self.position, self.running = Position(epoch + 1, 0, 0), RunningMeans()
+        self.position, self.running = Position(epoch + 1, 0, 0), RunningMeans(self.world)
         last = epoch + 1 == self.args.nEpoch
         saved = True
         if save_now or last or epoch % self.args.save_step == 0:
             saved = self.save(epoch)
+        if self.world.is_first:
+            self.write_logs()
+        if last and not saved:
+            raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
+
+    def write_logs(self):
+        """The logs, and the pictures and the report of them."""
         try:
             save_json(self.directory / "checkpoint_logs.json", self.logs)
             draw_curves(self.logs, self.directory / CURVES)
@@ -168,8 +194,6 @@ class Trainer:
                 self.report.write(self.logs, epoch_speed(self.clock, self.device))
         except OSError as error:
             print(f"warning: {self.directory}: logs and pictures not written ({error})")
-        if last and not saved:
-            raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
 
     def score(self, losses, accuracies):
         """What makes an epoch the best: its accuracy; by CTC, which has none, minus its loss."""
@@ -186,16 +210,19 @@ class Trainer:
             self.step.model.reset_hidden()
         clock = self.clock = Clock()
         batches = self.train_loader.epoch(epoch, self.position)
-        total = len(self.train_loader)
+        left = self.train_loader.n_batches(epoch, self.position) // self.world.size
+        total = self.running.batches + left
         with progress(what=f"epoch {epoch}", unit=" batches", total=total) as bar:
             bar.update(self.running.batches)
             while (item := clock.wait_for(next, batches, None)) is not None:
                 with self.stop.deferred():
                     self.train_on(*item)
-                clock.windows += len(item[1].window)
+                clock.windows += self.world.size * len(item[1].window)
                 bar.update()
                 if self.running.batches % self.args.logging_step == 0:
                     bar.write(self.progress_line(epoch, total))
+                if self.running.batches % STEPS_BETWEEN_AGREEMENTS == 0:
+                    self.world.stop_if_asked()
         self.check_finite()
         clock.stop()
 
@@ -203,19 +230,22 @@ class Trainer:
         """One step of the optimiser; `self.position` then says where training goes on."""
         torch.manual_seed(seed_from(self.args.random_seed, *position))
         with self.autocast():
-            losses, accuracies = self.step(batch.to(self.device))
+            losses, accuracies = self.network(batch.to(self.device))
         loss = losses.sum()
-        loss.backward()
+        # The gradients of a loss that isn't finite are nan: so all processes see it.
+        loss.backward(torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.step.parameters() if p.grad is not None]
         )
         # Where this is 1, the fused optimiser leaves every weight as it is.
-        self.optimizer.found_inf = (~torch.isfinite(norm + loss.detach())).float()
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.running.add(losses, accuracies, len(batch.window), norm)
-        self.position = position._replace(batch=position.batch + 1)
-        self.unchecked.append((position, batch.window, self.optimizer.found_inf))
+        # Past the batches that the processes of higher rank have in this step.
+        done = position.batch + self.world.size - self.world.rank
+        self.position = position._replace(batch=done)
+        self.unchecked.append((position, batch.window, self.optimizer.found_inf, loss.detach()))
         self.steps_since_save += 1
         if self.device.type == "cpu" or self.running.batches % self.args.logging_step == 0:
             self.check_finite()
@@ -228,41 +258,53 @@ class Trainer:
         Looking waits for the device, so it is done where that costs little.
         """
         steps, self.unchecked = self.unchecked, []
-        bad = torch.stack([found for _, _, found in steps]).tolist() if steps else []
-        for (position, windows, _), is_bad in zip(steps, bad, strict=True):
+        bad = torch.stack([found for *_, found, _ in steps]).tolist() if steps else []
+        for (position, windows, _, loss), is_bad in zip(steps, bad, strict=True):
             if is_bad:
-                files = sorted({self.train_loader.locate(w)[0] for w in windows.tolist()})
-                raise UserError(
-                    f"epoch {position.epoch}, pack {position.pack}, batch {position.batch}: the "
-                    f"loss or its gradient isn't a finite number (files: {', '.join(files)}). The "
-                    "checkpoints are sound; look at these files, or lower --learningRate"
-                )
+                files = {self.train_loader.locate(w)[0] for w in windows.tolist()}
+                culprits = self.world.gather(None if torch.isfinite(loss) else files)
+                found = [own for own in culprits if own] or self.world.gather(files)
+                self.world.agree(self.not_finite(position, sorted(set().union(*found))))
+
+    def not_finite(self, position, files):
+        return UserError(
+            f"epoch {position.epoch}, pack {position.pack}, batch {position.batch}: the loss or "
+            f"its gradient isn't a finite number (files: {', '.join(files)}). The checkpoints are "
+            "sound; look at these files, or lower --learningRate"
+        )
 
     def autocast(self):
         if self.args.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    @torch.no_grad()
     def validate(self, epoch, what):
         """Means over the validation set, for the logs. Leaves kept hidden state as it was."""
         self.step.eval()
-        running = RunningMeans()
+        self.world.copy_buffers(self.step)
         with untouched(self.step.model):
-            batches = self.val_loader.epoch(epoch)
-            total = len(self.val_loader)
-            for position, batch in progress(batches, what=what, unit=" batches", total=total):
-                seed = (self.args.random_seed, epoch, "validation", *position[1:])
-                with self.autocast():
-                    losses, accuracies = self.step(batch.to(self.device), generator_from(*seed))
-                running.add(losses, accuracies, len(batch.window))
+            running = self.world.together(lambda: self.validation_means(epoch, what))
         losses, accuracies = running.means()
         if not math.isfinite(sum(losses)):
-            raise UserError(
+            reason = UserError(
                 f"{what}: the loss isn't a finite number. The checkpoints are sound; look at the "
                 "validation files, or lower --learningRate"
             )
+            self.world.agree(reason)
         return {"locLoss_val": losses, "locAcc_val": accuracies}
+
+    @torch.no_grad()
+    def validation_means(self, epoch, what):
+        """RunningMeans of this process's share of the validation set."""
+        running = RunningMeans(self.world)
+        batches = self.val_loader.epoch(epoch)
+        total = len(self.val_loader)
+        for position, batch in progress(batches, what=what, unit=" batches", total=total):
+            seed = (self.args.random_seed, epoch, "validation", *position[1:])
+            with self.autocast():
+                losses, accuracies = self.step(batch.to(self.device), generator_from(*seed))
+            running.add(losses, accuracies, len(batch.window))
+        return running
 
     def log_start(self):
         """Validate the networks as they start: what the epochs are to be compared with."""
@@ -281,8 +323,12 @@ class Trainer:
         Returns whether that went well: a full disk is no reason to stop training.
         """
         self.check_finite()
+        state = self.state()
+        if not self.world.is_first:
+            self.steps_since_save = 0
+            return True
         try:
-            path = save_checkpoint(self.directory, self.state(), epoch)
+            path = save_checkpoint(self.directory, state, epoch)
         except OSError as error:
             print(
                 f"warning: {self.directory}: no checkpoint written ({error}). Earlier ones are as "
@@ -310,7 +356,7 @@ class Trainer:
             "running": self.running.state(),
             "hidden": self.step.model.hidden_state(),
             "fingerprint": self.fingerprint,
-            "machine": describe_machine(self.device),
+            "machine": self.describe_machine(),
         }
         return state | ({"models": self.models} if self.models else {})
 
@@ -330,7 +376,7 @@ class Trainer:
         self.best_accuracy = state["best_accuracy"]
         self.running.restore(state["running"], self.device)
         self.step.model.set_hidden_state(state["hidden"])
-        machine = describe_machine(self.device)
+        machine = self.describe_machine()
         if state["machine"] != machine:
             print(
                 f"note: the run was on {state['machine']} and goes on on {machine}; its results "
@@ -341,6 +387,15 @@ class Trainer:
             if self.running.batches:
                 print(f"note: epoch {self.position.epoch} ends here; the next one uses the new")
                 self.position = self.position._replace(pack=NO_MORE)
+
+    def describe_machine(self):
+        """What a run's results depend on to the last bit, beside seed and data."""
+        return {
+            "device": self.device.type,
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "processor": torch.backends.cpu.get_cpu_capability(),
+        }
 
     # ----------------------------------------------------------------------------- what is printed
 
@@ -372,12 +427,6 @@ class Trainer:
         print(f"{'curves':<20}{self.directory / CURVES}")
         if self.report:
             print(f"{'report':<20}{self.directory / REPORT}")
-
-
-def describe_machine(device):
-    """What a run's results depend on to the last bit, beside seed and data."""
-    processor = torch.backends.cpu.get_cpu_capability()
-    return {"device": device.type, "threads": torch.get_num_threads(), "processor": processor}
 
 
 def print_epoch(epoch, values, clock):

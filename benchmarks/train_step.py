@@ -34,9 +34,10 @@ import torch
 from benchmarks.data import in_new_process, write_corpus
 from criterion import soft_align
 from model import CPCEncoder
-from train import Data, build_step, prepare_machine, settle_arguments
+from train import Data, build_step, find_audio, prepare_machine, settle_arguments
 from trainer import Trainer
 from transformers import SIZE_FEED_FORWARD
+from utils.distributed import World
 from utils.files import save_json
 from utils.logs import progress
 from utils.misc import SAMPLES_PER_FRAME
@@ -169,13 +170,14 @@ def build_trainer(name, root, options):
     flags += ["--pathDB", root, "--pathCheckpoint", os.path.join(root, "run")]
     flags += ["--device", options.device, "--threads", str(options.threads), "--random_seed", "0"]
     flags += ["--samplingType", "uniform"]  # every batch is full
+    world = World(stop=StopSignals())
     with contextlib.redirect_stdout(io.StringIO()):
-        args, _ = settle_arguments(flags)
-        device = prepare_machine(args)
-        data = Data(args)
+        args, _, _ = settle_arguments(flags)
+        device = prepare_machine(args, world)
+        data = Data(args, find_audio(args))
         step, _ = build_step(args, data)
         sets = data.training_sets
-    return Trainer(args, step.to(device), *sets, hooks=[], device=device, stop=StopSignals())
+    return Trainer(args, step.to(device), *sets, hooks=[], device=device, world=world)
 
 
 def all_batches(loader):

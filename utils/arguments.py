@@ -287,12 +287,13 @@ def add_machine_flags(group):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: CUDA where there is one")
     add("--nGPU", type=int, default=-1, metavar="N",
-        help="GPUs to train on; only one is supported so far (default: one, where there is one)")
+        help="processes on this machine, each with a GPU and batches of its own, or with its share "
+        "of the CPU (default: one for each GPU). Under torchrun: as many as that started")
     add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"],
         help="arithmetic of the products; tf32 and bf16 need CUDA")
     add("--compile", action="store_true", help="compile encoder and criterion (slower start)")
     add("--threads", type=int, default=0, metavar="N",
-        help="CPU threads for computing (default: PyTorch's choice)")
+        help="CPU threads of each process for computing (default: PyTorch's choice, shared out)")
     add("--n_process_loader", type=int, default=8, metavar="N", help="threads that decode audio")
 
 
@@ -657,9 +658,11 @@ def check_machine(args):
         f"--precision {args.precision} needs a CUDA device; use fp32",
     )
     refuse_if(args.nGPU == 0 or args.nGPU < -1, f"--nGPU {args.nGPU}: -1 (all) or a number from 1")
+    n_gpus = torch.cuda.device_count() if cuda else args.nGPU
+    refuse_if(args.nGPU > n_gpus, f"--nGPU {args.nGPU}: there are {n_gpus} GPUs here")
     refuse_if(
-        args.nGPU > 1,
-        f"--nGPU {args.nGPU}: training in several processes isn't supported yet; use --nGPU 1",
+        args.nGPU > 1 and args.only_classif_metric,
+        f"--nGPU {args.nGPU}: probes of a checkpoint are trained in one process; leave it out",
     )
 
 

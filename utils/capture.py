@@ -52,33 +52,25 @@ class CaptureWriter:
     two captures: `removed` says how many files that took. Each tensor is written at once and then
     forgotten; only the places of the windows are kept, for the index that `close` writes.
 
-    Several processes may write different windows into one directory: each makes a writer, `main`
-    for one of them, and passes `gather`, a collective function that hands every process the list
-    of all processes' values. The main one clears the directory before any other writes, and
-    writes the index.
+    Several processes may write different windows: one makes the writer and hands copies of it to
+    the others. In the end it takes over their `windows`, and closes.
 
     Raises UserError, naming the directory, if that can't be written or the disk is full.
     """
 
-    def __init__(
-        self, directory, what, *, epoch, checkpoint=None, flags=None, main=True, gather=None
-    ):
-        self.directory, self.what, self.main = Path(directory), tuple(what), main
-        self.removed = 0
-        self._gather = gather or (lambda value: [value])
+    def __init__(self, directory, what, *, epoch, checkpoint=None, flags=None):
+        self.directory, self.what = Path(directory), tuple(what)
+        self.windows = []  # entries of the index
         self._header = {
             "epoch": epoch,
             "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
             "what": list(self.what),
             "flags": dict(flags or {}),
         }
-        self._windows = []
         with self._explained_errors():
-            if main:
-                self.removed = _remove_capture(self.directory)
+            self.removed = _remove_capture(self.directory)
             for name in self.what:
                 (self.directory / name).mkdir(parents=True, exist_ok=True)
-        self._gather(None)  # nobody writes before the old files are gone
 
     def write(self, first, tensors, locations):
         """Write one batch: windows `first`, `first + 1`, ..., as many as there are locations.
@@ -93,18 +85,16 @@ class CaptureWriter:
             with self._explained_errors():
                 path = self.directory / name / f"{name}_batch{first}-{last}.pt"
                 save_tensors(path, _as_stored(tensors[name]))
-        self._windows += [
+        self.windows += [
             {"window": window, "file": os.fspath(file), "offset": int(offset)}
             for window, (file, offset) in enumerate(locations, first)
         ]
 
     def close(self):
         """Write the index of all windows, in order."""
-        windows = [entry for entries in self._gather(self._windows) for entry in entries]
-        if self.main:
-            windows.sort(key=lambda entry: entry["window"])
-            with self._explained_errors():
-                save_json(self.directory / INDEX, {**self._header, "windows": windows})
+        windows = sorted(self.windows, key=lambda entry: entry["window"])
+        with self._explained_errors():
+            save_json(self.directory / INDEX, {**self._header, "windows": windows})
 
     def __enter__(self):
         return self

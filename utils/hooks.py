@@ -44,7 +44,8 @@ class CaptureHook:
     loader: BatchLoader of the capture set; what: names to write (utils/capture.py lists them);
     collector: StatsCollector; directory: captures go to `<directory>/<epoch>/`; every: epochs
     between captures; flags: a dict of the run's flags, and checkpoint: the file that the model
-    comes from if it comes from one, both for the index.
+    comes from if it comes from one, both for the index. Of several processes each captures the
+    batches that its loader gives it.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class CaptureHook:
         self.loader, self.what, self.collector = loader, tuple(what), collector
         self.directory, self.every = directory, every
         self.seed, self.flags, self.device = seed, flags, device
-        self.checkpoint = checkpoint
+        self.checkpoint, self.world = checkpoint, loader.world
 
     name = "the capture"
 
@@ -65,35 +66,48 @@ class CaptureHook:
         model.eval()
         criterion.eval()
         self.collector.zeroStats()
-        with self.writer(epoch) as write:
-            for position, batch in progress(
-                self.loader.epoch(epoch),
-                what=f"epoch {epoch}: capture",
-                unit=" batches",
-                total=len(self.loader),
-            ):
-                generator = generator_from(self.seed, epoch, "capture", *position[1:])
-                tensors = self.compute(batch.to(self.device), model, criterion, generator)
-                windows = batch.window.tolist()
-                write(windows[0], tensors, [self.loader.locate(window) for window in windows])
-                self.collector.batchUpdate(tensors)
+        self.world.copy_buffers(torch.nn.ModuleList([model, criterion]))
+        self.loader.prepare()
+        writer = self.world.from_first(lambda: self.writer(epoch))
+        self.world.together(lambda: self.capture(epoch, model, criterion, writer))
+        if writer:
+            parts = self.world.gather(writer.windows)
+            writer.windows = [window for part in parts for window in part]
+        for values in self.world.gather(self.collector.values)[1:]:
+            self.collector.merge(values)
+        return self.world.from_first(lambda: self.finish(epoch, writer))
+
+    def writer(self, epoch):
+        """Ready to write this epoch's files; None where only stats are computed."""
+        if not self.what:
+            return None
+        directory = Path(self.directory, str(epoch))
+        return CaptureWriter(
+            directory, self.what, epoch=epoch, checkpoint=self.checkpoint, flags=self.flags
+        )
+
+    def capture(self, epoch, model, criterion, writer):
+        """Write this process's batches, and feed them to the stats."""
+        batches, total = self.loader.epoch(epoch), len(self.loader)
+        what = f"epoch {epoch}: capture"
+        for position, batch in progress(batches, what=what, unit=" batches", total=total):
+            generator = generator_from(self.seed, epoch, "capture", *position[1:])
+            tensors = self.compute(batch.to(self.device), model, criterion, generator)
+            windows = batch.window.tolist()
+            if writer:
+                locations = [self.loader.locate(window) for window in windows]
+                writer.write(windows[0], tensors, locations)
+            self.collector.batchUpdate(tensors)
+
+    def finish(self, epoch, writer):
+        """Write the index, draw the stats; returns their values."""
+        if writer:
+            writer.close()
+            print(f"epoch {epoch}: captured {', '.join(self.what)} in {writer.directory}")
         values = self.collector.logStats(epoch)
         for name, value in values.items():
             print(f"    {name}: {value:.4g}")
         return values
-
-    @contextlib.contextmanager
-    def writer(self, epoch):
-        """The function that writes a batch: a capture's, or one that does nothing."""
-        if not self.what:
-            yield lambda first, tensors, locations: None
-            return
-        directory = Path(self.directory, str(epoch))
-        with CaptureWriter(
-            directory, self.what, epoch=epoch, checkpoint=self.checkpoint, flags=self.flags
-        ) as writer:
-            yield writer.write
-        print(f"epoch {epoch}: captured {', '.join(self.what)} in {directory}")
 
     @torch.no_grad()
     def compute(self, batch, model, criterion, generator):
@@ -117,13 +131,16 @@ class CaptureHook:
 
 
 class ProbeHook:
-    """Trains a probe on the model as it is: `probe(epoch, model)` does, and returns the values."""
+    """Trains a probe on the model as it is: `probe(epoch, model)` does, and returns the values.
 
-    def __init__(self, name, probe, *, every):
-        self.name, self.probe, self.every = name, probe, every
+    Of several processes (`world`), one does it for all.
+    """
+
+    def __init__(self, name, probe, *, every, world):
+        self.name, self.probe, self.every, self.world = name, probe, every, world
 
     def due(self, epoch):
         return epoch > 0 and epoch % self.every == 0
 
     def run(self, epoch, model, criterion):
-        return self.probe(epoch, model)
+        return self.world.from_first(lambda: self.probe(epoch, model))

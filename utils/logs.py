@@ -6,6 +6,9 @@ import time
 import torch
 from tqdm import tqdm
 
+from utils.distributed import ALONE
+from utils.misc import Muted
+
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
 
 
@@ -15,7 +18,7 @@ def progress(iterable=None, *, what, unit, total=None, unit_scale=False):
     `what` is what happens ("decoding"), `unit` what is counted (" files"). Short work, over before
     the first line is due, prints nothing outside a terminal.
     """
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and not isinstance(sys.stdout, Muted)
     return (tqdm if terminal else PlainProgress)(
         iterable,
         desc=what,
@@ -75,13 +78,15 @@ class RunningMeans:
     """Means, over windows, of the losses and accuracies of each prediction step.
 
     Sums stay on the device: adding to them never waits for it, reading means does. The gradient's
-    norm is averaged over batches where it is given.
+    norm is averaged over batches where it is given. Of several processes (`world`) each has sums
+    over its own windows; means and `state` are over all, `batches` counts the steps of one.
     """
 
-    def __init__(self):
+    def __init__(self, world=ALONE):
+        self.world = world
         self.sums, self.norms = 0.0, 0.0  # (2, n) float64: losses, accuracies; a float64 scalar
         self.windows, self.batches = 0, 0
-        self._marked = (0.0, 0)
+        self._marked = 0.0  # what `_totals` was when it was asked for last
 
     def add(self, losses, accuracies, windows, gradient_norm=0.0):
         """Add a batch of `windows` windows with losses (1, n) and accuracies (1, n)."""
@@ -90,36 +95,50 @@ class RunningMeans:
         self.windows += windows
         self.batches += 1
 
+    def _totals(self):
+        """Sums and, as a last column, windows of all processes: (2, n + 1) float64."""
+        return self.world.total(_in_one(self.sums, self.windows) if self.windows else None)
+
     def means(self):
         """(losses, accuracies): two lists of n numbers. Needs at least one batch."""
-        return (self.sums / self.windows).tolist()
+        return _per_window(self._totals())
 
     def mean_gradient_norm(self):
         return float(self.norms) / self.batches
 
     def means_since_mark(self):
-        """`means()` of the batches added since this method was called last."""
-        sums, windows = self._marked
-        self._marked = (self.sums, self.windows)
-        return ((self.sums - sums) / (self.windows - windows)).tolist()
+        """`means` of the batches added since this method was called last."""
+        before, self._marked = self._marked, self._totals()
+        return _per_window(self._marked - before)
 
     def state(self):
         """What a checkpoint keeps of an epoch in progress."""
-        return {
-            "sums": self.sums,
-            "norms": self.norms,
-            "windows": self.windows,
-            "batches": self.batches,
-        }
+        state = {"sums": 0.0, "norms": self.norms, "windows": 0, "batches": self.batches}
+        if self.batches:
+            totals = self._totals()
+            state |= {"sums": totals[:, :-1].clone(), "windows": int(totals[0, -1])}
+        return state
 
     def restore(self, state, device):
-        """Go on from `state()`."""
-        self.sums, self.norms = (
-            value.to(device) if torch.is_tensor(value) else value
-            for value in (state["sums"], state["norms"])
-        )
-        self.windows, self.batches = state["windows"], state["batches"]
-        self._marked = (self.sums, self.windows)
+        """Go on from `state`: the first process with what all had done."""
+        self.norms, self.batches = _on(device, state["norms"]), state["batches"]
+        if self.batches:
+            sums = state["sums"]
+            self._marked = _in_one(sums, state["windows"])
+            if self.world.is_first:
+                self.sums, self.windows = _on(device, sums), state["windows"]
+
+
+def _in_one(sums, windows):
+    return torch.cat([sums, sums.new_full((2, 1), windows)], dim=1).cpu()
+
+
+def _per_window(totals):
+    return (totals[:, :-1] / totals[0, -1]).tolist()
+
+
+def _on(device, value):
+    return value.to(device) if torch.is_tensor(value) else value
 
 
 class Clock:

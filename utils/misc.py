@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import io
 import os
 import sys
 
@@ -18,6 +19,17 @@ class UserError(Exception):
 
     The message names the file, line or flag, and the way out.
     """
+
+
+class ToldElsewhere(UserError):
+    """An error that another process of the run has told the user of already."""
+
+
+class Muted(io.TextIOBase):
+    """What a process prints on that isn't the first of its run: nobody reads it."""
+
+    def write(self, text):
+        return len(text)
 
 
 def seed_from(*parts):
@@ -108,6 +120,8 @@ def command(main):
     def program(argv=None):
         try:
             return main(argv)
+        except ToldElsewhere:
+            sys.exit(2)
         except UserError as error:
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr)

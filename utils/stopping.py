@@ -3,10 +3,13 @@
 import contextlib
 import os
 import signal
+import time
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
+
+REPEATED = 1.0  # seconds in which a signal that comes again is the same one, sent to all processes
 
 
 class Stopped(BaseException):
@@ -14,18 +17,20 @@ class Stopped(BaseException):
 
     def __init__(self, signal_number):
         super().__init__(signal.Signals(signal_number).name)
+        self.number = signal_number
         self.status = 128 + signal_number
 
 
 class StopSignals:
     """Turns the first stop signal into a `Stopped`, raised where nothing is left half done.
 
-    Inside `deferred()` it is raised at the end of the block, elsewhere at once. A second signal
-    ends the process on the spot. Use as a context manager; the old handlers come back after it.
+    Inside `deferred()` it is raised at the end of the block, elsewhere at once. Another signal,
+    a second or more later, ends the process on the spot. Use as a context manager; the old handlers
+    come back after it.
     """
 
     def __init__(self):
-        self.requested = None
+        self.requested, self._since = None, 0.0
         self._deferring = False
         self._previous = {}
 
@@ -41,8 +46,10 @@ class StopSignals:
 
     def _handle(self, number, _frame):
         if self.requested is not None:
-            os._exit(128 + number)
-        self.requested = number
+            if time.monotonic() - self._since > REPEATED:
+                os._exit(128 + number)
+            return
+        self.requested, self._since = number, time.monotonic()
         if not self._deferring:
             raise Stopped(number)
 
@@ -56,3 +63,14 @@ class StopSignals:
             self._deferring = outer
         if self.requested is not None and not outer:
             raise Stopped(self.requested)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A block within `deferred()` that needn't be finished before the program stops."""
+        outer, self._deferring = self._deferring, False
+        try:
+            if self.requested is not None and outer:
+                raise Stopped(self.requested)
+            yield
+        finally:
+            self._deferring = outer

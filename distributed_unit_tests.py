@@ -1,0 +1,271 @@
+"""Tests of runs in several processes: two of them, on the CPU."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import trainer
+from criterion import build_criterion
+from dataset import AudioDataset, Batch, scan_corpus
+from model import build_model
+from unit_tests import (
+    EXAMPLE,
+    SMALL,
+    assert_equal_trees,
+    assert_same,
+    capture_flags,
+    captured,
+    checkpoint,
+    on,
+    run,
+)
+from utils.arguments import build_parser
+from utils.distributed import World, joined_world
+from utils.launch import launch
+from utils.misc import UserError, command
+from utils.stopping import StopSignals
+from utils.testing import assert_close, write_tiny_corpus
+
+CRITERIA = {"CPC": [], "CPC-CTC": EXAMPLE[2:], "heads": ["--rnnMode", "transformer"]}
+PACKS = ["--max_size_loaded", "100000"]  # several packs an epoch
+
+
+# ----------------------------------------------------------------------- what processes do together
+
+
+def tiny_step(flags):
+    """The networks that every process begins with."""
+    words = [*SMALL, "--hiddenEncoder", "16", "--hiddenGar", "16", "--nPredicts", "4", *flags]
+    args = build_parser().parse_args(words)
+    torch.manual_seed(0)
+    return trainer.TrainStep(build_criterion(args, 2), build_model(args))
+
+
+def tiny_batch(number):
+    generator = torch.Generator().manual_seed(number)
+    waveform = torch.randn(3, 1, 3200, generator=generator)
+    zeros = torch.zeros(3, dtype=torch.int64)
+    return Batch(waveform, zeros, None, zeros, zeros.bool())
+
+
+def gradients(network, step, number):
+    torch.manual_seed(number)  # negatives
+    network(tiny_batch(number))[0].sum().backward()
+    return {name: p.grad for name, p in step.named_parameters()}
+
+
+@command
+def meet(words):
+    """Work together in every way there is; each process saves what it got."""
+    directory, corpus = words
+    torch.set_num_threads(1)
+    with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
+        found = {"gathered": world.gather(world.rank), "first": world.from_first(os.getpid)}
+        found["total"] = world.total(torch.tensor(2.0) if world.rank else None)
+        for name, flags in CRITERIA.items():
+            step = tiny_step(flags)
+            found[name] = gradients(world.wrap(step), step, world.rank)
+        buffers = torch.nn.BatchNorm1d(2)
+        buffers.running_mean.fill_(world.rank)
+        world.copy_buffers(buffers)
+        found["buffers"] = buffers.state_dict()
+        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).sequences, 1600)
+        pack = audio.only_pack(world)
+        found["pack"], found["files"] = pack.audio.clone(), pack.layout.files.tolist()
+        found["same memory"] = writes_are_seen(world, pack.audio)
+        torch.save(found, Path(directory, f"{world.rank}.pt"))
+
+
+def writes_are_seen(world, audio):
+    if world.rank == 1:
+        audio[7] = 77
+    world.gather(None)
+    return int(audio[7])
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory):
+    """What two processes saved, and the corpus, with a bad file in it, that they read."""
+    root = write_tiny_corpus(tmp_path_factory.mktemp("met"))
+    bad = sorted(root.glob("audio/*/*/*.flac"))[4]
+    bad.write_bytes(bad.read_bytes()[:-2000])
+    assert launch(2, meet, [str(root), str(root / "audio")]) == 0
+    return [torch.load(root / f"{rank}.pt", weights_only=True) for rank in range(2)], root
+
+
+def test_processes_tell_each_other(met):
+    (first, second), _ = met
+    for found in (first, second):
+        assert found["gathered"] == [0, 1]
+        assert found["first"] == first["first"]
+        assert found["total"] == 2
+        assert found["buffers"]["running_mean"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_gradients_are_the_mean_of_those_of_each_batch(name, met):
+    expected = {}
+    for number in range(2):
+        step = tiny_step(CRITERIA[name])
+        for key, gradient in gradients(step, step, number).items():
+            expected[key] = expected.get(key, 0) + gradient / 2
+    for found in met[0]:
+        assert found[name].keys() == expected.keys()
+        for key, gradient in expected.items():
+            assert_close(found[name][key], gradient, 1e-6, what=key)
+
+
+def test_processes_decode_one_pack_together(met):
+    found, root = met
+    corpus = scan_corpus(root / "audio")
+    alone = AudioDataset(corpus, corpus.sequences, 1600).only_pack()
+    assert len(alone.layout.files) == 8
+    for seen in found:
+        assert seen["files"] == alone.layout.files.tolist()
+        assert torch.equal(seen["pack"], alone.audio)
+        assert seen["same memory"] == 77
+
+
+def test_one_that_is_alone_needs_no_one():
+    world = World()
+    assert world.gather(3) == [3]
+    assert world.from_first(lambda: 4) == 4
+    world.agree()
+    with pytest.raises(UserError, match="a reason"):
+        world.agree(UserError("a reason"))
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+
+def words_of(corpus, directory, *more):
+    words = [*on(corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *PACKS, *more]
+    return [str(word) for word in words]
+
+
+def hooks(corpus, directory):
+    stats = f"reprDiff:cosine,ctx_repr,0.05,{directory / 'stats'}"
+    captures = ["--captureEverything", "--captureSetStats", stats]
+    probes = "--supervised_classif_metric --speaker_sep --linsep_classif_each_epochs 1".split()
+    where = ["--linsep_logs_dir", directory / "probes", "--linsep_n_epoch", 1]
+    return [*capture_flags(corpus, directory / "captures"), *captures, *probes, *where]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_corpus, tmp_path_factory):
+    """A run of two processes with captures, stats and probes."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    words = words_of(tiny_corpus, directory, *EXAMPLE, *hooks(tiny_corpus, directory))
+    assert launch(2, train.main, words) == 0
+    return directory
+
+
+def interrupted(words, action):
+    """`train.main` in which process 1 does something before its third step."""
+    train_on, begun = trainer.Trainer.train_on, []
+
+    def step(self, position, batch):
+        begun.append(position)
+        if self.world.rank == 1 and len(begun) == 3:
+            action()
+        train_on(self, position, batch)
+
+    trainer.Trainer.train_on = step
+    trainer.STEPS_BETWEEN_AGREEMENTS = 2
+    return train.main(words)
+
+
+def asked_to_stop(words):
+    return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def killed(words):
+    return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_two_processes_stop_together_and_go_on_exactly(tiny_corpus, tmp_path, undisturbed, capfd):
+    words = words_of(tiny_corpus, tmp_path, *EXAMPLE)
+    assert launch(2, asked_to_stop, words) == 143
+    resume = checkpoint_resume(tmp_path)
+    assert resume["running"]["windows"] > 0
+    assert launch(2, train.main, words) == 0
+    printed = capfd.readouterr()
+    assert printed.out.count("stopped by SIGTERM") == 1
+    assert printed.err == ""
+    end, expected = checkpoint(tmp_path, 1), checkpoint(undisturbed, 1)
+    assert_same(end, expected, without=["args", "logs"])
+    for key, series in end["logs"].items():
+        assert_equal_trees(series, expected["logs"][key], key)
+
+
+def checkpoint_resume(directory):
+    return torch.load(directory / "checkpoint_resume.pt", weights_only=True)
+
+
+def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, monkeypatch):
+    """And sees each batch that is left of the epoch once."""
+    one_epoch = ["--nEpoch", 1]
+    train_on, seen = trainer.Trainer.train_on, []
+
+    def step(self, position, batch):
+        seen.append((position, batch.window.tolist()))
+        train_on(self, position, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", step)
+    assert run(*words_of(tiny_corpus, tmp_path / "whole", *one_epoch)) == 0
+    whole, seen = seen, []
+    words = words_of(tiny_corpus, tmp_path / "two")
+    assert launch(2, asked_to_stop, words) == 143
+    windows = checkpoint_resume(tmp_path / "two")["running"]["windows"]
+    assert run(*words, *one_epoch) == 0
+    assert seen == whole[-len(seen) :]
+    assert windows + sum(len(w) for _, w in seen) == sum(len(w) for _, w in whole)
+    printed = capsys.readouterr().out
+    assert "'processes': 2" in printed
+    assert "won't be the same to the last bit" in printed
+
+
+def test_two_processes_capture_what_one_does(tiny_corpus, undisturbed, tmp_path):
+    words = ["--onlyCapture", "--pathCheckpoint", undisturbed, "--pathDB", tiny_corpus / "audio"]
+    words += ["--batchSizeGPU", 4, "--captureEverything", *capture_flags(tiny_corpus, tmp_path)]
+    assert run(*words, "--nGPU", 1) == 0
+    one, two = captured(tmp_path), captured(undisturbed / "captures")
+    one_epoch = {path: tensor for path, tensor in two.items() if path.parts[0] == "1"}
+    assert one.keys() == one_epoch.keys()
+    assert len(one) > 7
+    for path, tensor in one.items():
+        assert torch.equal(tensor, one_epoch[path]), path
+    index, expected = (
+        json.loads((directory / "1" / "index.json").read_text())["windows"]
+        for directory in (undisturbed / "captures", tmp_path)
+    )
+    assert index == expected
+
+
+def test_probes_and_stats_of_two_processes_are_logged(undisturbed):
+    logs = checkpoint(undisturbed, 1)["logs"]
+    assert logs["reprDiff_ctx_repr_cosine_by0.05_mean"][1] > 0
+    assert (undisturbed / "probes" / "1" / "speaker" / "logs.json").is_file()
+    assert (undisturbed / "probes" / "1" / "phone" / "logs.json").is_file()
+
+
+def test_a_process_that_dies_ends_the_run(tiny_corpus, tmp_path):
+    with pytest.raises(UserError, match="process 1 of 2 was ended by SIGKILL"):
+        launch(2, killed, words_of(tiny_corpus, tmp_path))
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_of_all_is_told_once(tiny_corpus, tmp_path, capfd):
+    (tmp_path / "list.txt").write_text("nothing-like-it\n")
+    words = words_of(tiny_corpus, tmp_path / "run", "--pathVal", tmp_path / "list.txt")
+    assert run(*words, "--nGPU", 2, "--device", "cpu") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("nothing-like-it") == 1
+    assert len(error.splitlines()) == 1
