@@ -15,6 +15,7 @@
 `python train.py --help` explains every flag, README.md every task.
 """
 
+import contextlib
 import functools
 import os
 import random
@@ -59,6 +60,7 @@ from utils.checkpoint import (
     open_checkpoint,
 )
 from utils.hooks import PREDICTED, CaptureHook, ProbeHook
+from utils.lock import locked
 from utils.misc import (
     UserError,
     command,
@@ -76,11 +78,13 @@ def main(argv=None):
     with StopSignals() as stop:
         try:
             words = sys.argv[1:] if argv is None else argv
-            args, checkpoint = settle_arguments(words)
-            device = prepare_machine(args)
-            if args.onlyCapture or args.only_classif_metric:
-                return hooks_once(args, checkpoint, device)
-            return train(args, checkpoint, device, stop, words)
+            args, given = parse_arguments(words)
+            with own_directory(args):
+                args, checkpoint = settle_arguments(args, given)
+                device = prepare_machine(args)
+                if args.onlyCapture or args.only_classif_metric:
+                    return hooks_once(args, checkpoint, device)
+                return train(args, checkpoint, device, stop, words)
         except Stopped as stopped:
             print(f"stopped by {stopped}")
             return stopped.status
@@ -132,9 +136,20 @@ def hooks_once(args, checkpoint, device):
 # -------------------------------------------------------------------------- arguments and machine
 
 
-def settle_arguments(argv):
+def own_directory(args):
+    """Training has the directory of its checkpoints for itself; other calls write nothing there."""
+    if args.onlyCapture or args.only_classif_metric:
+        return contextlib.nullcontext()
+    if os.path.isfile(args.pathCheckpoint):
+        raise UserError(
+            f"--pathCheckpoint {args.pathCheckpoint}: is a file; training needs a directory "
+            "(to start from this checkpoint's weights, use --load)"
+        )
+    return locked(args.pathCheckpoint, "--pathCheckpoint")
+
+
+def settle_arguments(args, given):
     """The arguments, completed by those of the checkpoint that this run goes on from (or None)."""
-    args, given = parse_arguments(argv)
     checkpoint = find_checkpoint(args)
     if checkpoint:
         kept = stored_arguments(checkpoint.state["args"], checkpoint.path)
@@ -164,11 +179,6 @@ def parse_specs(args):
 def find_checkpoint(args):
     if args.onlyCapture or args.only_classif_metric:
         return open_checkpoint(args.pathCheckpoint)
-    if os.path.isfile(args.pathCheckpoint):
-        raise UserError(
-            f"--pathCheckpoint {args.pathCheckpoint}: is a file; training needs a directory "
-            "(to start from this checkpoint's weights, use --load)"
-        )
     return None if args.restart else newest_checkpoint(args.pathCheckpoint)
 
 

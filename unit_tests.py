@@ -21,6 +21,7 @@ from model import (
     build_model,
 )
 from utils.arguments import build_parser
+from utils.lock import locked
 from utils.logs import RunningMeans
 from utils.testing import (
     GOLDEN,
@@ -219,13 +220,14 @@ def test_a_restart_keeps_the_old_run_until_the_new_one_is_saved(tiny_corpus, tmp
     assert [p.name for p in tmp_path.glob("*.pt")] == ["checkpoint_0.pt"]
 
 
+@pytest.mark.parametrize("clip", [[], ["--clip_grad_norm", "1"]])
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(
-    tiny_corpus, tmp_path, capsys
+    clip, tiny_corpus, tmp_path, capsys
 ):
     trained(tiny_corpus, tmp_path, epochs=1)
     before = checkpoint(tmp_path, 0)
     words = ["--pathCheckpoint", tmp_path, "--nEpoch", 2, "--learningRate", "1e30"]
-    assert run(*words) == 2
+    assert run(*words, *clip) == 2
     error = capsys.readouterr().err
     assert re.search(r"epoch 1, pack 0, batch \d+: .*\d+-\d-000\d.flac", error)
     assert_same(before, checkpoint(tmp_path, 0), without=())
@@ -246,6 +248,108 @@ def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
     trained(tiny_corpus, tmp_path, epochs=3)
     assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint_0.pt", "checkpoint_2.pt"}
     assert "No space left" in capsys.readouterr().out
+
+
+@pytest.fixture
+def accuracies(monkeypatch):
+    """A list of the validation accuracies that the epochs are to have, whatever is trained."""
+    by_epoch = []
+
+    def validate(_self, epoch, _what):
+        return {"locLoss_val": [1.0, 1.0], "locAcc_val": [by_epoch[epoch]] * 2}
+
+    monkeypatch.setattr(trainer.Trainer, "validate", validate)
+    return by_epoch
+
+
+def numbers(directory):
+    """Of which epochs there are checkpoints."""
+    return sorted(int(path.stem.split("_")[1]) for path in directory.glob("checkpoint_*.pt"))
+
+
+def test_keep_leaves_the_last_checkpoints_and_the_best(tiny_corpus, tmp_path, accuracies):
+    accuracies += [0.1, 0.5, 0.2, 0.3, 0.4, 0.45, 0.4, 0.9, 0.1]
+    trained(tiny_corpus, tmp_path, "--keep", "2", epochs=2)
+    assert numbers(tmp_path) == [0, 1]
+    for epochs, kept in ((4, [1, 2, 3]), (6, [1, 4, 5]), (9, [7, 8])):
+        assert run("--pathCheckpoint", tmp_path, "--nEpoch", epochs) == 0
+        assert numbers(tmp_path) == kept
+    trained(tiny_corpus, tmp_path, "--keep", "1", "--restart", epochs=1)
+    assert numbers(tmp_path) == [0]
+
+
+def test_keep_counts_saved_epochs_and_has_the_best_weights_anyway(
+    tiny_corpus, tmp_path, accuracies
+):
+    accuracies += [0.1, 0.5, 0.2, 0.3, 0.4, 0.4]
+    every = trained(tiny_corpus, tmp_path / "every", epochs=2)
+    state = trained(tiny_corpus, tmp_path / "kept", "--keep", 2, "--save_step", 2, epochs=6)
+    assert numbers(tmp_path / "kept") == [4, 5]
+    assert_equal_trees(state["best"], every["gEncoder"], "best")
+
+
+def test_keep_removes_nothing_before_the_new_checkpoint_is_there(
+    tiny_corpus, tmp_path, monkeypatch, accuracies
+):
+    accuracies += [0.5, 0.1, 0.1, 0.1, 0.1]
+    trained(tiny_corpus, tmp_path, "--keep", "1", epochs=3)
+    assert numbers(tmp_path) == [0, 2]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 5) == 2
+    assert numbers(tmp_path) == [0, 2]
+
+
+def test_keep_does_not_count_later_checkpoints_that_can_not_be_read(
+    tiny_corpus, tmp_path, accuracies
+):
+    accuracies += [0.5, 0.1, 0.1, 0.1]
+    trained(tiny_corpus, tmp_path, "--keep", "2", epochs=2)
+    for epoch in (7, 8):
+        (tmp_path / f"checkpoint_{epoch}.pt").write_bytes(b"torn")
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 4) == 0
+    assert numbers(tmp_path) == [0, 2, 3, 7, 8]
+
+
+def gradients_of_steps(monkeypatch):
+    """A list that takes in the gradients of each training step, as the optimiser gets them."""
+    taken, step = [], torch.optim.Adam.step
+
+    def record(self, *rest):
+        taken.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    return taken
+
+
+def test_clipped_gradients_have_the_norm_asked_for_and_logs_the_one_before(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    taken = gradients_of_steps(monkeypatch)
+    same_weights = ["--learningRate", "0"]
+    plain = trained(tiny_corpus, tmp_path / "plain", *same_weights, epochs=1)
+    norms = [sum(float((g.double() ** 2).sum()) for g in step) ** 0.5 for step in taken]
+    limit = sorted(norms)[len(norms) // 2]  # above it the larger half is clipped
+    scales = [min(1.0, limit / (norm + 1e-6)) for norm in norms]
+    expected = [[g * s for g in step] for step, s in zip(taken, scales, strict=True)]
+    taken.clear()
+    words = [*same_weights, "--clip_grad_norm", limit]
+    clipped = trained(tiny_corpus, tmp_path / "clipped", *words, epochs=1)
+    for step, clipped_step in zip(expected, taken, strict=True):
+        for gradient, clipped_gradient in zip(step, clipped_step, strict=True):
+            assert_close(clipped_gradient, gradient, 1e-5)
+    assert clipped["logs"]["gradNorm_train"] == plain["logs"]["gradNorm_train"]
+    assert plain["logs"]["gradNorm_train"][0] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+
+
+def test_a_limit_that_is_never_reached_changes_no_bit(tiny_corpus, tmp_path):
+    plain = trained(tiny_corpus, tmp_path / "plain")
+    clipped = trained(tiny_corpus, tmp_path / "clipped", "--clip_grad_norm", "1e6")
+    assert_same(plain, clipped)
 
 
 def test_another_corpus_is_said_and_the_next_epoch_begins(
@@ -284,6 +388,28 @@ def test_a_checkpoint_without_what_training_needs_is_refused(part, tiny_corpus, 
     torch.save(state, tmp_path / "checkpoint_0.pt")
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 2) == 2
     assert "training can't go on from it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--nEpoch", "2"], ["--restart"]])
+def test_a_directory_that_is_trained_into_is_refused_and_left_alone(
+    words, tiny_corpus, tmp_path, capsys
+):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    (tmp_path / ".writing-half").write_text("the other program's")
+    with locked(tmp_path, "the other program"):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert run(*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, *words) == 2
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+        flags = ["--pathCaptureDS", tiny_corpus / "test.txt", "--captureConvRepr"]
+        flags += ["--pathCaptureSave", tmp_path / "capture", "--pathDB", tiny_corpus / "audio"]
+        assert run("--onlyCapture", "--pathCheckpoint", tmp_path, *flags) == 0
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_a_refused_command_leaves_no_directory(tiny_corpus, tmp_path):
+    flags = [*on(tiny_corpus), "--pathCheckpoint", tmp_path / "a" / "b"]
+    assert run(*flags, "--sizeWindow", "161") == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_can_not_be_made_is_refused(tiny_corpus, tmp_path, capsys):

@@ -37,6 +37,7 @@ from model import CPCEncoder
 from train import Data, build_step, prepare_machine, settle_arguments
 from trainer import Trainer
 from transformers import SIZE_FEED_FORWARD
+from utils import arguments
 from utils.files import save_json
 from utils.logs import progress
 from utils.misc import SAMPLES_PER_FRAME
@@ -170,7 +171,7 @@ def build_trainer(name, root, options):
     flags += ["--device", options.device, "--threads", str(options.threads), "--random_seed", "0"]
     flags += ["--samplingType", "uniform"]  # every batch is full
     with contextlib.redirect_stdout(io.StringIO()):
-        args, _ = settle_arguments(flags)
+        args, _ = settle_arguments(*arguments.parse_arguments(flags))
         device = prepare_machine(args)
         data = Data(args)
         step, _ = build_step(args, data)

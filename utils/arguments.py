@@ -60,7 +60,7 @@ INHERITED = (
     | PROBE_GROUP
     | names(
         """pathDB file_extension path_phone_data nEpoch learningRate schedulerStep schedulerRamp
-        beta1 beta2 epsilon logging_step save_step max_bad_files"""
+        beta1 beta2 epsilon clip_grad_norm logging_step save_step keep max_bad_files"""
     )
 )
 FILES = names("pathTrain pathVal pathCaptureDS path_phone_data")
@@ -138,6 +138,9 @@ def add_checkpoint_flags(group):
     add("--nullspace", action="store_true",
         help="the loaded checkpoint is one of a null-space model (needs --load)")
     add("--save_step", type=int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
+    add("--keep", type=int, default=0, metavar="N", help="keep only the last N "
+        "checkpoint_<epoch>.pt and that of the best epoch; the others go when a new one is written "
+        "(0: keep all)")
     add("--resume_every", type=int, default=500, metavar="STEPS", help="training steps between "
         "saves of checkpoint_resume.pt, from which a killed run goes on inside an epoch (0: only "
         "when asked to stop)")
@@ -163,6 +166,8 @@ def add_optimisation_flags(group):
         help="halve the learning rate every so many epochs (default: never)")
     add("--schedulerRamp", type=int, metavar="EPOCHS",
         help="raise the learning rate linearly over the first epochs; helps a deep model start")
+    add("--clip_grad_norm", type=float, metavar="NORM", help="scale a gradient whose norm, "
+        "over all weights, is above this down to it; helps where losses jump (default: never)")
     add("--random_seed", type=int, metavar="SEED",
         help="seed of everything random (default: drawn, and kept in the checkpoint)")
 
@@ -398,7 +403,7 @@ def captured_names(args):
 AT_LEAST = {
     0: names(
         """CPCCTCSkipBeg CPCCTCSkipEnd limitNegsInBatch speakerEmbedding nEpoch learningRate
-        epsilon linsep_lr linsep_epsilon resume_every threads max_bad_files"""
+        epsilon linsep_lr linsep_epsilon resume_every keep threads max_bad_files"""
     ),
     1: names(
         """hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow
@@ -458,6 +463,10 @@ def check_numbers(args):
             not 0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)}: must be in [0, 1)"
         )
     refuse_if(not args.CPCCTCLossTemp > 0, "--CPCCTCLossTemp: must be above 0")
+    refuse_if(
+        args.clip_grad_norm is not None and not args.clip_grad_norm > 0,
+        f"--clip_grad_norm {args.clip_grad_norm}: must be above 0",
+    )
     refuse_if(args.max_bad_files > 1, "--max_bad_files: a share, so at most 1")
     refuse_if(
         args.random_seed is not None and not 0 <= args.random_seed < 2**63,

@@ -249,6 +249,18 @@ def save_checkpoint(directory, state, epoch=None):
     return directory / name
 
 
+def remove_old_checkpoints(directory, newest, n_kept, best):
+    """Remove all but the last `n_kept` numbered checkpoints and that of the epoch `best`.
+
+    `newest` is the epoch whose checkpoint was just written, so that there is a sound one after
+    every other that goes. Later ones can only be leftovers that couldn't be read: they don't count.
+    """
+    older = [(epoch, path) for epoch, path in numbered_checkpoints(directory) if epoch <= newest]
+    for epoch, path in older[:-n_kept]:
+        if epoch != best:
+            path.unlink(missing_ok=True)
+
+
 def copy_to_cpu(state):
     """A state dict's own copy in host memory."""
     return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
