@@ -39,7 +39,7 @@ from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
 from model import CPCModel, build_model
 from stats.stats_collector import StatsCollector
-from stats.stats_utils import check_needs, parse_stats
+from stats.stats_utils import check_needs, parse_stats, with_absolute_directories
 from trainer import Trainer, TrainStep
 from utils.arguments import (
     ARCHITECTURE,
@@ -79,6 +79,8 @@ def main(argv=None):
         try:
             words = sys.argv[1:] if argv is None else argv
             args, given = parse_arguments(words)
+            if args.captureSetStats:
+                args.captureSetStats = with_absolute_directories(args.captureSetStats)
             with own_directory(args):
                 args, checkpoint = settle_arguments(args, given)
                 device = prepare_machine(args)

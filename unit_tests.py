@@ -28,6 +28,7 @@ from utils.testing import (
     REAL_SPEECH,
     ROOT,
     assert_close,
+    ends_refused,
     golden_cases,
     needs_real_speech,
     write_tiny_corpus,
@@ -626,12 +627,46 @@ def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(
 
 
 def test_a_capture_that_can_not_be_written_costs_no_epoch(tiny_corpus, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    flags = capture_flags(tiny_corpus, tmp_path / "file")
+    (tmp_path / "capture").mkdir()
+    (tmp_path / "capture" / "0").write_text("where the first capture is to go")
+    flags = capture_flags(tiny_corpus, tmp_path / "capture")
     words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", *flags]
     assert run(*words, "--nEpoch", 2) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert str(tmp_path / "capture") in capsys.readouterr().err
     assert checkpoint(tmp_path / "run", 0)["position"] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("flag", ["pathCaptureSave", "linsep_logs_dir", "linsep_checkpoint_dir"])
+def test_results_that_can_not_be_written_are_noticed_at_the_start(
+    flag, tiny_corpus, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    flags = {name: tmp_path / name for name in ("pathCaptureSave", "linsep_logs_dir")}
+    flags[flag] = tmp_path / "file" / "deep"
+    words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", "--speaker_sep",
+             "--supervised_classif_metric", "--pathCaptureDS", tiny_corpus / "test.txt",
+             "--captureConvRepr"]  # fmt: skip
+    words += [word for name, path in flags.items() for word in (f"--{name}", path)]
+    with ends_refused(capsys, f"--{flag} .*{tmp_path / 'file'} is no directory"):
+        train.main([str(word) for word in words])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_pictures_of_stats_stay_where_they_were_when_a_run_goes_on_from_elsewhere(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    for name in ("here", "there"):
+        (tmp_path / name / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    specs = "reprDiff:cosine,ctx_repr,0.05,../pictures_reprDiff:euclid,conv_repr,0.5,../pictures"
+    flags = ["--captureSetStats", specs, "--pathCaptureDS", tiny_corpus / "test.txt"]
+    trained(tiny_corpus, tmp_path / "run", *flags, "--captureEachEpochs", "1", epochs=1)
+    monkeypatch.chdir(tmp_path / "there" / "below")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2) == 0
+    names = {path.name for path in (tmp_path / "here" / "pictures").iterdir()}
+    what = ("ctx_repr_cosine_by0.05", "conv_repr_euclid_by0.5")
+    assert names == {f"reprDiff_{name}_{epoch}.png" for name in what for epoch in (0, 1)}
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["below"]
 
 
 def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tmp_path, capsys):

@@ -38,7 +38,7 @@ from utils.corpus import make_abx_item
 from utils.files import load_json, load_tensors, save_tensors
 from utils.misc import UserError
 from utils.report.plot_confusion import draw_confusion
-from utils.testing import ROOT, assert_close, golden_cases
+from utils.testing import ROOT, assert_close, ends_refused, golden_cases
 
 WINDOW = 3200  # samples, 20 frames
 FAST = ProbeOptions(n_epochs=6, batch_size=8, learning_rate=0.05, cpc_epoch=4)
@@ -546,6 +546,14 @@ def test_null_space_modes(probe_command, phones, tmp_path):
         model, *dims = load_model(out, nullspace=True)
         assert dims == [11, 11]
         assert (weight @ model.nullspace.weight.T).abs().max() < 1e-5
+
+
+def test_results_that_can_not_be_written_are_noticed_before_the_work(
+    probe_command, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    with ends_refused(capsys, f"--pathCheckpoint .*{tmp_path / 'file'} is no directory"):
+        probe_command(load=("no such checkpoint",), out=tmp_path / "file" / "out")
 
 
 def test_command_pushes_to_centers(probe_command, tmp_path):

@@ -14,6 +14,7 @@ import os
 
 import torch
 
+from utils.files import check_writable
 from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError
 
 
@@ -284,7 +285,8 @@ def add_capture_flags(group):
     }.items():
         add(f"--{flag}", action="store_true", help=what)
     add("--captureSetStats", metavar="SPEC", help="statistics over the captured set, "
-        "`name:arg,...[_name:arg,...]`, such as reprDiff:cosine,ctx_repr,0.05,DIR")
+        "`name:arg,...[_name:arg,...]`, such as reprDiff:cosine,ctx_repr,0.05,DIR (DIR as seen "
+        "from where the command is given)")
 
 
 def add_machine_flags(group):
@@ -673,7 +675,7 @@ def check_machine(args):
 
 
 def check_paths(args, resumed):
-    """The paths that this call of the program reads must exist."""
+    """The paths that this call of the program reads must exist, and it must be able to write."""
     refuse_if(
         not args.pathDB,
         "no audio: give --pathDB DIR, or the --pathCheckpoint DIR of a run to go on with",
@@ -687,5 +689,14 @@ def check_paths(args, resumed):
     for name in sorted(used):
         path = getattr(args, name)
         refuse_if(path and not os.path.isfile(path), f"--{name} {path}: no such file")
+    written = set()
+    if args.pathCaptureDS and not args.only_classif_metric:
+        written |= {"pathCaptureSave"}
+    if args.supervised_classif_metric and not args.onlyCapture:
+        written |= {"linsep_logs_dir", "linsep_checkpoint_dir"}
+    for name in sorted(written):
+        path = getattr(args, name)
+        if path:
+            check_writable(path, f"--{name} {path}: results")
     for path in [] if resumed else args.load or []:
         refuse_if(not os.path.isfile(path), f"--load {path}: no such file")

@@ -34,7 +34,14 @@ from utils.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from utils.files import TEMPORARY_PREFIX, atomic_path, load_tensors, remove_leftovers, save_tensors
+from utils.files import (
+    TEMPORARY_PREFIX,
+    atomic_path,
+    check_writable,
+    load_tensors,
+    remove_leftovers,
+    save_tensors,
+)
 from utils.lock import LOCK_NAME, locked
 from utils.logs import RunningMeans, append_epoch
 from utils.misc import UserError, seed_from
@@ -277,6 +284,18 @@ def test_written_files_are_readable_by_others_and_leftovers_go(tmp_path):
     (tmp_path / f"{TEMPORARY_PREFIX}abc.pt").write_text("")
     remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_where_nothing_can_be_written_is_noticed_without_making_it(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b", "--x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "deep" / "er"):
+        with pytest.raises(UserError, match=f"--x can't be written: {tmp_path / 'file'} is no dir"):
+            check_writable(place, "--x")
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} is read-only"):
+        check_writable(tmp_path / "a" / "b", "--x")
 
 
 class Malicious:
