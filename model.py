@@ -395,7 +395,8 @@ class CPCModelNullspace(nn.Module):
         self.cpc = cpc
         self.nullspace = nn.Linear(dim, dim_projected, bias=False)
         self.nullspace.weight = nn.Parameter(nullspace.T.contiguous())
-        self.gEncoder = cpc.gEncoder
+        if hasattr(cpc, "gEncoder"):  # several models side by side have none of their own
+            self.gEncoder = cpc.gEncoder
 
     def forward(self, waveform, continues=None):
         """waveform: (B, 1, L) -> context and encoded, each (B, S, D')."""
