@@ -331,7 +331,7 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Go on from a checkpoint, of this program or of the original."""
-        check_resumable(checkpoint)
+        check_resumable(checkpoint, self.step.model.state_dict())
         state = checkpoint.state
         self.position = Position(*state["position"])
         self.logs.update(state["logs"])
@@ -344,7 +344,10 @@ class Trainer:
             return
         self.best_accuracy = state["best_accuracy"]
         self.running.restore(state["running"], self.device)
-        self.step.model.set_hidden_state(state["hidden"])
+        try:
+            self.step.model.set_hidden_state(state["hidden"])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
         machine = describe_machine(self.device)
         if state["machine"] != machine:
             print(

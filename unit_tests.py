@@ -413,6 +413,91 @@ def test_a_refused_command_leaves_no_directory(tiny_corpus, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def inside_an_epoch(tiny_corpus, tmp_path_factory):
+    """A checkpoint in the second epoch of a run that keeps hidden state: the file's content."""
+    directory = tmp_path_factory.mktemp("inside")
+    words = ["--samplingType", "sequential", "--resume_every", 1, "--nEpoch", 2]
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, *words]
+    with pytest.MonkeyPatch.context() as patch:
+        end_epoch = trainer.Trainer.end_epoch
+
+        def die_in_the_second(self, epoch, *rest, **more):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            end_epoch(self, epoch, *rest, **more)
+
+        patch.setattr(trainer.Trainer, "end_epoch", die_in_the_second)
+        assert run(*flags) == 130
+    return directory / "checkpoint_resume.pt"
+
+
+def put(*path, value):
+    """A function that puts a value somewhere into a checkpoint."""
+
+    def mutate(state):
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return mutate
+
+
+MUTATIONS = {
+    "sums of other steps": put("running", "sums", value=torch.zeros(2, 3, dtype=torch.float64)),
+    "sums of one kind": put("running", "sums", value=torch.zeros(2, dtype=torch.float64)),
+    "sums of text": put("running", "sums", value="many"),
+    "integer sums": put("running", "sums", value=torch.zeros(2, 2, dtype=torch.int64)),
+    "norms of several": put("running", "norms", value=torch.zeros(2)),
+    "negative windows": put("running", "windows", value=-4),
+    "no batches": put("running", "batches", value=0),
+    "no sums at all": put("running", value=None),
+    "an epoch not begun": put("position", value=[1, 0, 0]),
+    "hidden text": put("hidden", value="state"),
+    "one hidden tensor of two": put("hidden", value=torch.zeros(1, 4, 8)),
+    "three hidden tensors": put("hidden", value=(torch.zeros(1, 4, 8),) * 3),
+    "hidden of other layers": put("hidden", value=(torch.zeros(2, 4, 8),) * 2),
+    "hidden of other width": put("hidden", value=(torch.zeros(1, 4, 7),) * 2),
+    "hidden of unlike rows": put("hidden", value=(torch.zeros(1, 4, 8), torch.zeros(1, 3, 8))),
+    "best without weights": put("best", value={}),
+    "best of text": put("best", "gAR.baseNet.bias_hh_l0", value="zero"),
+    "best of another shape": put("best", "gAR.baseNet.bias_hh_l0", value=torch.zeros(3)),
+    "best accuracy of text": put("best_accuracy", value="high"),
+    "best accuracy undefined": put("best_accuracy", value=float("nan")),
+    "a loss of text": put("logs", "locLoss_val", 0, 1, value="low"),
+    "an epoch without losses": put("logs", "locLoss_val", 0, value=None),
+    "an empty row": put("logs", "locAcc_train", 0, value=[]),
+    "a row of other steps": put("logs", "locAcc_val", 0, value=[0.5] * 3),
+    "no series of rows": put("logs", "locAcc_val", value=0.5),
+    "a start of text": put("logs", "before_training", "locAcc_val", value="low"),
+    "half a start": put("logs", "before_training", value={"locAcc_val": [0.1, 0.1]}),
+    "an epoch of text": put("logs", "epoch", 0, value="first"),
+    "a learning rate of rows": put("logs", "learningRate", 0, value=[0.1, 0.1]),
+    "a dict in the logs": put("logs", "iter", 0, value={}),
+    "moments of text": put("optimizer", "state", 0, "exp_avg", value="low"),
+    "moments of one kind": put("optimizer", "state", 0, value={"step": torch.tensor(1.0)}),
+    "a step of text": put("optimizer", "state", 0, "step", value="third"),
+    "several steps": put("optimizer", "state", 0, "step", value=torch.zeros(3)),
+    "no groups": put("optimizer", "param_groups", value=[]),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutated_checkpoint_is_refused_in_one_line(name, inside_an_epoch, tmp_path, capsys):
+    state = torch.load(inside_an_epoch, weights_only=True)
+    MUTATIONS[name](state)
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    with ends_refused(capsys, f"{tmp_path}/checkpoint_resume.pt: "):
+        train.main(["--pathCheckpoint", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_resume.pt"]
+
+
+def test_an_unmutated_checkpoint_goes_on(inside_an_epoch, tmp_path):
+    shutil.copy(inside_an_epoch, tmp_path)
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
+
+
 def test_a_place_that_can_not_be_made_is_refused(tiny_corpus, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "file" / "run"]
