@@ -17,9 +17,7 @@ import train
 import trainer
 from criterion import build_criterion
 from dataset import Batch
-from model import (
-    build_model,
-)
+from model import CPCAR, build_model
 from utils.arguments import build_parser
 from utils.lock import locked
 from utils.logs import RunningMeans
@@ -478,6 +476,12 @@ MUTATIONS = {
     "moments of one kind": put("optimizer", "state", 0, value={"step": torch.tensor(1.0)}),
     "a step of text": put("optimizer", "state", 0, "step", value="third"),
     "several steps": put("optimizer", "state", 0, "step", value=torch.zeros(3)),
+    "a setting that is no text": put("logs", "saveStep", value=torch.zeros(2)),
+    "epochs that are no list": put("logs", "epoch", value=-1),
+    "a machine of tensors": put("machine", "threads", value=torch.zeros(2)),
+    "a fingerprint of tensors": put("fingerprint", value=torch.zeros(2)),
+    "a format that is no number": put("format", value=torch.zeros(2)),
+    "groups of a tensor": put("optimizer", "param_groups", value=torch.zeros(1, 4, 8)),
     "no groups": put("optimizer", "param_groups", value=[]),
 }
 
@@ -620,6 +624,72 @@ def test_several_loaded_models_are_trained_side_by_side(tiny_corpus, tmp_path):
     for path in paths:
         path.unlink()
     assert run("--pathCheckpoint", tmp_path / "c", "--nEpoch", 2) == 0
+
+
+def as_the_original_writes_it(directory):
+    """Turn a run's directory into one of the original program, with what its schedule leaves."""
+    for path in directory.glob("checkpoint_*.pt"):
+        state = torch.load(path, weights_only=True)
+        args, epochs = state["args"], state["position"][0]
+        for group in state["optimizer"]["param_groups"]:
+            del group["fused"]
+            group["initial_lr"] = args["learningRate"]
+            group["lr"] = args["learningRate"] * 0.5 ** (epochs // args["schedulerStep"])
+        parts = ("gEncoder", "cpcCriterion", "optimizer", "best")
+        torch.save({part: state[part] for part in parts}, path)
+    path = directory / "checkpoint_logs.json"
+    logs = json.loads(path.read_text())
+    for ours in ("learningRate", "gradNorm_train", "before_training"):
+        del logs[ours]
+    path.write_text(json.dumps(logs))
+
+
+def test_a_run_of_the_original_goes_on_with_its_learning_rate_not_halved_twice(
+    tiny_corpus, tmp_path
+):
+    words = ["--schedulerStep", "2", "--learningRate", "0.01", "--arMode", "GRU"]
+    whole = trained(tiny_corpus, tmp_path / "whole", *words, epochs=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoint_3.pt").unlink()
+    as_the_original_writes_it(tmp_path / "parts")
+    assert run("--pathCheckpoint", tmp_path / "parts") == 0
+    state = checkpoint(tmp_path / "parts", 3)
+    assert state["logs"]["learningRate"] == [None, None, None, 0.005]
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.005
+    for part in ("gEncoder", "cpcCriterion"):
+        assert_equal_trees(whole[part], state[part], part)
+    assert_equal_trees(whole["optimizer"]["state"], state["optimizer"]["state"], "moments")
+
+
+def is_zero(hidden):
+    return hidden is None or not hidden.any()
+
+
+def test_kept_hidden_state_begins_at_zero_in_each_pass_set_and_pack(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    starts, positions = {True: [], False: []}, []  # of training batches, and of others
+    start, train_on = CPCAR._start, trainer.Trainer.train_on
+
+    def recorded_start(self, *rest):
+        starts[self.training].append(start(self, *rest))
+        return starts[self.training][-1]
+
+    def recorded_train_on(self, position, batch):
+        positions.append(position)
+        train_on(self, position, batch)
+
+    monkeypatch.setattr(CPCAR, "_start", recorded_start)
+    monkeypatch.setattr(trainer.Trainer, "train_on", recorded_train_on)
+    words = ["--samplingType", "sequential", "--max_size_loaded", "60000", "--arMode", "GRU"]
+    trained(tiny_corpus, tmp_path, *words, epochs=2)
+    pairs = list(zip(positions, starts[True], strict=True))
+    assert len({position.pack for position in positions}) > 1
+    assert all(is_zero(hidden) for position, hidden in pairs if position.batch == 0)
+    assert not all(is_zero(hidden) for _, hidden in pairs)
+    n_batches, rest = divmod(len(starts[False]), 3)  # before training, and after each epoch
+    assert rest == 0
+    assert all(hidden is None for hidden in starts[False][::n_batches])
 
 
 @needs_real_speech

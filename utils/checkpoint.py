@@ -134,7 +134,7 @@ def read_checkpoint(path):
         )
     if "format" not in state:
         _complete_original(path, state)
-    if state["format"] != FORMAT:
+    if isinstance(state["format"], int) and state["format"] != FORMAT:
         raise UserError(
             f"{path}: written by a newer version of this program (format {state['format']})"
         )
@@ -186,7 +186,8 @@ def _check_types(path, state):
     """Refuse a file whose parts can't be what they are called, before they are used."""
     position = state.get("position")
     sound = (
-        all(isinstance(key, str) for key in state["gEncoder"])
+        isinstance(state["format"], int)
+        and all(isinstance(key, str) for key in state["gEncoder"])
         and isinstance(state.get("cpcCriterion"), dict)
         and isinstance(state.get("args"), dict)
         and _are_logs(state.get("logs"))
@@ -204,12 +205,12 @@ def _are_logs(logs):
     """Whether these can be `checkpoint_logs.json`: lists over the same epochs."""
     return (
         isinstance(logs, dict)
+        and isinstance(logs.get("epoch", []), list)
         and all(
             len(series) == len(logs.get("epoch", []))
             for series in logs.values()
             if isinstance(series, list)
         )
-        and isinstance(logs.get("epoch", []), list)
     )
 
 
@@ -225,11 +226,13 @@ def check_resumable(checkpoint, weights):
         "best": best is None or _same_shapes(best, weights),
     }
     if not checkpoint.of_original:
-        needed = ("hidden", "machine", "fingerprint")
+        machine = state.get("machine")
         sound |= {
             "logs": _are_training_logs(state["logs"]),
             "best_accuracy": _is_number(state.get("best_accuracy")),
-            **{name: name in state for name in needed},
+            "hidden": "hidden" in state,
+            "fingerprint": isinstance(state.get("fingerprint"), str),
+            "machine": isinstance(machine, dict) and all(map(_is_plain, machine.values())),
         }
         sound["running"] = sound["logs"] and _are_running_sums(
             state.get("running"), state["position"], state["logs"]
@@ -248,6 +251,10 @@ def _same_shapes(state, weights):
         and state.keys() == weights.keys()
         and all(torch.is_tensor(v) and v.shape == weights[key].shape for key, v in state.items())
     )
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, str | float | int)
 
 
 def _is_number(value):
@@ -275,6 +282,7 @@ def _are_training_logs(logs):
     named = (*ROW_SERIES, *NUMBER_SERIES)
     return (
         isinstance(before, dict)
+        and all(_is_plain(v) for k, v in logs.items() if k not in {"before_training", *series})
         and (not before or before.keys() == {"locLoss_val", "locAcc_val"})
         and needed <= series.keys()
         and not any(key in logs and key not in series for key in named)
@@ -365,12 +373,14 @@ def load_optimizer(optimizer, state, source):
         for group in optimizer.param_groups
     ]
     try:
+        if not isinstance(state["param_groups"], list):
+            raise TypeError("its groups are no list")
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in optimizer.state:
                     _check_moments(optimizer.state[parameter], parameter)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise UserError(f"{source}: its optimizer state doesn't fit ({error})") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
