@@ -60,38 +60,51 @@ def load_model(checkpoints, *, load_best=False, gru_level=-1, nullspace=False, l
                 raise UserError(f"{part.source}: isn't a checkpoint of a null-space model")
             part = _keep_layers(part, gru_level)
             parts.append(_build(part, load_weights))
-            arguments.append(part.args)
+            arguments += part.arguments
     model = parts[0] if len(parts) == 1 else ConcatenatedModel(parts)
     model.arguments = arguments
     return model, model.dim_context, model.dim_encoded
 
 
 class _Part(NamedTuple):
-    """A single model in a checkpoint."""
+    """A model in a checkpoint, or several of which a null space was taken together."""
 
-    args: object  # namespace of architecture flags
+    arguments: list  # namespaces of architecture flags, one for each single model
     state: dict
     source: str  # the file
     of_original: bool
 
 
 def _parts(checkpoint, load_best=False):
-    """The single models in a checkpoint, as a list of `_Part`."""
+    """The models in a checkpoint whose features are side by side, as a list of `_Part`."""
     state, path = checkpoint.state["gEncoder"], checkpoint.path
     if load_best:
         state = checkpoint.state.get("best")
         if not isinstance(state, dict):
             raise UserError(f"{path}: holds no best model yet, only the latest")
     arguments, states = stored_architecture(checkpoint), _split_state(state)
-    if len(arguments) != len(states):
+    sizes = [_n_models(state) for state in states]
+    if len(arguments) != sum(sizes):
         raise UserError(
-            f"{path}: holds the weights of {len(states)} models, but the arguments of "
+            f"{path}: holds the weights of {sum(sizes)} models, but the arguments of "
             f"{len(arguments)}"
         )
+    flags = iter(arguments)
     return [
-        _Part(args, state, path, checkpoint.of_original)
-        for args, state in zip(arguments, states, strict=True)
+        _Part(list(itertools.islice(flags, size)), state, path, checkpoint.of_original)
+        for size, state in zip(sizes, states, strict=True)
     ]
+
+
+def _n_models(state):
+    """How many single models there are in a part's state."""
+    inside = _split_state(_under_null_space(state)) if NULLSPACE in state else []
+    return sum(map(_n_models, inside)) or 1
+
+
+def _under_null_space(state):
+    """The state of the model that a null space was taken of."""
+    return {key.removeprefix("cpc."): v for key, v in state.items() if key.startswith("cpc.")}
 
 
 def _split_state(state):
@@ -154,11 +167,14 @@ def _keep_layers(part, n_layers):
     """Only the first layers of the recurrent network, if `n_layers` is above 0."""
     if n_layers <= 0:
         return part
-    available = part.args.nLevelsGRU if part.args.arMode in ("LSTM", "GRU", "RNN") else 0
-    if n_layers > available:
-        raise UserError(f"--gru_level {n_layers}: {part.source} has {available} recurrent layers")
-    args = copy.copy(part.args)
-    args.nLevelsGRU = n_layers
+    arguments = [copy.copy(args) for args in part.arguments]
+    for args in arguments:
+        available = args.nLevelsGRU if args.arMode in ("LSTM", "GRU", "RNN") else 0
+        if n_layers > available:
+            raise UserError(
+                f"--gru_level {n_layers}: {part.source} has {available} recurrent layers"
+            )
+        args.nLevelsGRU = n_layers
     layer = re.compile(r".*\.baseNet\.\w+_l(\d+)")
 
     def kept(key):
@@ -166,15 +182,24 @@ def _keep_layers(part, n_layers):
         return not match or int(match[1]) < n_layers
 
     return part._replace(
-        args=args, state={key: value for key, value in part.state.items() if kept(key)}
+        arguments=arguments, state={key: v for key, v in part.state.items() if kept(key)}
     )
 
 
+def _network(state, arguments):
+    """The network that has such a `state`; null spaces are part of the architecture.
+
+    arguments: iterator over the flags of its single models
+    """
+    if NULLSPACE not in state:
+        return build_model(next(arguments))
+    inside = [_network(part, arguments) for part in _split_state(_under_null_space(state))]
+    model = inside[0] if len(inside) == 1 else ConcatenatedModel(inside)
+    return CPCModelNullspace(model, state[NULLSPACE].T)
+
+
 def _build(part, with_weights):
-    """The network of a part; its null space, if it has one, is part of the architecture."""
-    model = build_model(part.args)
-    if NULLSPACE in part.state:
-        model = CPCModelNullspace(model, part.state[NULLSPACE].T)
+    model = _network(part.state, iter(part.arguments))
     if with_weights:
         state = part.state
         unknown = sorted(state.keys() - model.state_dict().keys())

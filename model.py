@@ -266,16 +266,35 @@ class CPCAR(nn.Module):
 
         return _each_tensor(go_on, self.hidden)
 
+    def can_remember(self, state):
+        """Whether `state` has the form of this network's `hidden`."""
+        of_two = isinstance(self.baseNet, nn.LSTM)
+        tensors = state if of_two else (state,)
+        if isinstance(state, tuple) != of_two or not all(map(torch.is_tensor, tensors)):
+            return False
+        n_rows = {tensor.size(1) if tensor.ndim == 3 else 0 for tensor in tensors}
+        shape = (self.baseNet.num_layers, min(n_rows), self.output_dim)
+        return len(tensors) == 1 + of_two and all(
+            tensor.shape == shape and tensor.is_floating_point() for tensor in tensors
+        )
+
 
 def _each_tensor(function, state):
     """`function` of a hidden state, which of an LSTM is two tensors, else one."""
     return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
 
 
-class NoAR(nn.Module):
-    """The context of a frame is the encoded frame itself."""
+class Forgetful:
+    """A context network that remembers nothing of its last batch."""
 
     hidden = None
+
+    def can_remember(self, state):
+        return False
+
+
+class NoAR(Forgetful, nn.Module):
+    """The context of a frame is the encoded frame itself."""
 
     def __init__(self, dim):
         super().__init__()
@@ -286,10 +305,8 @@ class NoAR(nn.Module):
         return encoded
 
 
-class TransformerAR(nn.Sequential):
-    """Transformer layers, for up to `size_sequence` frames. They remember nothing."""
-
-    hidden = None
+class TransformerAR(Forgetful, nn.Sequential):
+    """Transformer layers, for up to `size_sequence` frames."""
 
     def __init__(self, dim, n_layers, size_sequence, abspos, reverse=False):
         super().__init__(*build_transformer(dim, n_layers, size_sequence, abspos))
@@ -370,7 +387,9 @@ class CPCModel(nn.Module):
         return self.gAR.hidden
 
     def set_hidden_state(self, state):
-        """Go on from `state`, which `hidden_state()` gave."""
+        """Go on from `state`, which `hidden_state()` gave. Raises ValueError if it can't have."""
+        if state is not None and not self.gAR.can_remember(state):
+            raise ValueError("no hidden state of such a context network")
         self.gAR.hidden = state
 
     def reset_hidden(self):
@@ -395,7 +414,8 @@ class CPCModelNullspace(nn.Module):
         self.cpc = cpc
         self.nullspace = nn.Linear(dim, dim_projected, bias=False)
         self.nullspace.weight = nn.Parameter(nullspace.T.contiguous())
-        self.gEncoder = cpc.gEncoder
+        if hasattr(cpc, "gEncoder"):  # several models side by side have none of their own
+            self.gEncoder = cpc.gEncoder
 
     def forward(self, waveform, continues=None):
         """waveform: (B, 1, L) -> context and encoded, each (B, S, D')."""

@@ -16,6 +16,7 @@
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import random
@@ -40,7 +41,7 @@ from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
 from model import CPCModel, build_model
 from stats.stats_collector import StatsCollector
-from stats.stats_utils import check_needs, parse_stats
+from stats.stats_utils import check_needs, parse_stats, with_absolute_directories
 from trainer import Trainer, TrainStep
 from utils.arguments import (
     ARCHITECTURE,
@@ -64,6 +65,7 @@ from utils.checkpoint import (
 from utils.distributed import World, joined_world
 from utils.hooks import PREDICTED, CaptureHook, ProbeHook
 from utils.launch import launch, processes_to_start
+from utils.lock import locked
 from utils.misc import (
     UserError,
     command,
@@ -79,14 +81,15 @@ from utils.stopping import Stopped, StopSignals
 @command
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
-    args, _ = parse_arguments(words)
+    args, given = parse_arguments(words)
     n_processes = processes_to_start(args)
     if n_processes:
         return launch(n_processes, main, words)
     with StopSignals() as stop:
         try:
-            with joined_world(stop, device_from(args.device)) as world:
-                run(words, world)
+            device = device_from(args.device)
+            with joined_world(stop, device) as world, own_directory(args, world):
+                run(args, given, words, world)
         except Stopped as stopped:
             print(f"stopped by {stopped}")
             return stopped.status
@@ -103,9 +106,12 @@ class Job(NamedTuple):
     world: World
 
 
-def run(words, world):
-    """What the command line `words` asks for, as one of the processes of `world`."""
-    args, checkpoint, stats = world.together(lambda: settle_arguments(words))
+def run(args, given, words, world):
+    """What the command line asks for, as one of the processes of `world`.
+
+    args, given: what it says, and the names of the flags on it; words: itself.
+    """
+    args, checkpoint, stats = world.together(lambda: settle_arguments(args, given))
     args.random_seed = world.from_first(lambda: args.random_seed)  # where none was given
     device = prepare_machine(args, world)
     corpus = world.from_first(lambda: find_audio(args))
@@ -162,12 +168,31 @@ def prepare_hooks(job):
 # -------------------------------------------------------------------------- arguments and machine
 
 
-def settle_arguments(argv):
+@contextlib.contextmanager
+def own_directory(args, world):
+    """Training has the directory of its checkpoints for itself; other calls write nothing there."""
+    with contextlib.ExitStack() as held:
+        if not args.onlyCapture and not args.only_classif_metric:
+            world.from_first(lambda: held.enter_context(lock_directory(args.pathCheckpoint)))
+        yield
+
+
+def lock_directory(path):
+    if os.path.isfile(path):
+        raise UserError(
+            f"--pathCheckpoint {path}: is a file; training needs a directory (to start from this "
+            "checkpoint's weights, use --load)"
+        )
+    return locked(path, "--pathCheckpoint")
+
+
+def settle_arguments(args, given):
     """The arguments, completed by those of the checkpoint that is gone on from or worked on.
 
     Returns them, the Checkpoint (None at the beginning of a run), and the StatsCollector.
     """
-    args, given = parse_arguments(argv)
+    if args.captureSetStats:
+        args.captureSetStats = with_absolute_directories(args.captureSetStats)
     checkpoint = find_checkpoint(args)
     if checkpoint:
         kept = stored_arguments(checkpoint.state["args"], checkpoint.path)
@@ -197,11 +222,6 @@ def parse_specs(args):
 def find_checkpoint(args):
     if args.onlyCapture or args.only_classif_metric:
         return open_checkpoint(args.pathCheckpoint)
-    if os.path.isfile(args.pathCheckpoint):
-        raise UserError(
-            f"--pathCheckpoint {args.pathCheckpoint}: is a file; training needs a directory "
-            "(to start from this checkpoint's weights, use --load)"
-        )
     return None if args.restart else newest_checkpoint(args.pathCheckpoint)
 
 

@@ -15,6 +15,7 @@ from utils.checkpoint import (
     check_resumable,
     copy_to_cpu,
     load_optimizer,
+    remove_old_checkpoints,
     save_checkpoint,
     saved_checkpoints,
 )
@@ -110,7 +111,7 @@ class Trainer:
         if done >= self.args.nEpoch:
             print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
             return
-        self.world.from_first(self.make_directory)
+        self.world.from_first(lambda: remove_leftovers(self.directory))
         self.network = self.world.wrap(self.step)
         self.val_loader.prepare()
         try:
@@ -123,15 +124,6 @@ class Trainer:
                 print(f"saved in epoch {self.position.epoch}; the same command goes on from there")
             raise
         self.print_summary()
-
-    def make_directory(self):
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--pathCheckpoint {self.directory}: can't be made ({error.strerror})"
-            ) from error
-        remove_leftovers(self.directory)
 
     def run_epoch(self):
         epoch = self.position.epoch
@@ -239,6 +231,10 @@ class Trainer:
         )
         # Where this is 1, the fused optimiser leaves every weight as it is.
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        if self.args.clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.step.parameters(), self.args.clip_grad_norm, norm
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.running.add(losses, accuracies, len(batch.window), norm)
@@ -336,11 +332,27 @@ class Trainer:
             )
             return False
         self.steps_since_save = 0
+        try:
+            self.remove_superseded(path, epoch)
+        except OSError as error:
+            print(f"warning: {self.directory}: old checkpoints can't be removed ({error})")
+        return True
+
+    def remove_superseded(self, newest, epoch):
+        """Now that `newest` is written: remove those of before a restart, and what --keep says."""
         for old in self.superseded:
-            if old != path:
+            if old != newest:
                 old.unlink(missing_ok=True)
         self.superseded = []
-        return True
+        if self.args.keep and epoch is not None:
+            best = self.logs["epoch"][self.best_row()]
+            remove_old_checkpoints(self.directory, epoch, self.args.keep, best)
+
+    def best_row(self):
+        """The place of the best epoch in the lists of the logs."""
+        rows = zip(self.logs["locLoss_val"], self.logs["locAcc_val"], strict=True)
+        scores = [self.score(*row) for row in rows]
+        return scores.index(max(scores))
 
     def state(self):
         """Everything that a later call needs to go on exactly from here (utils/checkpoint.py)."""
@@ -362,7 +374,7 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Go on from a checkpoint, of this program or of the original."""
-        check_resumable(checkpoint)
+        check_resumable(checkpoint, self.step.model.state_dict())
         state = checkpoint.state
         self.position = Position(*state["position"])
         self.logs.update(state["logs"])
@@ -375,7 +387,10 @@ class Trainer:
             return
         self.best_accuracy = state["best_accuracy"]
         self.running.restore(state["running"], self.device)
-        self.step.model.set_hidden_state(state["hidden"])
+        try:
+            self.step.model.set_hidden_state(state["hidden"])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
         machine = self.describe_machine()
         if state["machine"] != machine:
             print(
@@ -411,8 +426,11 @@ class Trainer:
         epochs, losses, accuracies = (
             self.logs[key] for key in ("epoch", "locLoss_val", "locAcc_val")
         )
-        best = max(range(len(epochs)), key=lambda i: self.score(losses[i], accuracies[i]))
-        chosen = [("first epoch", 0), ("best epoch", best), ("last epoch", len(epochs) - 1)]
+        chosen = [
+            ("first epoch", 0),
+            ("best epoch", self.best_row()),
+            ("last epoch", len(epochs) - 1),
+        ]
         rows = [
             (f"{name} ({epochs[i]})", mean(losses[i]), mean(accuracies[i])) for name, i in chosen
         ]

@@ -17,16 +17,16 @@ import train
 import trainer
 from criterion import build_criterion
 from dataset import Batch
-from model import (
-    build_model,
-)
+from model import CPCAR, build_model
 from utils.arguments import build_parser
+from utils.lock import locked
 from utils.logs import RunningMeans
 from utils.testing import (
     GOLDEN,
     REAL_SPEECH,
     ROOT,
     assert_close,
+    ends_refused,
     golden_cases,
     needs_real_speech,
     write_tiny_corpus,
@@ -219,13 +219,14 @@ def test_a_restart_keeps_the_old_run_until_the_new_one_is_saved(tiny_corpus, tmp
     assert [p.name for p in tmp_path.glob("*.pt")] == ["checkpoint_0.pt"]
 
 
+@pytest.mark.parametrize("clip", [[], ["--clip_grad_norm", "1"]])
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(
-    tiny_corpus, tmp_path, capsys
+    clip, tiny_corpus, tmp_path, capsys
 ):
     trained(tiny_corpus, tmp_path, epochs=1)
     before = checkpoint(tmp_path, 0)
     words = ["--pathCheckpoint", tmp_path, "--nEpoch", 2, "--learningRate", "1e30"]
-    assert run(*words) == 2
+    assert run(*words, *clip) == 2
     error = capsys.readouterr().err
     assert re.search(r"epoch 1, pack 0, batch \d+: .*\d+-\d-000\d.flac", error)
     assert_same(before, checkpoint(tmp_path, 0), without=())
@@ -246,6 +247,108 @@ def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
     trained(tiny_corpus, tmp_path, epochs=3)
     assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint_0.pt", "checkpoint_2.pt"}
     assert "No space left" in capsys.readouterr().out
+
+
+@pytest.fixture
+def accuracies(monkeypatch):
+    """A list of the validation accuracies that the epochs are to have, whatever is trained."""
+    by_epoch = []
+
+    def validate(_self, epoch, _what):
+        return {"locLoss_val": [1.0, 1.0], "locAcc_val": [by_epoch[epoch]] * 2}
+
+    monkeypatch.setattr(trainer.Trainer, "validate", validate)
+    return by_epoch
+
+
+def numbers(directory):
+    """Of which epochs there are checkpoints."""
+    return sorted(int(path.stem.split("_")[1]) for path in directory.glob("checkpoint_*.pt"))
+
+
+def test_keep_leaves_the_last_checkpoints_and_the_best(tiny_corpus, tmp_path, accuracies):
+    accuracies += [0.1, 0.5, 0.2, 0.3, 0.4, 0.45, 0.4, 0.9, 0.1]
+    trained(tiny_corpus, tmp_path, "--keep", "2", epochs=2)
+    assert numbers(tmp_path) == [0, 1]
+    for epochs, kept in ((4, [1, 2, 3]), (6, [1, 4, 5]), (9, [7, 8])):
+        assert run("--pathCheckpoint", tmp_path, "--nEpoch", epochs) == 0
+        assert numbers(tmp_path) == kept
+    trained(tiny_corpus, tmp_path, "--keep", "1", "--restart", epochs=1)
+    assert numbers(tmp_path) == [0]
+
+
+def test_keep_counts_saved_epochs_and_has_the_best_weights_anyway(
+    tiny_corpus, tmp_path, accuracies
+):
+    accuracies += [0.1, 0.5, 0.2, 0.3, 0.4, 0.4]
+    every = trained(tiny_corpus, tmp_path / "every", epochs=2)
+    state = trained(tiny_corpus, tmp_path / "kept", "--keep", 2, "--save_step", 2, epochs=6)
+    assert numbers(tmp_path / "kept") == [4, 5]
+    assert_equal_trees(state["best"], every["gEncoder"], "best")
+
+
+def test_keep_removes_nothing_before_the_new_checkpoint_is_there(
+    tiny_corpus, tmp_path, monkeypatch, accuracies
+):
+    accuracies += [0.5, 0.1, 0.1, 0.1, 0.1]
+    trained(tiny_corpus, tmp_path, "--keep", "1", epochs=3)
+    assert numbers(tmp_path) == [0, 2]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 5) == 2
+    assert numbers(tmp_path) == [0, 2]
+
+
+def test_keep_does_not_count_later_checkpoints_that_can_not_be_read(
+    tiny_corpus, tmp_path, accuracies
+):
+    accuracies += [0.5, 0.1, 0.1, 0.1]
+    trained(tiny_corpus, tmp_path, "--keep", "2", epochs=2)
+    for epoch in (7, 8):
+        (tmp_path / f"checkpoint_{epoch}.pt").write_bytes(b"torn")
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 4) == 0
+    assert numbers(tmp_path) == [0, 2, 3, 7, 8]
+
+
+def gradients_of_steps(monkeypatch):
+    """A list that takes in the gradients of each training step, as the optimiser gets them."""
+    taken, step = [], torch.optim.Adam.step
+
+    def record(self, *rest):
+        taken.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    return taken
+
+
+def test_clipped_gradients_have_the_norm_asked_for_and_logs_the_one_before(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    taken = gradients_of_steps(monkeypatch)
+    same_weights = ["--learningRate", "0"]
+    plain = trained(tiny_corpus, tmp_path / "plain", *same_weights, epochs=1)
+    norms = [sum(float((g.double() ** 2).sum()) for g in step) ** 0.5 for step in taken]
+    limit = sorted(norms)[len(norms) // 2]  # above it the larger half is clipped
+    scales = [min(1.0, limit / (norm + 1e-6)) for norm in norms]
+    expected = [[g * s for g in step] for step, s in zip(taken, scales, strict=True)]
+    taken.clear()
+    words = [*same_weights, "--clip_grad_norm", limit]
+    clipped = trained(tiny_corpus, tmp_path / "clipped", *words, epochs=1)
+    for step, clipped_step in zip(expected, taken, strict=True):
+        for gradient, clipped_gradient in zip(step, clipped_step, strict=True):
+            assert_close(clipped_gradient, gradient, 1e-5)
+    assert clipped["logs"]["gradNorm_train"] == plain["logs"]["gradNorm_train"]
+    assert plain["logs"]["gradNorm_train"][0] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+
+
+def test_a_limit_that_is_never_reached_changes_no_bit(tiny_corpus, tmp_path):
+    plain = trained(tiny_corpus, tmp_path / "plain")
+    clipped = trained(tiny_corpus, tmp_path / "clipped", "--clip_grad_norm", "1e6")
+    assert_same(plain, clipped)
 
 
 def test_another_corpus_is_said_and_the_next_epoch_begins(
@@ -284,6 +387,119 @@ def test_a_checkpoint_without_what_training_needs_is_refused(part, tiny_corpus, 
     torch.save(state, tmp_path / "checkpoint_0.pt")
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 2) == 2
     assert "training can't go on from it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--nEpoch", "2"], ["--restart"]])
+def test_a_directory_that_is_trained_into_is_refused_and_left_alone(
+    words, tiny_corpus, tmp_path, capsys
+):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    (tmp_path / ".writing-half").write_text("the other program's")
+    with locked(tmp_path, "the other program"):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert run(*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, *words) == 2
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+        flags = ["--pathCaptureDS", tiny_corpus / "test.txt", "--captureConvRepr"]
+        flags += ["--pathCaptureSave", tmp_path / "capture", "--pathDB", tiny_corpus / "audio"]
+        assert run("--onlyCapture", "--pathCheckpoint", tmp_path, *flags) == 0
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_a_refused_command_leaves_no_directory(tiny_corpus, tmp_path):
+    flags = [*on(tiny_corpus), "--pathCheckpoint", tmp_path / "a" / "b"]
+    assert run(*flags, "--sizeWindow", "161") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def inside_an_epoch(tiny_corpus, tmp_path_factory):
+    """A checkpoint in the second epoch of a run that keeps hidden state: the file's content."""
+    directory = tmp_path_factory.mktemp("inside")
+    words = ["--samplingType", "sequential", "--resume_every", 1, "--nEpoch", 2]
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, *words]
+    with pytest.MonkeyPatch.context() as patch:
+        end_epoch = trainer.Trainer.end_epoch
+
+        def die_in_the_second(self, epoch, *rest, **more):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            end_epoch(self, epoch, *rest, **more)
+
+        patch.setattr(trainer.Trainer, "end_epoch", die_in_the_second)
+        assert run(*flags) == 130
+    return directory / "checkpoint_resume.pt"
+
+
+def put(*path, value):
+    """A function that puts a value somewhere into a checkpoint."""
+
+    def mutate(state):
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return mutate
+
+
+MUTATIONS = {
+    "sums of other steps": put("running", "sums", value=torch.zeros(2, 3, dtype=torch.float64)),
+    "sums of one kind": put("running", "sums", value=torch.zeros(2, dtype=torch.float64)),
+    "sums of text": put("running", "sums", value="many"),
+    "integer sums": put("running", "sums", value=torch.zeros(2, 2, dtype=torch.int64)),
+    "norms of several": put("running", "norms", value=torch.zeros(2)),
+    "negative windows": put("running", "windows", value=-4),
+    "no batches": put("running", "batches", value=0),
+    "no sums at all": put("running", value=None),
+    "an epoch not begun": put("position", value=[1, 0, 0]),
+    "hidden text": put("hidden", value="state"),
+    "one hidden tensor of two": put("hidden", value=torch.zeros(1, 4, 8)),
+    "three hidden tensors": put("hidden", value=(torch.zeros(1, 4, 8),) * 3),
+    "hidden of other layers": put("hidden", value=(torch.zeros(2, 4, 8),) * 2),
+    "hidden of other width": put("hidden", value=(torch.zeros(1, 4, 7),) * 2),
+    "hidden of unlike rows": put("hidden", value=(torch.zeros(1, 4, 8), torch.zeros(1, 3, 8))),
+    "best without weights": put("best", value={}),
+    "best of text": put("best", "gAR.baseNet.bias_hh_l0", value="zero"),
+    "best of another shape": put("best", "gAR.baseNet.bias_hh_l0", value=torch.zeros(3)),
+    "best accuracy of text": put("best_accuracy", value="high"),
+    "best accuracy undefined": put("best_accuracy", value=float("nan")),
+    "a loss of text": put("logs", "locLoss_val", 0, 1, value="low"),
+    "an epoch without losses": put("logs", "locLoss_val", 0, value=None),
+    "an empty row": put("logs", "locAcc_train", 0, value=[]),
+    "a row of other steps": put("logs", "locAcc_val", 0, value=[0.5] * 3),
+    "no series of rows": put("logs", "locAcc_val", value=0.5),
+    "a start of text": put("logs", "before_training", "locAcc_val", value="low"),
+    "half a start": put("logs", "before_training", value={"locAcc_val": [0.1, 0.1]}),
+    "an epoch of text": put("logs", "epoch", 0, value="first"),
+    "a learning rate of rows": put("logs", "learningRate", 0, value=[0.1, 0.1]),
+    "a dict in the logs": put("logs", "iter", 0, value={}),
+    "moments of text": put("optimizer", "state", 0, "exp_avg", value="low"),
+    "moments of one kind": put("optimizer", "state", 0, value={"step": torch.tensor(1.0)}),
+    "a step of text": put("optimizer", "state", 0, "step", value="third"),
+    "several steps": put("optimizer", "state", 0, "step", value=torch.zeros(3)),
+    "a setting that is no text": put("logs", "saveStep", value=torch.zeros(2)),
+    "epochs that are no list": put("logs", "epoch", value=-1),
+    "a machine of tensors": put("machine", "threads", value=torch.zeros(2)),
+    "a fingerprint of tensors": put("fingerprint", value=torch.zeros(2)),
+    "a format that is no number": put("format", value=torch.zeros(2)),
+    "groups of a tensor": put("optimizer", "param_groups", value=torch.zeros(1, 4, 8)),
+    "no groups": put("optimizer", "param_groups", value=[]),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutated_checkpoint_is_refused_in_one_line(name, inside_an_epoch, tmp_path, capsys):
+    state = torch.load(inside_an_epoch, weights_only=True)
+    MUTATIONS[name](state)
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    with ends_refused(capsys, f"{tmp_path}/checkpoint_resume.pt: "):
+        train.main(["--pathCheckpoint", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_resume.pt"]
+
+
+def test_an_unmutated_checkpoint_goes_on(inside_an_epoch, tmp_path):
+    shutil.copy(inside_an_epoch, tmp_path)
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
 
 
 def test_a_place_that_can_not_be_made_is_refused(tiny_corpus, tmp_path, capsys):
@@ -410,6 +626,72 @@ def test_several_loaded_models_are_trained_side_by_side(tiny_corpus, tmp_path):
     assert run("--pathCheckpoint", tmp_path / "c", "--nEpoch", 2) == 0
 
 
+def as_the_original_writes_it(directory):
+    """Turn a run's directory into one of the original program, with what its schedule leaves."""
+    for path in directory.glob("checkpoint_*.pt"):
+        state = torch.load(path, weights_only=True)
+        args, epochs = state["args"], state["position"][0]
+        for group in state["optimizer"]["param_groups"]:
+            del group["fused"]
+            group["initial_lr"] = args["learningRate"]
+            group["lr"] = args["learningRate"] * 0.5 ** (epochs // args["schedulerStep"])
+        parts = ("gEncoder", "cpcCriterion", "optimizer", "best")
+        torch.save({part: state[part] for part in parts}, path)
+    path = directory / "checkpoint_logs.json"
+    logs = json.loads(path.read_text())
+    for ours in ("learningRate", "gradNorm_train", "before_training"):
+        del logs[ours]
+    path.write_text(json.dumps(logs))
+
+
+def test_a_run_of_the_original_goes_on_with_its_learning_rate_not_halved_twice(
+    tiny_corpus, tmp_path
+):
+    words = ["--schedulerStep", "2", "--learningRate", "0.01", "--arMode", "GRU"]
+    whole = trained(tiny_corpus, tmp_path / "whole", *words, epochs=4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoint_3.pt").unlink()
+    as_the_original_writes_it(tmp_path / "parts")
+    assert run("--pathCheckpoint", tmp_path / "parts") == 0
+    state = checkpoint(tmp_path / "parts", 3)
+    assert state["logs"]["learningRate"] == [None, None, None, 0.005]
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.005
+    for part in ("gEncoder", "cpcCriterion"):
+        assert_equal_trees(whole[part], state[part], part)
+    assert_equal_trees(whole["optimizer"]["state"], state["optimizer"]["state"], "moments")
+
+
+def is_zero(hidden):
+    return hidden is None or not hidden.any()
+
+
+def test_kept_hidden_state_begins_at_zero_in_each_pass_set_and_pack(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    starts, positions = {True: [], False: []}, []  # of training batches, and of others
+    start, train_on = CPCAR._start, trainer.Trainer.train_on
+
+    def recorded_start(self, *rest):
+        starts[self.training].append(start(self, *rest))
+        return starts[self.training][-1]
+
+    def recorded_train_on(self, position, batch):
+        positions.append(position)
+        train_on(self, position, batch)
+
+    monkeypatch.setattr(CPCAR, "_start", recorded_start)
+    monkeypatch.setattr(trainer.Trainer, "train_on", recorded_train_on)
+    words = ["--samplingType", "sequential", "--max_size_loaded", "60000", "--arMode", "GRU"]
+    trained(tiny_corpus, tmp_path, *words, epochs=2)
+    pairs = list(zip(positions, starts[True], strict=True))
+    assert len({position.pack for position in positions}) > 1
+    assert all(is_zero(hidden) for position, hidden in pairs if position.batch == 0)
+    assert not all(is_zero(hidden) for _, hidden in pairs)
+    n_batches, rest = divmod(len(starts[False]), 3)  # before training, and after each epoch
+    assert rest == 0
+    assert all(hidden is None for hidden in starts[False][::n_batches])
+
+
 @needs_real_speech
 @pytest.mark.skipif(not (GOLDEN / "checkpoint").is_dir(), reason="no checkpoint of the original")
 def test_a_golden_run_of_the_original_goes_on(tmp_path):
@@ -500,12 +782,46 @@ def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(
 
 
 def test_a_capture_that_can_not_be_written_costs_no_epoch(tiny_corpus, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    flags = capture_flags(tiny_corpus, tmp_path / "file")
+    (tmp_path / "capture").mkdir()
+    (tmp_path / "capture" / "0").write_text("where the first capture is to go")
+    flags = capture_flags(tiny_corpus, tmp_path / "capture")
     words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", *flags]
     assert run(*words, "--nEpoch", 2) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert str(tmp_path / "capture") in capsys.readouterr().err
     assert checkpoint(tmp_path / "run", 0)["position"] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("flag", ["pathCaptureSave", "linsep_logs_dir", "linsep_checkpoint_dir"])
+def test_results_that_can_not_be_written_are_noticed_at_the_start(
+    flag, tiny_corpus, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    flags = {name: tmp_path / name for name in ("pathCaptureSave", "linsep_logs_dir")}
+    flags[flag] = tmp_path / "file" / "deep"
+    words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", "--speaker_sep",
+             "--supervised_classif_metric", "--pathCaptureDS", tiny_corpus / "test.txt",
+             "--captureConvRepr"]  # fmt: skip
+    words += [word for name, path in flags.items() for word in (f"--{name}", path)]
+    with ends_refused(capsys, f"--{flag} .*{tmp_path / 'file'} is no directory"):
+        train.main([str(word) for word in words])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_pictures_of_stats_stay_where_they_were_when_a_run_goes_on_from_elsewhere(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    for name in ("here", "there"):
+        (tmp_path / name / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    specs = "reprDiff:cosine,ctx_repr,0.05,../pictures_reprDiff:euclid,conv_repr,0.5,../pictures"
+    flags = ["--captureSetStats", specs, "--pathCaptureDS", tiny_corpus / "test.txt"]
+    trained(tiny_corpus, tmp_path / "run", *flags, "--captureEachEpochs", "1", epochs=1)
+    monkeypatch.chdir(tmp_path / "there" / "below")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2) == 0
+    names = {path.name for path in (tmp_path / "here" / "pictures").iterdir()}
+    what = ("ctx_repr_cosine_by0.05", "conv_repr_euclid_by0.5")
+    assert names == {f"reprDiff_{name}_{epoch}.png" for name in what for epoch in (0, 1)}
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["below"]
 
 
 def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tmp_path, capsys):

@@ -37,6 +37,7 @@ from model import CPCEncoder
 from train import Data, build_step, find_audio, prepare_machine, settle_arguments
 from trainer import Trainer
 from transformers import SIZE_FEED_FORWARD
+from utils import arguments
 from utils.distributed import World
 from utils.files import save_json
 from utils.logs import progress
@@ -172,7 +173,7 @@ def build_trainer(name, root, options):
     flags += ["--samplingType", "uniform"]  # every batch is full
     world = World(stop=StopSignals())
     with contextlib.redirect_stdout(io.StringIO()):
-        args, _, _ = settle_arguments(flags)
+        args, _, _ = settle_arguments(*arguments.parse_arguments(flags))
         device = prepare_machine(args, world)
         data = Data(args, find_audio(args))
         step, _ = build_step(args, data)

@@ -33,7 +33,7 @@ from eval.probe import Probe, ProbeOptions
 from feature_loader import load_model
 from model import CPCModelNullspace
 from utils.checkpoint import save_checkpoint, saved_checkpoints
-from utils.files import load_json, load_tensors, save_json
+from utils.files import check_writable, load_json, load_tensors, save_json
 from utils.misc import (
     SAMPLES_PER_FRAME,
     CommandLine,
@@ -80,6 +80,7 @@ def parse_arguments(argv=None):
     check_numbers(args)
     check_task(args)
     settle_device(args)
+    check_writable(args.pathCheckpoint, f"--pathCheckpoint {args.pathCheckpoint}: results")
     args.load = [os.path.abspath(path) for path in args.load]
     if args.save_step <= 0:
         args.save_step = args.n_epoch

@@ -38,7 +38,7 @@ from utils.corpus import make_abx_item
 from utils.files import load_json, load_tensors, save_tensors
 from utils.misc import UserError
 from utils.report.plot_confusion import draw_confusion
-from utils.testing import ROOT, assert_close, golden_cases
+from utils.testing import ROOT, assert_close, ends_refused, golden_cases
 
 WINDOW = 3200  # samples, 20 frames
 FAST = ProbeOptions(n_epochs=6, batch_size=8, learning_rate=0.05, cpc_epoch=4)
@@ -546,6 +546,38 @@ def test_null_space_modes(probe_command, phones, tmp_path):
         model, *dims = load_model(out, nullspace=True)
         assert dims == [11, 11]
         assert (weight @ model.nullspace.weight.T).abs().max() < 1e-5
+
+
+def test_a_null_space_of_several_models_side_by_side_is_loaded_again(
+    probe_command, phones, checkpoint, tmp_path
+):
+    other = write_checkpoint(tmp_path / "other", arMode="GRU", nLevelsGRU=1)
+    load = {"load": (checkpoint, other)}
+    flags = "--mode", "speakers_factorized", "--dim_inter", "5"
+    path = probe_command(*flags, **load, out=tmp_path / "factorized")[0] / "checkpoint_1.pt"
+    flags = "--mode", "phonemes_nullspace", *phones, "--path_speakers_factorized", path
+    out, logs = probe_command(*flags, **load)
+    assert logs["measured_on"]["dimensions"] == 27
+    model, *dims = load_model(out, nullspace=True)
+    assert dims == [27, 27]
+    assert [args.arMode for args in model.arguments] == ["LSTM", "GRU"]
+    pair, waveform = load_model([checkpoint, other])[0], torch.randn(2, 1, WINDOW)
+    basis = load_tensors(out / "checkpoint_1.pt")["gEncoder"]["nullspace.weight"]
+    for features, projected in zip(pair(waveform), model(waveform), strict=True):
+        assert_close(projected, features @ basis.T)
+    beside, *dims = load_model([out, checkpoint], gru_level=1)
+    assert dims == [43, 43]
+    assert [args.nLevelsGRU for args in beside.arguments] == [1, 1, 1]
+    probe_command(load=(out,), out=tmp_path / "probe of it")
+    assert load_model(tmp_path / "probe of it")[1] == 27
+
+
+def test_results_that_can_not_be_written_are_noticed_before_the_work(
+    probe_command, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    with ends_refused(capsys, f"--pathCheckpoint .*{tmp_path / 'file'} is no directory"):
+        probe_command(load=("no such checkpoint",), out=tmp_path / "file" / "out")
 
 
 def test_command_pushes_to_centers(probe_command, tmp_path):

@@ -1,9 +1,9 @@
 """Checks of the arguments in a stat's spec: they run before anything is loaded."""
 
 import math
-import os
 from pathlib import Path
 
+from utils.files import check_writable
 from utils.misc import UserError
 
 REPRESENTATIONS = ("conv_repr", "ctx_repr")
@@ -29,12 +29,7 @@ def positive_number(value, what):
 
 def picture_directory(value):
     """The directory `value` names, checked as far as can be without making it."""
-    directory = Path(value)
-    existing = directory.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
     if not value:
         raise UserError("--captureSetStats: the directory for pictures is empty")
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--captureSetStats: {value}: pictures can't be written, see {existing}")
-    return directory
+    check_writable(value, f"--captureSetStats: {value}: pictures")
+    return Path(value)

@@ -1,5 +1,6 @@
 """The register of stats, and how `--captureSetStats` asks for them."""
 
+import os
 import re
 
 from stats.alignment_stat import AlignmentOccupancyStat
@@ -31,8 +32,32 @@ def parse_stats(specs):
     arguments (`ctx_repr`, a directory) may have underscores as well. Raises UserError, saying what
     there is, for an unknown name, a wrong number of arguments, or one that the stat refuses.
     """
+    return [_parse_one(spec) for spec in _split(specs)]
+
+
+def _split(specs):
     names = "|".join(map(re.escape, STATS))
-    return [_parse_one(spec) for spec in re.split(rf"_(?=(?:{names}):)", specs)]
+    return re.split(rf"_(?=(?:{names}):)", specs)
+
+
+def with_absolute_directories(specs):
+    """The same specs, so that they mean the same directories from every working directory.
+
+    Where the path of the working directory has a sign of this little language in it, or a spec is
+    wrong, it stays as it is.
+    """
+    absolute = "_".join(map(_with_absolute_directory, _split(specs)))
+    return specs if re.search("[,:]", os.getcwd()) else absolute
+
+
+def _with_absolute_directory(spec):
+    name, _, arguments = spec.partition(":")
+    names, values = STATS[name].arguments if name in STATS else (), arguments.split(",")
+    if len(names) != len(values):
+        return spec
+    pairs = zip(names, values, strict=True)
+    values = [os.path.abspath(v) if v and n == "DIRECTORY" else v for n, v in pairs]
+    return f"{name}:{','.join(values)}"
 
 
 def _parse_one(spec):

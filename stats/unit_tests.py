@@ -17,7 +17,7 @@ from stats.empty_stat import Stat
 from stats.phone_similarity_stat import PhoneSimilarityStat
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
-from stats.stats_utils import STATS, check_needs, parse_stats
+from stats.stats_utils import STATS, check_needs, parse_stats, with_absolute_directories
 from utils.misc import UserError
 from utils.testing import assert_close, golden_cases
 
@@ -324,6 +324,18 @@ def test_wrong_specs_are_refused_with_what_there_is(spec, said):
         parse_stats(spec)
     assert "--captureSetStats" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_directories_in_specs_become_absolute_and_nothing_else_changes(tmp_path, monkeypatch):
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    specs = "reprDiff:cosine,ctx_repr,0.05,../d_1_alignOccupancy:d_phoneSim:ctx_repr,/d"
+    there = f"reprDiff:cosine,ctx_repr,0.05,{tmp_path.parent}/d_1_alignOccupancy:{tmp_path}/d"
+    assert with_absolute_directories(specs) == f"{there}_phoneSim:ctx_repr,/d"
+    for wrong in ("", "reprDif:d", "reprDiff:cosine,d", "phoneSim:ctx_repr,"):
+        assert with_absolute_directories(wrong) == wrong
+    monkeypatch.chdir(tmp_path / "a,b")  # a path that can't be written in a spec
+    assert with_absolute_directories(specs) == specs
 
 
 def test_needs_that_the_run_cannot_meet_are_refused(tmp_path):

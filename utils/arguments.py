@@ -14,6 +14,7 @@ import os
 
 import torch
 
+from utils.files import check_writable
 from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError
 
 
@@ -60,7 +61,7 @@ INHERITED = (
     | PROBE_GROUP
     | names(
         """pathDB file_extension path_phone_data nEpoch learningRate schedulerStep schedulerRamp
-        beta1 beta2 epsilon logging_step save_step max_bad_files"""
+        beta1 beta2 epsilon clip_grad_norm logging_step save_step keep max_bad_files"""
     )
 )
 FILES = names("pathTrain pathVal pathCaptureDS path_phone_data")
@@ -138,6 +139,9 @@ def add_checkpoint_flags(group):
     add("--nullspace", action="store_true",
         help="the loaded checkpoint is one of a null-space model (needs --load)")
     add("--save_step", type=int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
+    add("--keep", type=int, default=0, metavar="N", help="keep only the last N "
+        "checkpoint_<epoch>.pt and that of the best epoch; the others go when a new one is written "
+        "(0: keep all)")
     add("--resume_every", type=int, default=500, metavar="STEPS", help="training steps between "
         "saves of checkpoint_resume.pt, from which a killed run goes on inside an epoch (0: only "
         "when asked to stop)")
@@ -163,6 +167,8 @@ def add_optimisation_flags(group):
         help="halve the learning rate every so many epochs (default: never)")
     add("--schedulerRamp", type=int, metavar="EPOCHS",
         help="raise the learning rate linearly over the first epochs; helps a deep model start")
+    add("--clip_grad_norm", type=float, metavar="NORM", help="scale a gradient whose norm, "
+        "over all weights, is above this down to it; helps where losses jump (default: never)")
     add("--random_seed", type=int, metavar="SEED",
         help="seed of everything random (default: drawn, and kept in the checkpoint)")
 
@@ -279,7 +285,8 @@ def add_capture_flags(group):
     }.items():
         add(f"--{flag}", action="store_true", help=what)
     add("--captureSetStats", metavar="SPEC", help="statistics over the captured set, "
-        "`name:arg,...[_name:arg,...]`, such as reprDiff:cosine,ctx_repr,0.05,DIR")
+        "`name:arg,...[_name:arg,...]`, such as reprDiff:cosine,ctx_repr,0.05,DIR (DIR as seen "
+        "from where the command is given)")
 
 
 def add_machine_flags(group):
@@ -399,7 +406,7 @@ def captured_names(args):
 AT_LEAST = {
     0: names(
         """CPCCTCSkipBeg CPCCTCSkipEnd limitNegsInBatch speakerEmbedding nEpoch learningRate
-        epsilon linsep_lr linsep_epsilon resume_every threads max_bad_files"""
+        epsilon linsep_lr linsep_epsilon resume_every keep threads max_bad_files"""
     ),
     1: names(
         """hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow
@@ -459,6 +466,10 @@ def check_numbers(args):
             not 0 <= getattr(args, name) < 1, f"--{name} {getattr(args, name)}: must be in [0, 1)"
         )
     refuse_if(not args.CPCCTCLossTemp > 0, "--CPCCTCLossTemp: must be above 0")
+    refuse_if(
+        args.clip_grad_norm is not None and not args.clip_grad_norm > 0,
+        f"--clip_grad_norm {args.clip_grad_norm}: must be above 0",
+    )
     refuse_if(args.max_bad_files > 1, "--max_bad_files: a share, so at most 1")
     refuse_if(
         args.random_seed is not None and not 0 <= args.random_seed < 2**63,
@@ -667,7 +678,7 @@ def check_machine(args):
 
 
 def check_paths(args, resumed):
-    """The paths that this call of the program reads must exist."""
+    """The paths that this call of the program reads must exist, and it must be able to write."""
     refuse_if(
         not args.pathDB,
         "no audio: give --pathDB DIR, or the --pathCheckpoint DIR of a run to go on with",
@@ -681,5 +692,14 @@ def check_paths(args, resumed):
     for name in sorted(used):
         path = getattr(args, name)
         refuse_if(path and not os.path.isfile(path), f"--{name} {path}: no such file")
+    written = set()
+    if args.pathCaptureDS and not args.only_classif_metric:
+        written |= {"pathCaptureSave"}
+    if args.supervised_classif_metric and not args.onlyCapture:
+        written |= {"linsep_logs_dir", "linsep_checkpoint_dir"}
+    for name in sorted(written):
+        path = getattr(args, name)
+        if path:
+            check_writable(path, f"--{name} {path}: results")
     for path in [] if resumed else args.load or []:
         refuse_if(not os.path.isfile(path), f"--load {path}: no such file")

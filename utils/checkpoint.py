@@ -16,6 +16,7 @@ All of it loads with `torch.load(..., weights_only=True)`.
 
 import argparse
 import contextlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from utils.misc import UserError
 
 FORMAT = 1  # of our additions to the original's keys
 RESUME_NAME = "checkpoint_resume.pt"
+ROW_SERIES = ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")  # by prediction step
+NUMBER_SERIES = ("iter", "learningRate", "gradNorm_train")
 NUMBERED_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
 
@@ -131,7 +134,7 @@ def read_checkpoint(path):
         )
     if "format" not in state:
         _complete_original(path, state)
-    if state["format"] != FORMAT:
+    if isinstance(state["format"], int) and state["format"] != FORMAT:
         raise UserError(
             f"{path}: written by a newer version of this program (format {state['format']})"
         )
@@ -169,7 +172,8 @@ def _complete_original(path, state):
     with contextlib.suppress(UserError):  # its logs are welcome, not needed
         state["logs"] = load_json(path.parent / "checkpoint_logs.json")
     done = int(match[1]) + 1 if match else 1
-    if not _are_logs(state["logs"]) or len(state["logs"].get("epoch", [])) < done:
+    logs = state["logs"]
+    if not (_are_logs(logs) and _are_training_logs(logs)) or len(logs.get("epoch", [])) < done:
         state["logs"] = {}
     state["logs"] = {
         key: value[:done] if isinstance(value, list) else value
@@ -182,7 +186,8 @@ def _check_types(path, state):
     """Refuse a file whose parts can't be what they are called, before they are used."""
     position = state.get("position")
     sound = (
-        all(isinstance(key, str) for key in state["gEncoder"])
+        isinstance(state["format"], int)
+        and all(isinstance(key, str) for key in state["gEncoder"])
         and isinstance(state.get("cpcCriterion"), dict)
         and isinstance(state.get("args"), dict)
         and _are_logs(state.get("logs"))
@@ -200,35 +205,119 @@ def _are_logs(logs):
     """Whether these can be `checkpoint_logs.json`: lists over the same epochs."""
     return (
         isinstance(logs, dict)
+        and isinstance(logs.get("epoch", []), list)
         and all(
             len(series) == len(logs.get("epoch", []))
             for series in logs.values()
             if isinstance(series, list)
         )
-        and isinstance(logs.get("epoch", []), list)
     )
 
 
-def check_resumable(checkpoint):
-    """Raise UserError unless training can go on from this checkpoint."""
-    state = checkpoint.state
-    sound = isinstance(state.get("optimizer"), dict) and isinstance(state.get("best"), dict | None)
+def check_resumable(checkpoint, weights):
+    """Raise UserError, naming what is damaged, unless training can go on from this checkpoint.
+
+    `weights`: the state dict of the model that goes on. The optimiser's state and the hidden state
+    are checked where they are loaded.
+    """
+    state, best = checkpoint.state, checkpoint.state.get("best")
+    sound = {
+        "optimizer": isinstance(state.get("optimizer"), dict),
+        "best": best is None or _same_shapes(best, weights),
+    }
     if not checkpoint.of_original:
-        running = state.get("running")
-        sound = (
-            sound
-            and isinstance(state.get("best_accuracy"), float | int)
-            and isinstance(running, dict)
-            and running.keys() >= {"sums", "norms", "windows", "batches"}
-            and all(isinstance(running[key], int) for key in ("windows", "batches"))
-            and (not running["batches"] or getattr(running["sums"], "ndim", 0) == 2)
-            and {"hidden", "machine", "fingerprint"} <= state.keys()
+        machine = state.get("machine")
+        sound |= {
+            "logs": _are_training_logs(state["logs"]),
+            "best_accuracy": _is_number(state.get("best_accuracy")),
+            "hidden": "hidden" in state,
+            "fingerprint": isinstance(state.get("fingerprint"), str),
+            "machine": isinstance(machine, dict) and all(map(_is_plain, machine.values())),
+        }
+        sound["running"] = sound["logs"] and _are_running_sums(
+            state.get("running"), state["position"], state["logs"]
         )
-    if not sound:
+    damaged = [name for name, is_sound in sound.items() if not is_sound]
+    if damaged:
         raise UserError(
-            f"{checkpoint.path}: training can't go on from it: what a training run keeps is "
-            "missing or damaged (to start from its weights, use --load)"
+            f"{checkpoint.path}: training can't go on from it: {', '.join(damaged)}: missing or "
+            "damaged (to start from its weights, use --load)"
         )
+
+
+def _same_shapes(state, weights):
+    return (
+        isinstance(state, dict)
+        and state.keys() == weights.keys()
+        and all(torch.is_tensor(v) and v.shape == weights[key].shape for key, v in state.items())
+    )
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, str | float | int)
+
+
+def _is_number(value):
+    return isinstance(value, float | int) and not math.isnan(value)
+
+
+def _is_row(value):
+    """Whether this can be what an epoch's logs have for each prediction step, or each probe."""
+    return isinstance(value, list) and value and all(isinstance(n, float | int) for n in value)
+
+
+def _rows(logs):
+    """The losses and accuracies by prediction step in the logs of a training run."""
+    before = logs.get("before_training", {})
+    return [row for key in ROW_SERIES for row in logs.get(key, [])] + list(before.values())
+
+
+def _are_training_logs(logs):
+    """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
+    series = {key: value for key, value in logs.items() if isinstance(value, list)}
+    before, needed = (
+        logs.get("before_training", {}),
+        set(ROW_SERIES) if logs.get("epoch") else set(),
+    )
+    named = (*ROW_SERIES, *NUMBER_SERIES)
+    return (
+        isinstance(before, dict)
+        and all(_is_plain(v) for k, v in logs.items() if k not in {"before_training", *series})
+        and (not before or before.keys() == {"locLoss_val", "locAcc_val"})
+        and needed <= series.keys()
+        and not any(key in logs and key not in series for key in named)
+        and all(isinstance(epoch, int) for epoch in series.get("epoch", []))
+        and all(map(_is_row, _rows(logs)))
+        and len(set(map(len, _rows(logs)))) <= 1
+        and all(
+            value is None
+            or isinstance(value, float | int)
+            or (_is_row(value) and key not in NUMBER_SERIES)
+            for key, values in series.items()
+            for value in values
+        )
+    )
+
+
+def _are_running_sums(running, position, logs):
+    """Whether these can be the sums (utils/logs.py) of an epoch that has come to `position`."""
+    if not isinstance(running, dict) or not running.keys() >= {"sums", "norms"}:
+        return False
+    windows, batches = running.get("windows"), running.get("batches")
+    if not all(isinstance(n, int) and n >= 0 for n in (windows, batches)):
+        return False
+    sums, norms = running["sums"], running["norms"]
+    if position[1:] == [0, 0]:  # between epochs there are none
+        return not batches and _is_number(sums) and _is_number(norms)
+    return (
+        windows >= batches > 0
+        and torch.is_tensor(sums)
+        and torch.is_tensor(norms)
+        and {tuple(sums.shape)} == {(2, len(row)) for row in _rows(logs)}
+        and norms.ndim == 0
+        and sums.is_floating_point()
+        and norms.is_floating_point()
+    )
 
 
 def save_checkpoint(directory, state, epoch=None):
@@ -247,6 +336,18 @@ def save_checkpoint(directory, state, epoch=None):
         with contextlib.suppress(FileNotFoundError):
             (directory / RESUME_NAME).unlink()
     return directory / name
+
+
+def remove_old_checkpoints(directory, newest, n_kept, best):
+    """Remove all but the last `n_kept` numbered checkpoints and that of the epoch `best`.
+
+    `newest` is the epoch whose checkpoint was just written, so that there is a sound one after
+    every other that goes. Later ones can only be leftovers that couldn't be read: they don't count.
+    """
+    older = [(epoch, path) for epoch, path in numbered_checkpoints(directory) if epoch <= newest]
+    for epoch, path in older[:-n_kept]:
+        if epoch != best:
+            path.unlink(missing_ok=True)
 
 
 def copy_to_cpu(state):
@@ -272,13 +373,14 @@ def load_optimizer(optimizer, state, source):
         for group in optimizer.param_groups
     ]
     try:
+        if not isinstance(state["param_groups"], list):
+            raise TypeError("its groups are no list")
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                moments = optimizer.state.get(parameter, {})
-                if any(moments[key].shape != parameter.shape for key in moments if key != "step"):
-                    raise ValueError("moments of another shape than the weights")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if parameter in optimizer.state:
+                    _check_moments(optimizer.state[parameter], parameter)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise UserError(f"{source}: its optimizer state doesn't fit ({error})") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -286,6 +388,13 @@ def load_optimizer(optimizer, state, source):
             if parameter in optimizer.state:  # the fused optimiser counts steps on the device
                 moments = optimizer.state[parameter]
                 moments["step"] = torch.as_tensor(moments["step"]).float().to(parameter.device)
+
+
+def _check_moments(moments, parameter):
+    """Raise ValueError (or what using them raises) unless Adam can go on with these."""
+    shapes = {moments[key].shape for key in ("exp_avg", "exp_avg_sq")}
+    if shapes != {parameter.shape} or torch.as_tensor(moments["step"]).numel() != 1:
+        raise ValueError("moments of another shape than the weights")
 
 
 def follow_speaker_order(checkpoint, criterion, speakers, listing):

@@ -49,6 +49,21 @@ def _umask():
     return mask
 
 
+def check_writable(directory, what):
+    """Raise UserError if nothing can be written in `directory`, before work is lost to that.
+
+    It is judged as far as can be without making the directory: by what there is of its path.
+    `what` begins the message: the flag and what would be written.
+    """
+    existing = Path(directory).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{what} can't be written: {existing} is no directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{what} can't be written: {existing} is read-only for you")
+
+
 def remove_leftovers(directory):
     """Delete the temporary files that killed runs left in `directory`."""
     for leftover in Path(directory).glob(TEMPORARY_PREFIX + "*"):

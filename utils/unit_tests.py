@@ -1,11 +1,14 @@
 """Tests of the building blocks: arguments, files, checkpoints, captures, logs, stop signals."""
 
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import pickle
 import resource
 import signal
+import socket
 import stat
 
 import pytest
@@ -30,7 +33,15 @@ from utils.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from utils.files import TEMPORARY_PREFIX, atomic_path, load_tensors, remove_leftovers, save_tensors
+from utils.files import (
+    TEMPORARY_PREFIX,
+    atomic_path,
+    check_writable,
+    load_tensors,
+    remove_leftovers,
+    save_tensors,
+)
+from utils.lock import LOCK_NAME, locked
 from utils.logs import RunningMeans, append_epoch
 from utils.misc import UserError, seed_from
 from utils.report.plots import draw_curves
@@ -115,6 +126,8 @@ def paths(tmp_path):
         ("--learningRate nan", "--learningRate nan"),
         ("--beta1 1", "--beta1 1.0"),
         ("--batchSizeGPU 0", "--batchSizeGPU 0"),
+        ("--keep -1", "--keep -1: must be at least 0"),
+        ("--clip_grad_norm 0", "--clip_grad_norm 0.0: must be above 0"),
         ("--hiddenGar 128", "--rnnMode transformer needs --hiddenGar (128)"),
         ("--speakerEmbedding 8", "--speakerEmbedding can't be used with --rnnMode transformer"),
         ("--hiddenEncoder 100 --hiddenGar 100", "8 attention heads"),
@@ -270,6 +283,18 @@ def test_written_files_are_readable_by_others_and_leftovers_go(tmp_path):
     (tmp_path / f"{TEMPORARY_PREFIX}abc.pt").write_text("")
     remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_where_nothing_can_be_written_is_noticed_without_making_it(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b", "--x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "deep" / "er"):
+        with pytest.raises(UserError, match=f"--x can't be written: {tmp_path / 'file'} is no dir"):
+            check_writable(place, "--x")
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} is read-only"):
+        check_writable(tmp_path / "a" / "b", "--x")
 
 
 class Malicious:
@@ -455,6 +480,173 @@ def test_outside_a_deferred_block_a_stop_signal_acts_at_once():
         raise AssertionError("not reached")
     assert stopped.value.status == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# ------------------------------------------------------------------------------------------ lock
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(directory, ready, with_child):
+    """Take the lock and keep it until this process is killed; a child of it lives on."""
+    with locked(directory, "--x"):
+        child = os.fork() if with_child else None
+        if child != 0:
+            ready.send((os.getpid(), child))
+        signal.pause()
+
+
+@contextlib.contextmanager
+def held_elsewhere(directory, with_child=False):
+    """A block in which another process has the lock: its process id, and that of its child."""
+    theirs, ours = FORK.Pipe()
+    process = FORK.Process(target=hold, args=(directory, ours, with_child))
+    process.start()
+    try:
+        yield theirs.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_second_program_is_refused_and_told_who_has_the_directory(tmp_path):
+    with held_elsewhere(tmp_path) as (pid, _):
+        started = json.loads((tmp_path / LOCK_NAME).read_text())["started"]
+        with pytest.raises(UserError) as refused, locked(tmp_path, "--x"):
+            pass
+    message = str(refused.value)
+    assert message.startswith(f"--x {tmp_path}: ")
+    for part in (f"process {pid} ", socket.gethostname(), started):
+        assert part in message
+
+
+def test_within_one_process_a_lock_is_given_once_and_goes_without_a_trace(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path, "--x"):
+            with pytest.raises(UserError, match=f"process {os.getpid()} "), locked(tmp_path, "--x"):
+                pass
+            assert (tmp_path / LOCK_NAME).is_file()
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [UserError("no"), Stopped(signal.SIGTERM)])
+def test_a_lock_is_given_back_whatever_ends_the_block(error, tmp_path):
+    with pytest.raises(type(error)), locked(tmp_path, "--x"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_program_left_is_taken_over(tmp_path, capsys):
+    with held_elsewhere(tmp_path) as (pid, _):
+        pass
+    assert (tmp_path / LOCK_NAME).is_file()
+    with locked(tmp_path, "--x"):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert f"left behind by process {pid}" in capsys.readouterr().out
+
+
+def test_a_process_id_in_use_again_keeps_nobody_out(tmp_path):
+    owner = {"pid": os.getppid(), "host": socket.gethostname(), "started": "long ago"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(owner))
+    with locked(tmp_path, "--x"):
+        pass
+
+
+def test_a_child_of_a_killed_program_keeps_nobody_out(tmp_path):
+    with held_elsewhere(tmp_path, with_child=True) as (_, child):
+        pass
+    try:
+        with locked(tmp_path, "--x"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def end_in_the_block(directory):
+    with pytest.raises(SystemExit), locked(directory, "--x"):
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            assert (directory / LOCK_NAME).is_file()
+        raise SystemExit
+    os._exit(0)
+
+
+def test_a_child_that_leaves_the_block_does_not_give_back_its_parents_lock(tmp_path):
+    process = FORK.Process(target=end_in_the_block, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_another_machine_is_left_alone(tmp_path):
+    owner = {"pid": 12, "host": "elsewhere", "started": "yesterday"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(owner))
+    expected = f"process 12 on elsewhere, since yesterday.*remove {tmp_path / LOCK_NAME}"
+    with pytest.raises(UserError, match=expected), locked(tmp_path, "--x"):
+        pass
+    assert json.loads((tmp_path / LOCK_NAME).read_text()) == owner
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": {}}', "\x00"])
+def test_a_damaged_lock_file_keeps_nobody_out(content, tmp_path):
+    (tmp_path / LOCK_NAME).write_text(content)
+    with locked(tmp_path, "--x"):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("utils.lock.fcntl.flock", flock)
+    with locked(tmp_path, "--x"):
+        pass
+    assert "no locks" in capsys.readouterr().out
+
+
+def take_in_turns(directory, rounds, clashes):
+    """Be the only owner `rounds` times; counts the times when somebody else was, too."""
+    while rounds:
+        with contextlib.suppress(UserError), locked(directory, "--x"):
+            try:
+                os.close(os.open(directory / "owner", os.O_CREAT | os.O_EXCL))
+                os.unlink(directory / "owner")
+            except OSError:
+                clashes.value += 1
+            rounds -= 1
+
+
+def test_several_takers_are_never_owners_at_once(tmp_path):
+    (tmp_path / "kept").write_text("")
+    clashes = FORK.Value("i", 0)
+    takers = [FORK.Process(target=take_in_turns, args=(tmp_path, 300, clashes)) for _ in range(3)]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join()
+    assert [taker.exitcode for taker in takers] == [0, 0, 0]
+    assert clashes.value == 0
+
+
+def test_a_directory_made_for_the_lock_goes_if_nothing_came_of_it(tmp_path):
+    with locked(tmp_path / "a" / "b", "--x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "a" / "b", "--x"):
+        (tmp_path / "a" / "file").write_text("")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+def test_a_directory_that_can_not_be_locked_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--x .*can't be made"), locked(tmp_path / "file", "--x"):
+        pass
+    (tmp_path / LOCK_NAME).mkdir()
+    with pytest.raises(UserError, match="--x .*can't be written"), locked(tmp_path, "--x"):
+        pass
 
 
 CAPTURED = {
