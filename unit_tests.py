@@ -468,6 +468,7 @@ MUTATIONS = {
     "a row of other steps": put("logs", "locAcc_val", 0, value=[0.5] * 3),
     "no series of rows": put("logs", "locAcc_val", value=0.5),
     "a start of text": put("logs", "before_training", "locAcc_val", value="low"),
+    "an empty start": put("logs", "before_training", value={}),
     "half a start": put("logs", "before_training", value={"locAcc_val": [0.1, 0.1]}),
     "an epoch of text": put("logs", "epoch", 0, value="first"),
     "a learning rate of rows": put("logs", "learningRate", 0, value=[0.1, 0.1]),

@@ -275,28 +275,24 @@ def _rows(logs):
 def _are_training_logs(logs):
     """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
     series = {key: value for key, value in logs.items() if isinstance(value, list)}
-    before, needed = (
-        logs.get("before_training", {}),
-        set(ROW_SERIES) if logs.get("epoch") else set(),
-    )
-    named = (*ROW_SERIES, *NUMBER_SERIES)
-    return (
+    rest = {key: value for key, value in logs.items() if key not in series}
+    before = rest.pop("before_training", {})
+    sound = (
         isinstance(before, dict)
-        and all(_is_plain(v) for k, v in logs.items() if k not in {"before_training", *series})
-        and (not before or before.keys() == {"locLoss_val", "locAcc_val"})
-        and needed <= series.keys()
-        and not any(key in logs and key not in series for key in named)
+        and ("before_training" not in logs or before.keys() == {"locLoss_val", "locAcc_val"})
+        and all(map(_is_plain, rest.values()))
+        and not rest.keys() & {*ROW_SERIES, *NUMBER_SERIES}
+        and (not series.get("epoch") or series.keys() >= set(ROW_SERIES))
         and all(isinstance(epoch, int) for epoch in series.get("epoch", []))
-        and all(map(_is_row, _rows(logs)))
-        and len(set(map(len, _rows(logs)))) <= 1
-        and all(
-            value is None
-            or isinstance(value, float | int)
-            or (_is_row(value) and key not in NUMBER_SERIES)
-            for key, values in series.items()
-            for value in values
-        )
+        and all(_can_be_logged(key, value) for key, values in series.items() for value in values)
     )
+    return sound and all(map(_is_row, _rows(logs))) and len(set(map(len, _rows(logs)))) <= 1
+
+
+def _can_be_logged(key, value):
+    """Whether an epoch's logs can have this; what an epoch had no value for is None."""
+    is_number = value is None or isinstance(value, float | int)
+    return is_number or (_is_row(value) and key not in NUMBER_SERIES)
 
 
 def _are_running_sums(running, position, logs):
