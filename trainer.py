@@ -93,9 +93,6 @@ class Trainer:
     def run(self):
         """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
         done = self.position.epoch
-        if done >= self.args.nEpoch:
-            print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
-            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -103,6 +100,11 @@ class Trainer:
                 f"--pathCheckpoint {self.directory}: can't be made ({error.strerror})"
             ) from error
         remove_leftovers(self.directory)
+        if self.logs["epoch"]:
+            self.write_record()  # the run may have been killed right before that
+        if done >= self.args.nEpoch:
+            print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
+            return
         try:
             if self.position == (0, 0, 0):
                 self.log_start()
@@ -161,15 +163,19 @@ class Trainer:
         saved = True
         if save_now or last or epoch % self.args.save_step == 0:
             saved = self.save(epoch)
+        self.write_record(epoch_speed(self.clock, self.device))
+        if last and not saved:
+            raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
+
+    def write_record(self, speed=None):
+        """Logs, curves and report of the epochs so far; speed: the `epoch_speed` of the last."""
         try:
             save_json(self.directory / "checkpoint_logs.json", self.logs)
             draw_curves(self.logs, self.directory / CURVES)
             if self.report:
-                self.report.write(self.logs, epoch_speed(self.clock, self.device))
+                self.report.write(self.logs, speed)
         except OSError as error:
             print(f"warning: {self.directory}: logs and pictures not written ({error})")
-        if last and not saved:
-            raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
 
     def score(self, losses, accuracies):
         """What makes an epoch the best: its accuracy; by CTC, which has none, minus its loss."""

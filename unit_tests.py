@@ -210,6 +210,24 @@ def test_resume_every_keeps_the_last_steps_of_a_killed_run(tiny_corpus, tmp_path
     assert_same(whole, checkpoint(tmp_path / "parts", 1))
 
 
+def test_a_run_killed_after_its_last_save_has_its_curves_and_report_written(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--nEpoch", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_json", die)
+        assert run(*flags) == 130
+    (tmp_path / "checkpoint_logs.json").unlink()  # as if killed before that, too
+    assert run(*flags) == 0
+    logs = json.loads((tmp_path / "checkpoint_logs.json").read_text())
+    assert logs == checkpoint(tmp_path, 0)["logs"]
+    assert (tmp_path / "checkpoint_curves.png").exists()
+    assert (tmp_path / "report.html").exists()
+
+
 def test_a_restart_keeps_the_old_run_until_the_new_one_is_saved(tiny_corpus, tmp_path):
     trained(tiny_corpus, tmp_path, epochs=3)
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--restart"]

@@ -59,12 +59,14 @@ class RunReport:
     def write(self, logs, speed):
         """Write `report.html` and `report_data.json` after an epoch.
 
-        logs: content of `checkpoint_logs.json`, that epoch included; speed: its `epoch_speed`.
+        logs: content of `checkpoint_logs.json`, that epoch included; speed: its `epoch_speed`, or
+        None if it was an earlier process that trained it.
         Raises OSError where they can't be written.
         """
         epoch = logs["epoch"][-1]
-        self.record.add(epoch, speed, self.command)
-        self.record.save()
+        if speed:
+            self.record.add(epoch, speed, self.command)
+            self.record.save()
         capture = latest_capture(logs, self.args)
         if capture and capture.name == str(epoch):
             draw_capture(capture)
