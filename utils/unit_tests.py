@@ -591,6 +591,8 @@ def test_an_earlier_capture_is_replaced_and_nothing_else(tmp_path):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text("mine")
     (directory / "ctx_repr" / ".writing-1.pt").write_text("of a killed run")
+    (directory / "begun").mkdir()
+    (directory / "begun" / ".writing-1.pt").write_text("of a run killed before its first file")
     elsewhere = tmp_path / "elsewhere"
     write(elsewhere, [1], ["phone_align"])
     (directory / "linked").symlink_to(elsewhere / "phone_align")

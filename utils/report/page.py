@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.capture import CaptureReader
-from utils.files import atomic_path
+from utils.files import atomic_path, remove_leftovers
 from utils.misc import UserError
 from utils.report import plot_capture
 from utils.report.line_chart import Line, draw_lines, legend, readable
@@ -595,6 +595,7 @@ def latest_capture(logs, args):
 
 def draw_capture(directory):
     """Draw the first windows of a capture into its folder `pictures`, if they can be drawn."""
+    remove_leftovers(directory / "pictures")
     try:
         reader = CaptureReader(directory)
         drawn = [name for name in reader.names if name in plot_capture.DRAWN]
