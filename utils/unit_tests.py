@@ -27,11 +27,19 @@ from utils.capture import CaptureReader, CaptureWriter, prediction_names
 from utils.checkpoint import (
     Checkpoint,
     follow_speaker_order,
+    load_optimizer,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from utils.files import TEMPORARY_PREFIX, atomic_path, load_tensors, remove_leftovers, save_tensors
+from utils.files import (
+    TEMPORARY_PREFIX,
+    atomic_path,
+    load_json,
+    load_tensors,
+    remove_leftovers,
+    save_tensors,
+)
 from utils.logs import RunningMeans, append_epoch
 from utils.misc import UserError, seed_from
 from utils.report.plots import draw_curves
@@ -294,6 +302,13 @@ def test_what_is_no_checkpoint_is_named_in_one_line(content, tmp_path):
     with pytest.raises(UserError, match="x.pt") as refused:
         load_tensors(tmp_path / "x.pt")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("read", [load_tensors, load_json])
+def test_a_pipe_is_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt: .*not a regular file"):
+        read(tmp_path / "x.pt")
 
 
 # ----------------------------------------------------------------------------------- checkpoints
