@@ -27,6 +27,7 @@ from utils.misc import UserError
 
 FORMAT = 1  # of our additions to the original's keys
 RESUME_NAME = "checkpoint_resume.pt"
+LOGS_OF_STEPS = frozenset(("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val"))
 NUMBERED_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
 
@@ -169,7 +170,8 @@ def _complete_original(path, state):
     with contextlib.suppress(UserError):  # its logs are welcome, not needed
         state["logs"] = load_json(path.parent / "checkpoint_logs.json")
     done = int(match[1]) + 1 if match else 1
-    if not _are_logs(state["logs"]) or len(state["logs"].get("epoch", [])) < done:
+    logs = state["logs"]
+    if not _are_logs(logs) or not logs.keys() >= LOGS_OF_STEPS or len(logs.get("epoch", [])) < done:
         state["logs"] = {}
     state["logs"] = {
         key: value[:done] if isinstance(value, list) else value
@@ -197,22 +199,38 @@ def _check_types(path, state):
 
 
 def _are_logs(logs):
-    """Whether these can be `checkpoint_logs.json`: lists over the same epochs."""
+    """Whether these can be `checkpoint_logs.json`: lists over the same epochs, of numbers."""
+    if not isinstance(logs, dict) or not isinstance(logs.get("epoch", []), list):
+        return False
+    epochs, before = logs.get("epoch", []), logs.get("before_training", {})
+    series = [series for series in logs.values() if isinstance(series, list)]
+    steps = [logs[key] for key in LOGS_OF_STEPS & logs.keys()]
     return (
-        isinstance(logs, dict)
-        and all(
-            len(series) == len(logs.get("epoch", []))
-            for series in logs.values()
-            if isinstance(series, list)
-        )
-        and isinstance(logs.get("epoch", []), list)
+        all(isinstance(epoch, int) for epoch in epochs)
+        and all(len(values) == len(epochs) for values in series)
+        and all(_is_logged(value) for values in series for value in values)
+        and all(isinstance(rows, list) and all(map(_are_numbers, rows)) for rows in steps)
+        and isinstance(before, dict)
+        and all(map(_are_numbers, before.values()))
     )
+
+
+def _is_logged(value):
+    return value is None or isinstance(value, int | float) or _are_numbers(value)
+
+
+def _are_numbers(row):
+    return isinstance(row, list) and row and all(isinstance(n, int | float) for n in row)
 
 
 def check_resumable(checkpoint):
     """Raise UserError unless training can go on from this checkpoint."""
     state = checkpoint.state
-    sound = isinstance(state.get("optimizer"), dict) and isinstance(state.get("best"), dict | None)
+    sound = (
+        isinstance(state.get("optimizer"), dict)
+        and isinstance(state.get("best"), dict | None)
+        and (not state["logs"].get("epoch") or state["logs"].keys() >= LOGS_OF_STEPS)
+    )
     if not checkpoint.of_original:
         running = state.get("running")
         sound = (
@@ -275,10 +293,9 @@ def load_optimizer(optimizer, state, source):
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                moments = optimizer.state.get(parameter, {})
-                if any(moments[key].shape != parameter.shape for key in moments if key != "step"):
-                    raise ValueError("moments of another shape than the weights")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if parameter in optimizer.state:
+                    _check_moments(optimizer.state[parameter], parameter)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source}: its optimizer state doesn't fit ({error})") from error
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -286,6 +303,14 @@ def load_optimizer(optimizer, state, source):
             if parameter in optimizer.state:  # the fused optimiser counts steps on the device
                 moments = optimizer.state[parameter]
                 moments["step"] = torch.as_tensor(moments["step"]).float().to(parameter.device)
+
+
+def _check_moments(moments, parameter):
+    """Raise one of several errors unless this is Adam's state of a parameter."""
+    float(moments["step"])
+    for key in ("exp_avg", "exp_avg_sq"):
+        if moments[key].shape != parameter.shape or moments[key].layout != torch.strided:
+            raise ValueError("moments of another shape than the weights")
 
 
 def follow_speaker_order(checkpoint, criterion, speakers, listing):

@@ -360,6 +360,51 @@ def test_a_checkpoint_with_parts_missing_is_refused(damage, tmp_path):
         read_checkpoint(tmp_path / "checkpoint_0.pt")
 
 
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {"epoch": 3, "iter": [1]},
+        {"epoch": ["0"]},
+        {"epoch": [0], "iter": ["12"]},
+        {"epoch": [0], "locLoss_val": [2.5]},
+        {"epoch": [0], "locLoss_val": 2.5},
+        {"epoch": [0], "locAcc_val": [[]]},
+        {"epoch": [0], "before_training": {"locLoss_val": 2.5}},
+    ],
+)
+def test_damaged_logs_are_refused_or_left_out(logs, tmp_path):
+    save_checkpoint(tmp_path, {**state((1, 0, 0)), "logs": logs}, epoch=0)
+    with pytest.raises(UserError, match="checkpoint_0.pt: damaged"):
+        read_checkpoint(tmp_path / "checkpoint_0.pt")
+    original = {"gEncoder": {}, "cpcCriterion": {}, "optimizer": {}, "best": None}
+    save_tensors(tmp_path / "checkpoint_0.pt", original)
+    assert read_checkpoint(tmp_path / "checkpoint_0.pt").state["logs"] == {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda moments: moments.pop("exp_avg"),
+        lambda moments: moments.pop("step"),
+        lambda moments: moments.update(step=torch.ones(2)),
+        lambda moments: moments.update(exp_avg_sq=torch.ones(3)),
+        lambda moments: moments.update(exp_avg=moments["exp_avg"].to_sparse()),
+    ],
+)
+def test_damaged_moments_are_refused(damage):
+    def optimizer():
+        return torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], fused=True)
+
+    trained = optimizer()
+    trained.param_groups[0]["params"][0].grad = torch.ones(2)
+    trained.step()
+    stored = trained.state_dict()
+    load_optimizer(optimizer(), stored, "x.pt")
+    damage(stored["state"][0])
+    with pytest.raises(UserError, match="x.pt: its optimizer state doesn't fit"):
+        load_optimizer(optimizer(), stored, "x.pt")
+
+
 @pytest.mark.skipif(not (GOLDEN / "checkpoint").is_dir(), reason="no checkpoint of the original")
 def test_a_golden_checkpoint_of_the_original_is_completed():
     checkpoint = newest_checkpoint(GOLDEN / "checkpoint")
