@@ -15,6 +15,7 @@
 `python train.py --help` explains every flag, README.md every task.
 """
 
+import contextlib
 import functools
 import os
 import random
@@ -59,6 +60,7 @@ from utils.checkpoint import (
     open_checkpoint,
 )
 from utils.hooks import PREDICTED, CaptureHook, ProbeHook
+from utils.logs import DroppedWhenFull
 from utils.misc import (
     UserError,
     command,
@@ -73,7 +75,8 @@ from utils.stopping import Stopped, StopSignals
 
 @command
 def main(argv=None):
-    with StopSignals() as stop:
+    log = contextlib.redirect_stdout(DroppedWhenFull(sys.stdout))
+    with StopSignals() as stop, log:
         try:
             words = sys.argv[1:] if argv is None else argv
             args, checkpoint = settle_arguments(words)

@@ -1,5 +1,6 @@
 """Tests of the program as a whole: training runs, from the command line to their files."""
 
+import io
 import json
 import os
 import re
@@ -264,6 +265,15 @@ def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
     trained(tiny_corpus, tmp_path, epochs=3)
     assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint_0.pt", "checkpoint_2.pt"}
     assert "No space left" in capsys.readouterr().out
+
+
+def test_a_log_file_on_a_full_disk_stops_no_run(tiny_corpus, tmp_path, monkeypatch):
+    class OnFullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", OnFullDisk())
+    trained(tiny_corpus, tmp_path, epochs=1)
 
 
 def test_another_corpus_is_said_and_the_next_epoch_begins(
