@@ -28,6 +28,7 @@ from utils.testing import (
     REAL_SPEECH,
     ROOT,
     assert_close,
+    assert_equal_trees,
     golden_cases,
     needs_real_speech,
     write_tiny_corpus,
@@ -70,21 +71,6 @@ def assert_same(one, other, without=("args",)):
     assert one.keys() == other.keys()
     for key in one.keys() - set(without):
         assert_equal_trees(one[key], other[key], key)
-
-
-def assert_equal_trees(one, other, where):
-    if torch.is_tensor(one):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal_trees(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal_trees(a, b, f"{where}[{index}]")
-    else:
-        assert one == other, where
 
 
 def test_a_run_leaves_checkpoints_arguments_logs_and_curves(tiny_corpus, tmp_path, capsys):
