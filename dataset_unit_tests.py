@@ -335,6 +335,13 @@ def test_damaged_listing_is_replaced(own_corpus, capsys, damage):
     assert path.read_text() == intact
 
 
+@pytest.mark.parametrize("place", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_a_listing_that_never_ends_is_replaced(place, own_corpus):
+    place(own_corpus / listing.LISTING)
+    assert len(scan_corpus(own_corpus).sequences) == len(LENGTHS)
+    assert (own_corpus / listing.LISTING).is_file()
+
+
 def test_database_that_cannot_be_written_to(own_corpus, capsys):
     (own_corpus / listing.LISTING / "in the way").mkdir(parents=True)
     assert len(scan_corpus(own_corpus).sequences) == len(LENGTHS)

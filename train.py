@@ -66,6 +66,7 @@ from utils.distributed import World, joined_world
 from utils.hooks import PREDICTED, CaptureHook, ProbeHook
 from utils.launch import launch, processes_to_start
 from utils.lock import locked
+from utils.logs import DroppedWhenFull
 from utils.misc import (
     UserError,
     command,
@@ -85,7 +86,8 @@ def main(argv=None):
     n_processes = processes_to_start(args)
     if n_processes:
         return launch(n_processes, main, words)
-    with StopSignals() as stop:
+    log = contextlib.redirect_stdout(DroppedWhenFull(sys.stdout))
+    with StopSignals() as stop, log:
         try:
             device = device_from(args.device)
             with joined_world(stop, device) as world, own_directory(args, world):

@@ -108,10 +108,10 @@ class Trainer:
     def run(self):
         """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
         done = self.position.epoch
+        self.world.from_first(self.tidy)
         if done >= self.args.nEpoch:
             print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
             return
-        self.world.from_first(lambda: remove_leftovers(self.directory))
         self.network = self.world.wrap(self.step)
         self.val_loader.prepare()
         try:
@@ -124,6 +124,12 @@ class Trainer:
                 print(f"saved in epoch {self.position.epoch}; the same command goes on from there")
             raise
         self.print_summary()
+
+    def tidy(self):
+        """Put right what a killed run may have left behind in the directory."""
+        remove_leftovers(self.directory)
+        if self.logs["epoch"]:
+            self.write_record()
 
     def run_epoch(self):
         epoch = self.position.epoch
@@ -173,17 +179,17 @@ class Trainer:
         if save_now or last or epoch % self.args.save_step == 0:
             saved = self.save(epoch)
         if self.world.is_first:
-            self.write_logs()
+            self.write_record(epoch_speed(self.clock, self.device))
         if last and not saved:
             raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
 
-    def write_logs(self):
-        """The logs, and the pictures and the report of them."""
+    def write_record(self, speed=None):
+        """Logs, curves and report of the epochs so far; speed: the `epoch_speed` of the last."""
         try:
             save_json(self.directory / "checkpoint_logs.json", self.logs)
             draw_curves(self.logs, self.directory / CURVES)
             if self.report:
-                self.report.write(self.logs, epoch_speed(self.clock, self.device))
+                self.report.write(self.logs, speed)
         except OSError as error:
             print(f"warning: {self.directory}: logs and pictures not written ({error})")
 

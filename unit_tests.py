@@ -1,5 +1,6 @@
 """Tests of the program as a whole: training runs, from the command line to their files."""
 
+import io
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from utils.testing import (
     REAL_SPEECH,
     ROOT,
     assert_close,
+    assert_equal_trees,
     ends_refused,
     golden_cases,
     needs_real_speech,
@@ -69,21 +71,6 @@ def assert_same(one, other, without=("args",)):
     assert one.keys() == other.keys()
     for key in one.keys() - set(without):
         assert_equal_trees(one[key], other[key], key)
-
-
-def assert_equal_trees(one, other, where):
-    if torch.is_tensor(one):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal_trees(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal_trees(a, b, f"{where}[{index}]")
-    else:
-        assert one == other, where
 
 
 def test_a_run_leaves_checkpoints_arguments_logs_and_curves(tiny_corpus, tmp_path, capsys):
@@ -208,6 +195,24 @@ def test_resume_every_keeps_the_last_steps_of_a_killed_run(tiny_corpus, tmp_path
     assert state["running"]["batches"] == 4
     assert run(*flags) == 0
     assert_same(whole, checkpoint(tmp_path / "parts", 1))
+
+
+def test_a_run_killed_after_its_last_save_has_its_curves_and_report_written(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--nEpoch", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_json", die)
+        assert run(*flags) == 130
+    (tmp_path / "checkpoint_logs.json").unlink()  # as if killed before that, too
+    assert run(*flags) == 0
+    logs = json.loads((tmp_path / "checkpoint_logs.json").read_text())
+    assert logs == checkpoint(tmp_path, 0)["logs"]
+    assert (tmp_path / "checkpoint_curves.png").exists()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_restart_keeps_the_old_run_until_the_new_one_is_saved(tiny_corpus, tmp_path):
@@ -349,6 +354,15 @@ def test_a_limit_that_is_never_reached_changes_no_bit(tiny_corpus, tmp_path):
     plain = trained(tiny_corpus, tmp_path / "plain")
     clipped = trained(tiny_corpus, tmp_path / "clipped", "--clip_grad_norm", "1e6")
     assert_same(plain, clipped)
+
+
+def test_a_log_file_on_a_full_disk_stops_no_run(tiny_corpus, tmp_path, monkeypatch):
+    class OnFullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", OnFullDisk())
+    trained(tiny_corpus, tmp_path, epochs=1)
 
 
 def test_another_corpus_is_said_and_the_next_epoch_begins(

@@ -21,7 +21,7 @@ from criterion.classification import (
 )
 from criterion.seq_alignment import best_label_sequences, collapse_label_chain, phone_error_rate
 from dataset import BatchLoader
-from utils.files import save_json, save_tensors
+from utils.files import remove_leftovers, save_json, save_tensors
 from utils.logs import RunningMeans, append_epoch, percent, progress
 from utils.misc import SAMPLES_PER_FRAME, UserError, available_memory, generator_from, seed_from
 from utils.report.plot_confusion import draw_confusion
@@ -122,6 +122,8 @@ def run_probe(
     place = Path(str(options.cpc_epoch), task)
     log = Path(logs_dir, place, "logs.json")
     probe = Probe(task, model, train_set, validation_set, n_classes, options, device)
+    for directory in (logs_dir, checkpoint_dir or logs_dir):
+        remove_leftovers(Path(directory, place))
 
     def write_log(epoch):
         if epoch > 0 and epoch % options.logging_step == 0:

@@ -35,7 +35,7 @@ from model import build_model
 from utils.arguments import build_parser
 from utils.checkpoint import save_checkpoint
 from utils.corpus import make_abx_item
-from utils.files import load_json, load_tensors, save_tensors
+from utils.files import TEMPORARY_PREFIX, load_json, load_tensors, save_tensors
 from utils.misc import UserError
 from utils.report.plot_confusion import draw_confusion
 from utils.testing import ROOT, assert_close, ends_refused, golden_cases
@@ -342,6 +342,9 @@ def test_files_of_a_probe_in_training(corpus, labels, tmp_path):
 
 
 def test_directories_only_for_what_ran(corpus, tmp_path):
+    leftover = tmp_path / "logs" / "4" / "speaker" / f"{TEMPORARY_PREFIX}1.json"  # of a killed run
+    leftover.parent.mkdir(parents=True)
+    leftover.write_text("")
     run_probe("speaker", SpectralModel(), *make_sets(corpus), 3, FAST, logs_dir=tmp_path / "logs")
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()] == [
         "logs/4/speaker/logs.json"

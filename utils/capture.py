@@ -142,8 +142,9 @@ def _remove_capture(directory):
     files = [path for *_, path in _capture_files(directory)]
     for path in files:
         path.unlink()
-    for folder in {directory, *(path.parent for path in files)}:
-        remove_leftovers(folder)
+    for folder in (directory, *directory.iterdir()):
+        if not folder.is_symlink():
+            remove_leftovers(folder)
     return len(files)
 
 

@@ -387,10 +387,12 @@ def load_optimizer(optimizer, state, source):
 
 
 def _check_moments(moments, parameter):
-    """Raise ValueError (or what using them raises) unless Adam can go on with these."""
+    """Raise one of several errors unless Adam can go on with these."""
     shapes = {moments[key].shape for key in ("exp_avg", "exp_avg_sq")}
-    if shapes != {parameter.shape} or torch.as_tensor(moments["step"]).numel() != 1:
+    strided = all(moments[key].layout == torch.strided for key in ("exp_avg", "exp_avg_sq"))
+    if shapes != {parameter.shape} or not strided or torch.as_tensor(moments["step"]).numel() != 1:
         raise ValueError("moments of another shape than the weights")
+    float(moments["step"])
 
 
 def follow_speaker_order(checkpoint, criterion, speakers, listing):

@@ -71,6 +71,12 @@ def remove_leftovers(directory):
             leftover.unlink()
 
 
+def check_regular(path):
+    """Raise OSError for a folder, or for a pipe or device, which reading might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("not a regular file")
+
+
 def save_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -81,6 +87,7 @@ def save_json(path, value):
 def load_json(path):
     """The content of a JSON file. Raises UserError, naming the file, if it can't be read."""
     try:
+        check_regular(path)
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except (OSError, ValueError, RecursionError) as error:
@@ -106,6 +113,7 @@ def load_tensors(path, device="cpu"):
     Raises UserError, naming the file, if it is missing, damaged, or holds anything else.
     """
     try:
+        check_regular(path)
         with warnings.catch_warnings(), safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about odd pickles: what can't be read is said below
             return torch.load(path, map_location=device, weights_only=True)

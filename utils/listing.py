@@ -5,7 +5,7 @@ import os
 from collections import Counter
 
 from utils.audio import LONGEST_FILE, read_header
-from utils.files import atomic_path
+from utils.files import atomic_path, check_regular
 from utils.misc import SAMPLE_RATE, UserError, first_few
 from utils.workers import Workers
 
@@ -107,6 +107,7 @@ def _load(root, extension):
 
 def _kept_columns(path):
     """Extension -> columns, unchecked. Raises about anything."""
+    check_regular(path)
     with open(path, encoding="utf-8") as file:
         content = json.load(file)
     if content["format"] != FORMAT:

@@ -1,5 +1,7 @@
 """What the user sees and finds afterwards: progress, running means, `checkpoint_logs.json`."""
 
+import contextlib
+import errno
 import sys
 import time
 
@@ -72,6 +74,35 @@ class PlainProgress:
 
     def close(self):
         pass
+
+
+class DroppedWhenFull:
+    """A text stream that drops what its full disk has no room for: a run is worth more than its
+    log file."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with full_disk_ignored():
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with full_disk_ignored():
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def full_disk_ignored():
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
 
 
 class RunningMeans:

@@ -1,6 +1,7 @@
 """Small things that every floor of the program uses: units, errors, seeds, the allocator."""
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -123,7 +124,8 @@ def command(main):
         except ToldElsewhere:
             sys.exit(2)
         except UserError as error:
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # what it says on stderr must be said
+                sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

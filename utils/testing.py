@@ -106,6 +106,22 @@ def assert_gradients_close(module, expected, tolerance=1e-4):
         assert_close(parameters[name].grad, gradient, tolerance, what=f"gradient of {name}")
 
 
+def assert_equal_trees(one, other, where):
+    """Two trees of dicts and lists hold the same, tensors bit for bit; `where` is for messages."""
+    if torch.is_tensor(one):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_trees(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_trees(a, b, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
 @contextlib.contextmanager
 def ends_refused(capsys, said):
     """A block in which a command ends with status 2 and one line on stderr that matches `said`."""

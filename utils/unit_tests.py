@@ -28,7 +28,9 @@ from utils.arguments import (
 from utils.capture import CaptureReader, CaptureWriter, prediction_names
 from utils.checkpoint import (
     Checkpoint,
+    check_resumable,
     follow_speaker_order,
+    load_optimizer,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -37,6 +39,7 @@ from utils.files import (
     TEMPORARY_PREFIX,
     atomic_path,
     check_writable,
+    load_json,
     load_tensors,
     remove_leftovers,
     save_tensors,
@@ -320,6 +323,13 @@ def test_what_is_no_checkpoint_is_named_in_one_line(content, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("read", [load_tensors, load_json])
+def test_a_pipe_is_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt: .*not a regular file"):
+        read(tmp_path / "x.pt")
+
+
 # ----------------------------------------------------------------------------------- checkpoints
 
 
@@ -367,6 +377,51 @@ def test_a_checkpoint_with_parts_missing_is_refused(damage, tmp_path):
     save_checkpoint(tmp_path, {**state((1, 0, 0)), "args": {}, **damage}, epoch=0)
     with pytest.raises(UserError, match="checkpoint_0.pt"):
         read_checkpoint(tmp_path / "checkpoint_0.pt")
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {"epoch": 3, "iter": [1]},
+        {"epoch": ["0"]},
+        {"epoch": [0], "iter": ["12"]},
+        {"epoch": [0], "locLoss_val": [2.5]},
+        {"epoch": [0], "locLoss_val": 2.5},
+        {"epoch": [0], "locAcc_val": [[]]},
+        {"epoch": [0], "before_training": {"locLoss_val": 2.5}},
+    ],
+)
+def test_damaged_logs_are_refused_or_left_out(logs, tmp_path):
+    save_checkpoint(tmp_path, {**state((1, 0, 0)), "logs": logs}, epoch=0)
+    with pytest.raises(UserError, match=r"checkpoint_0.pt: (damaged|.*: logs, .*damaged)"):
+        check_resumable(read_checkpoint(tmp_path / "checkpoint_0.pt"), {})
+    original = {"gEncoder": {}, "cpcCriterion": {}, "optimizer": {}, "best": None}
+    save_tensors(tmp_path / "checkpoint_0.pt", original)
+    assert read_checkpoint(tmp_path / "checkpoint_0.pt").state["logs"] == {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda moments: moments.pop("exp_avg"),
+        lambda moments: moments.pop("step"),
+        lambda moments: moments.update(step=torch.ones(2)),
+        lambda moments: moments.update(exp_avg_sq=torch.ones(3)),
+        lambda moments: moments.update(exp_avg=moments["exp_avg"].to_sparse()),
+    ],
+)
+def test_damaged_moments_are_refused(damage):
+    def optimizer():
+        return torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], fused=True)
+
+    trained = optimizer()
+    trained.param_groups[0]["params"][0].grad = torch.ones(2)
+    trained.step()
+    stored = trained.state_dict()
+    load_optimizer(optimizer(), stored, "x.pt")
+    damage(stored["state"][0])
+    with pytest.raises(UserError, match="x.pt: its optimizer state doesn't fit"):
+        load_optimizer(optimizer(), stored, "x.pt")
 
 
 @pytest.mark.skipif(not (GOLDEN / "checkpoint").is_dir(), reason="no checkpoint of the original")
@@ -782,6 +837,8 @@ def test_an_earlier_capture_is_replaced_and_nothing_else(tmp_path):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text("mine")
     (directory / "ctx_repr" / ".writing-1.pt").write_text("of a killed run")
+    (directory / "begun").mkdir()
+    (directory / "begun" / ".writing-1.pt").write_text("of a run killed before its first file")
     elsewhere = tmp_path / "elsewhere"
     write(elsewhere, [1], ["phone_align"])
     (directory / "linked").symlink_to(elsewhere / "phone_align")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.capture import CaptureReader
-from utils.files import atomic_path
+from utils.files import atomic_path, remove_leftovers
 from utils.misc import UserError
 from utils.report import plot_capture
 from utils.report.line_chart import Line, draw_lines, legend, readable
@@ -59,12 +59,14 @@ class RunReport:
     def write(self, logs, speed):
         """Write `report.html` and `report_data.json` after an epoch.
 
-        logs: content of `checkpoint_logs.json`, that epoch included; speed: its `epoch_speed`.
+        logs: content of `checkpoint_logs.json`, that epoch included; speed: its `epoch_speed`, or
+        None if it was an earlier process that trained it.
         Raises OSError where they can't be written.
         """
         epoch = logs["epoch"][-1]
-        self.record.add(epoch, speed, self.command)
-        self.record.save()
+        if speed:
+            self.record.add(epoch, speed, self.command)
+            self.record.save()
         capture = latest_capture(logs, self.args)
         if capture and capture.name == str(epoch):
             draw_capture(capture)
@@ -593,6 +595,7 @@ def latest_capture(logs, args):
 
 def draw_capture(directory):
     """Draw the first windows of a capture into its folder `pictures`, if they can be drawn."""
+    remove_leftovers(directory / "pictures")
     try:
         reader = CaptureReader(directory)
         drawn = [name for name in reader.names if name in plot_capture.DRAWN]
