@@ -136,7 +136,7 @@ def print_table(results, args):
 
 def measure(name, root, options):
     """The figures of a configuration."""
-    trainer = build_trainer(name, root, options)
+    trainer = build_trainer(name, root, options, World(stop=StopSignals()))
     device, watch = trainer.device, Stopwatch(trainer.device)
     time_parts(trainer, watch)
     trainer.train_loader.dataset.only_pack()  # decoding isn't part of a step
@@ -165,13 +165,12 @@ def measure(name, root, options):
     }
 
 
-def build_trainer(name, root, options):
+def build_trainer(name, root, options, world):
     """A new run with the flags of a configuration, and nothing printed."""
     flags = CONFIGURATIONS[name].split()
     flags += ["--pathDB", root, "--pathCheckpoint", os.path.join(root, "run")]
     flags += ["--device", options.device, "--threads", str(options.threads), "--random_seed", "0"]
     flags += ["--samplingType", "uniform"]  # every batch is full
-    world = World(stop=StopSignals())
     with contextlib.redirect_stdout(io.StringIO()):
         args, _, _ = settle_arguments(*arguments.parse_arguments(flags))
         device = prepare_machine(args, world)

@@ -113,13 +113,20 @@ def _run(main, words, rank, size, port):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
-        sys.exit(main(words))
-    except Exception:
+        status = main(words) or 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
         # The death of another process shows first as a connection that breaks here. The launching
         # process ends this one then: after a while, what is still here has a story of its own.
         time.sleep(DELAY)
-        traceback.print_exc(file=sys.__stderr__)
-        sys.exit(1)
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An orderly end could hang: a process group that is freed waits, with Python's lock held, for
+    # its threads, and one of these may wait for the lock to free its last tensor.
+    os._exit(status)
 
 
 def _stop_with_parent():
