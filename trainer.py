@@ -325,9 +325,8 @@ class Trainer:
         Returns whether that went well: a full disk is no reason to stop training.
         """
         self.check_finite()
-        state = self.state()
+        state, self.steps_since_save = self.state(), 0
         if not self.world.is_first:
-            self.steps_since_save = 0
             return True
         try:
             path = save_checkpoint(self.directory, state, epoch)
@@ -337,7 +336,6 @@ class Trainer:
                 "they were, and it is tried again at the next save"
             )
             return False
-        self.steps_since_save = 0
         try:
             self.remove_superseded(path, epoch)
         except OSError as error:
