@@ -304,6 +304,16 @@ def test_what_is_no_checkpoint_is_named_in_one_line(content, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def test_a_changed_bit_in_a_tensor_is_noticed(tmp_path):
+    weights = torch.arange(1000.0)
+    save_tensors(tmp_path / "x.pt", {"a": weights})
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.index(weights.numpy().tobytes()) + 2001] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pt: .*damaged.* checksum of \S*data/0 is wrong"):
+        load_tensors(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("read", [load_tensors, load_json])
 def test_a_pipe_is_not_waited_for(read, tmp_path):
     os.mkfifo(tmp_path / "x.pt")
