@@ -67,14 +67,15 @@ def interrupt(part, total, signals):
 
 
 def wait_for_a_moment(rng, trial):
-    """Wait for any moment of a run, or one in a certain phase; whether it has ended before that."""
+    """Wait for any moment of a run, or for one in a certain phase if that comes soon; whether it
+    has ended before that."""
     if not trial.forked:
         return trial.wait(lambda: trial.printed()) or trial.wait(patience=rng.uniform(0, 2))
     if rng.random() < 0.4:
-        return trial.wait(patience=rng.uniform(0, 3))
+        return trial.wait(patience=rng.uniform(0, 2.5))
     phase = rng.choice(list(PHASES))
-    begun = trial.wait(lambda: trial.phase == phase)
-    return begun or trial.wait(patience=rng.choice([0, rng.uniform(0, 0.05)]))
+    ended = trial.wait(lambda: trial.phase == phase, patience=2)
+    return ended or trial.wait(patience=rng.choice([0, rng.uniform(0, 0.05)]))
 
 
 def check_interrupted(part, done, trial, number):
