@@ -100,8 +100,10 @@ class Trainer:
                 f"--pathCheckpoint {self.directory}: can't be made ({error.strerror})"
             ) from error
         remove_leftovers(self.directory)
-        if self.logs["epoch"]:
-            self.write_record()  # the run may have been killed right before that
+        epochs = self.logs["epoch"]
+        if epochs and not (self.report and self.report.covers(epochs[-1])):
+            with self.stop.deferred():
+                self.write_record()  # the run was killed right before that
         if done >= self.args.nEpoch:
             print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
             return
@@ -147,6 +149,9 @@ class Trainer:
                         values.update(hook.run(epoch, self.step.model, self.step.criterion))
                 except UserError as error:
                     return error
+                except Exception:  # C code, such as that of a picture, may make this of a Stopped
+                    self.stop.check()
+                    raise
         return None
 
     def learning_rate(self, epoch):
