@@ -64,8 +64,12 @@ def check_regular(path):
 
 
 def save_json(path, value):
-    """Write `value` as indented JSON, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    """Write `value` as indented JSON, atomically.
+
+    File names that are no UTF-8 hold lone surrogates in Python; written as `\\udcff` they are JSON.
+    """
+    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
