@@ -140,7 +140,7 @@ def small_disk(part, place):
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     part.values["disk"] = "a tmpfs"
     if mounted.returncode:
-        part.values["disk"] = f"a limit on file lengths (mount: {mounted.stderr.strip()})"
+        part.values["disk"] = f"a limit on file lengths ({mounted.stderr.strip().splitlines()[0]})"
         yield limited_files
         return
     try:
