@@ -79,6 +79,7 @@ class Trainer:
             fused=True,
         )
         self.position = Position(0, 0, 0)  # where training goes on
+        self.saved = None  # the position that was saved last
         self.running = RunningMeans()  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None
@@ -113,7 +114,7 @@ class Trainer:
             while self.position.epoch < self.args.nEpoch:
                 self.run_epoch()
         except Stopped:
-            if self.position != (0, 0, 0) and self.save():
+            if self.position not in ((0, 0, 0), self.saved) and self.save():
                 print(f"saved in epoch {self.position.epoch}; the same command goes on from there")
             raise
         self.print_summary()
@@ -300,7 +301,7 @@ class Trainer:
                 "they were, and it is tried again at the next save"
             )
             return False
-        self.steps_since_save = 0
+        self.steps_since_save, self.saved = 0, self.position
         for old in self.superseded:
             if old != path:
                 old.unlink(missing_ok=True)

@@ -180,6 +180,15 @@ def test_a_run_stopped_in_validation_goes_on_with_it(tiny_corpus, tmp_path, monk
     assert_same(whole, checkpoint(directory, 1))
 
 
+def test_a_stop_right_after_the_last_save_leaves_nothing_to_go_on_with(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--nEpoch", 1]
+    assert run(*flags) == 143
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint_0.pt"]
+
+
 def test_a_stop_that_a_hook_makes_another_error_of_is_a_stop(tiny_corpus, tmp_path, monkeypatch):
     """As C code does that calls Python and takes any exception for a wrong argument."""
 
