@@ -67,14 +67,13 @@ def interrupt(part, total, signals):
 
 
 def wait_for_a_moment(rng, trial):
-    """Wait for any moment of a run, or for one in a certain phase if that comes soon; whether it
-    has ended before that."""
+    """Wait for any moment of a run, or one in a certain phase; whether it has ended before that."""
     if not trial.forked:
         return trial.wait(lambda: trial.printed()) or trial.wait(patience=rng.uniform(0, 2))
     if rng.random() < 0.4:
         return trial.wait(patience=rng.uniform(0, 2.5))
     phase = rng.choice(list(PHASES))
-    ended = trial.wait(lambda: trial.phase == phase, patience=2)
+    ended = trial.wait(lambda: trial.phase == phase)
     return ended or trial.wait(patience=rng.choice([0, rng.uniform(0, 0.05)]))
 
 
@@ -82,7 +81,7 @@ def check_interrupted(part, done, trial, number):
     """It ended by the signal, or by itself before; what it leaves can be read."""
     allowed = {0} if number is None else {0, -number, 128 + number}
     if trial.status not in allowed or trial.complaint() not in ("", "stopped\n"):
-        part.found(done, f"after {number}: {trial.finding()}")
+        part.found(done, f"after {number}: {trial.finding()}; {trial.complaint()}")
     part.counts["ended before" if trial.status == 0 else "interrupted"] += 1
     for path in (part.place / "run").rglob("*.pt"):
         if not path.name.startswith(TEMPORARY_PREFIX):
