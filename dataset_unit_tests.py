@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import shutil
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -1204,6 +1205,14 @@ def test_workers_keep_order_and_stop_at_the_first_exception():
     stopped.set()
     join_workers()
     assert len(begun) <= 4
+
+
+def test_workers_interrupted_before_they_begin_are_dropped_in_silence(monkeypatch):
+    errors = []
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    team = Workers.__new__(Workers)  # as a stop signal leaves it
+    del team
+    assert not errors
 
 
 def test_workers_show_progress_when_it_takes_long(monkeypatch):

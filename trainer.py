@@ -94,6 +94,7 @@ class Trainer:
         )
         self.network = step  # or what averages its gradients over the processes
         self.position = Position(0, 0, 0)  # where training goes on
+        self.saved = None  # the position that was saved last
         self.running = RunningMeans(world)  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None
@@ -128,8 +129,10 @@ class Trainer:
     def tidy(self):
         """Put right what a killed run may have left behind in the directory."""
         remove_leftovers(self.directory)
-        if self.logs["epoch"]:
-            self.write_record()
+        epochs = self.logs["epoch"]
+        if epochs and not (self.report and self.report.covers(epochs[-1])):
+            with self.stop.deferred():
+                self.write_record()
 
     def run_epoch(self):
         epoch = self.position.epoch
@@ -162,6 +165,9 @@ class Trainer:
                         values.update(hook.run(epoch, self.step.model, self.step.criterion))
                 except UserError as error:
                     return error
+                except Exception:  # C code, such as that of a picture, may make this of a Stopped
+                    self.stop.check()
+                    raise
         return None
 
     def learning_rate(self, epoch):
@@ -326,7 +332,7 @@ class Trainer:
         """
         self.check_finite()
         state, self.steps_since_save = self.state(), 0
-        if not self.world.is_first:
+        if not self.world.is_first or (epoch is None and self.position == self.saved):
             return True
         try:
             path = save_checkpoint(self.directory, state, epoch)
@@ -336,6 +342,7 @@ class Trainer:
                 "they were, and it is tried again at the next save"
             )
             return False
+        self.saved = self.position
         try:
             self.remove_superseded(path, epoch)
         except OSError as error:

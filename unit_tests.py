@@ -20,8 +20,10 @@ from criterion import build_criterion
 from dataset import Batch
 from model import CPCAR, build_model
 from utils.arguments import build_parser
+from utils.hooks import CaptureHook
 from utils.lock import locked
 from utils.logs import RunningMeans
+from utils.stopping import Stopped
 from utils.testing import (
     GOLDEN,
     REAL_SPEECH,
@@ -176,6 +178,33 @@ def test_a_run_stopped_in_validation_goes_on_with_it(tiny_corpus, tmp_path, monk
     assert run(*flags) == 143
     assert run("--pathCheckpoint", directory) == 0
     assert_same(whole, checkpoint(directory, 1))
+
+
+def test_a_stop_right_after_the_last_save_leaves_nothing_to_go_on_with(
+    tiny_corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--nEpoch", 1]
+    assert run(*flags) == 143
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint_0.pt"]
+
+
+def test_a_stop_that_a_hook_makes_another_error_of_is_a_stop(tiny_corpus, tmp_path, monkeypatch):
+    """As C code does that calls Python and takes any exception for a wrong argument."""
+
+    def take_it_for_a_wrong_argument(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped:
+            raise ValueError("Invalid bounding box") from None
+
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", "--nEpoch", 1]
+    flags += capture_flags(tiny_corpus, tmp_path / "capture")
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptureHook, "run", take_it_for_a_wrong_argument)
+        assert run(*flags) == 143
+    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == ["checkpoint_resume.pt"]
+    assert run(*flags) == 0
 
 
 def test_resume_every_keeps_the_last_steps_of_a_killed_run(tiny_corpus, tmp_path, monkeypatch):

@@ -71,17 +71,17 @@ def wait_for_a_moment(rng, trial):
     if not trial.forked:
         return trial.wait(lambda: trial.printed()) or trial.wait(patience=rng.uniform(0, 2))
     if rng.random() < 0.4:
-        return trial.wait(patience=rng.uniform(0, 3))
+        return trial.wait(patience=rng.uniform(0, 2.5))
     phase = rng.choice(list(PHASES))
-    begun = trial.wait(lambda: trial.phase == phase)
-    return begun or trial.wait(patience=rng.choice([0, rng.uniform(0, 0.05)]))
+    ended = trial.wait(lambda: trial.phase == phase)
+    return ended or trial.wait(patience=rng.choice([0, rng.uniform(0, 0.05)]))
 
 
 def check_interrupted(part, done, trial, number):
     """It ended by the signal, or by itself before; what it leaves can be read."""
     allowed = {0} if number is None else {0, -number, 128 + number}
     if trial.status not in allowed or trial.complaint() not in ("", "stopped\n"):
-        part.found(done, f"after {number}: {trial.finding()}")
+        part.found(done, f"after {number}: {trial.finding()}; {trial.complaint()}")
     part.counts["ended before" if trial.status == 0 else "interrupted"] += 1
     for path in (part.place / "run").rglob("*.pt"):
         if not path.name.startswith(TEMPORARY_PREFIX):
@@ -139,7 +139,7 @@ def small_disk(part, place):
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     part.values["disk"] = "a tmpfs"
     if mounted.returncode:
-        part.values["disk"] = f"a limit on file lengths (mount: {mounted.stderr.strip()})"
+        part.values["disk"] = f"a limit on file lengths ({mounted.stderr.strip().splitlines()[0]})"
         yield limited_files
         return
     try:

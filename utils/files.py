@@ -8,6 +8,7 @@ import pickle
 import tempfile
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -78,8 +79,12 @@ def check_regular(path):
 
 
 def save_json(path, value):
-    """Write `value` as indented JSON, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    """Write `value` as indented JSON, atomically.
+
+    File names that are no UTF-8 hold lone surrogates in Python; written as `\\udcff` they are JSON.
+    """
+    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
@@ -116,7 +121,9 @@ def load_tensors(path, device="cpu"):
         check_regular(path)
         with warnings.catch_warnings(), safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about odd pickles: what can't be read is said below
-            return torch.load(path, map_location=device, weights_only=True)
+            value = torch.load(path, map_location=device, weights_only=True)
+        _check_sums(path)
+        return value
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, since it isn't a file of plain tensors: loading it could run code "
@@ -134,8 +141,21 @@ def load_tensors(path, device="cpu"):
         OverflowError,
         MemoryError,
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: can't be loaded, it is damaged or no PyTorch file ({reason})"
         ) from error
+
+
+def _check_sums(path):
+    """Raise BadZipFile where the archive isn't what was written: `torch.load` doesn't look.
+
+    Bits that change on a disk or on the way would be weights that are a little wrong.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")

@@ -61,7 +61,12 @@ class StopSignals:
             yield
         finally:
             self._deferring = outer
-        if self.requested is not None and not outer:
+        if not outer:
+            self.check()
+
+    def check(self):
+        """Raise `Stopped` if a stop was asked for."""
+        if self.requested is not None:
             raise Stopped(self.requested)
 
     @contextlib.contextmanager

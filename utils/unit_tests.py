@@ -42,6 +42,7 @@ from utils.files import (
     load_json,
     load_tensors,
     remove_leftovers,
+    save_json,
     save_tensors,
 )
 from utils.lock import LOCK_NAME, locked
@@ -321,6 +322,22 @@ def test_what_is_no_checkpoint_is_named_in_one_line(content, tmp_path):
     with pytest.raises(UserError, match="x.pt") as refused:
         load_tensors(tmp_path / "x.pt")
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_name_that_is_no_text_is_kept_in_json(tmp_path):
+    index = {"file": os.fsdecode(b"a\xff\xe9/\\.flac"), "speaker": "\u00e9"}
+    save_json(tmp_path / "x.json", index)
+    assert load_json(tmp_path / "x.json") == index
+
+
+def test_a_changed_bit_in_a_tensor_is_noticed(tmp_path):
+    weights = torch.arange(1000.0)
+    save_tensors(tmp_path / "x.pt", {"a": weights})
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.index(weights.numpy().tobytes()) + 2001] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pt: .*damaged.* checksum of \S*data/0 is wrong"):
+        load_tensors(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("read", [load_tensors, load_json])

@@ -14,6 +14,8 @@ class Workers:
     Python's own executors would finish everything they were given before the program can exit.
     """
 
+    _shared = None  # until there is something to stop: a signal may arrive before that
+
     def __init__(self, work, items, n_threads):
         """Start at once; `items` is a sequence."""
         self._shared = _SharedWork(work, items, max(1, min(n_threads, len(items))))
@@ -44,7 +46,8 @@ class Workers:
 
     def stop(self):
         """End the threads, each after its item in hand; doesn't wait for them."""
-        self._shared.stopped.set()
+        if self._shared:
+            self._shared.stopped.set()
 
     def __del__(self):
         self.stop()

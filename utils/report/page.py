@@ -66,13 +66,18 @@ class RunReport:
         epoch = logs["epoch"][-1]
         if speed:
             self.record.add(epoch, speed, self.command)
-            self.record.save()
         capture = latest_capture(logs, self.args)
         if capture and capture.name == str(epoch):
             draw_capture(capture)
         pictures = embed(find_pictures(logs, self.args, self.stats, capture))
         with atomic_path(self.directory / REPORT) as temporary:
             Path(temporary).write_text(self.page(logs, pictures), encoding="utf-8")
+        if speed:
+            self.record.save()  # last: it says that all is written
+
+    def covers(self, epoch):
+        """Whether everything was written after this epoch."""
+        return any(row["epoch"] == epoch for row in self.record.epochs)
 
     def page(self, logs, pictures):
         """The whole page; pictures: group -> Markup, as `embed` gives them."""
