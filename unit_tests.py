@@ -120,6 +120,29 @@ def test_the_same_seed_gives_the_same_checkpoint(tiny_corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "training", "validation"),
+    [
+        (
+            ["--rnnMode", "transformer", "--samplingType", "uniform"],
+            [3.17290, 3.11482, 3.08571],
+            [3.13614, 3.08810, 3.07281],
+        ),
+        (
+            [*EXAMPLE, "--schedulerRamp", "2"],
+            [11.21744, 10.86616, 10.48122],
+            [11.14212, 10.44722, 10.43446],
+        ),
+    ],
+    ids=["cpc", "cpc-ctc"],
+)
+def test_the_curve_of_a_seed_stays_as_it_is(words, training, validation, tiny_corpus, tmp_path):
+    """What makes training faster must not change it."""
+    logs = trained(tiny_corpus, tmp_path, *words, "--learningRate", "0.01", epochs=3)["logs"]
+    for key, expected in (("locLoss_train", training), ("locLoss_val", validation)):
+        assert [sum(row) for row in logs[key]] == pytest.approx(expected, rel=1e-3), key
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["--schedulerStep", "1"],
