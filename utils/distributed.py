@@ -20,6 +20,9 @@ from utils.misc import Muted, ToldElsewhere, UserError, first_few
 from utils.stopping import Stopped
 
 PATIENCE = timedelta(days=30)  # of processes that wait for one that trains a probe
+# Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
+# group, which may itself wait for the lock to free the last gradients.
+_never_freed = []
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -103,7 +106,9 @@ class World:
         """The network to train: its backward pass leaves the mean of all processes' gradients."""
         if self.group is None:
             return network
-        return DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+        _never_freed.append(wrapped)
+        return wrapped
 
     def copy_buffers(self, network):
         """Give all processes the buffers (such as the means of a batch norm) of the first."""
