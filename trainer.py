@@ -12,6 +12,7 @@ import torch
 
 from dataset import BatchLoader, Position
 from utils.checkpoint import (
+    RESUME_NAME,
     check_resumable,
     copy_to_cpu,
     load_optimizer,
@@ -101,6 +102,9 @@ class Trainer:
                 f"--pathCheckpoint {self.directory}: can't be made ({error.strerror})"
             ) from error
         remove_leftovers(self.directory)
+        if done and self.position == (done, 0, 0):  # killed before it could remove that itself
+            with contextlib.suppress(OSError):
+                (self.directory / RESUME_NAME).unlink()
         epochs = self.logs["epoch"]
         if epochs and not (self.report and self.report.covers(epochs[-1])):
             with self.stop.deferred():
