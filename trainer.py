@@ -12,6 +12,7 @@ import torch
 
 from dataset import BatchLoader, Position
 from utils.checkpoint import (
+    RESUME_NAME,
     check_resumable,
     copy_to_cpu,
     load_optimizer,
@@ -94,7 +95,7 @@ class Trainer:
         )
         self.network = step  # or what averages its gradients over the processes
         self.position = Position(0, 0, 0)  # where training goes on
-        self.saved = None  # the position that was saved last
+        self.source, self.saved = None, None  # checkpoint gone on from; position saved last
         self.running = RunningMeans(world)  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None
@@ -129,6 +130,9 @@ class Trainer:
     def tidy(self):
         """Put right what a killed run may have left behind in the directory."""
         remove_leftovers(self.directory)
+        if self.source and self.source.name != RESUME_NAME:  # then that is the older one
+            with contextlib.suppress(OSError):
+                (self.directory / RESUME_NAME).unlink()
         epochs = self.logs["epoch"]
         if epochs and not (self.report and self.report.covers(epochs[-1])):
             with self.stop.deferred():
@@ -387,7 +391,7 @@ class Trainer:
         """Go on from a checkpoint, of this program or of the original."""
         check_resumable(checkpoint, self.step.model.state_dict())
         state = checkpoint.state
-        self.position = Position(*state["position"])
+        self.position, self.source = Position(*state["position"]), checkpoint.path
         self.logs.update(state["logs"])
         print(f"going on from {checkpoint.path}, {self.position.epoch} epochs done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)

@@ -267,6 +267,21 @@ def test_a_run_killed_after_its_last_save_has_its_curves_and_report_written(
     assert (tmp_path / "report.html").exists()
 
 
+def test_what_was_saved_between_two_epochs_stays(tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path, epochs=2)
+    (tmp_path / "checkpoint_1.pt").rename(tmp_path / "checkpoint_resume.pt")
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint_0.pt", "checkpoint_resume.pt"}
+
+
+def test_what_a_run_killed_after_its_last_save_left_behind_goes(tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path, epochs=2)
+    shutil.copy(tmp_path / "checkpoint_0.pt", tmp_path / "checkpoint_resume.pt")
+    (tmp_path / ".writing-1.pt").write_text("")
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint_0.pt", "checkpoint_1.pt"}
+
+
 def test_a_restart_keeps_the_old_run_until_the_new_one_is_saved(tiny_corpus, tmp_path):
     trained(tiny_corpus, tmp_path, epochs=3)
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--restart"]

@@ -36,6 +36,7 @@ TINY = (
 ).split()
 OWN_PROCESS = 20  # one in so many runs isn't forked
 NOT_COMPARED = {"report.html", "report_data.json"}  # they say how long things took
+NOT_BEGUN = 255
 PATIENCE = 120  # seconds; a run that takes longer hangs
 MOST_MEMORY = 8 * 2**30  # bytes of addresses that a forked run may take beyond those it begins with
 PHASES = {  # what a run spends its time with -> where that begins and ends
@@ -107,11 +108,13 @@ class Run:
         self.words, self.forked, self.status = [str(word) for word in words], forked, None
         self.out, self.err = Path(f"{out or log}.out"), Path(f"{log}.err")
         self._phase = mmap.mmap(-1, 1)  # shared with the forked process
+        self._phase[0] = NOT_BEGUN
         self.hangs = False
         sys.stdout.flush()
         with open(self.out, "wb") as stdout, open(self.err, "wb") as stderr:
             if forked:
                 self.pid = os.fork() or self._be_the_child(stdout, stderr, function)
+                self.wait(lambda: self._phase[0] != NOT_BEGUN)
                 return
             command = [sys.executable, str(ROOT / "train.py"), *self.words]
             self._process = subprocess.Popen(
@@ -208,6 +211,7 @@ def _mark_phases(shown):
     for number, places in enumerate(PHASES.values()):
         for owner, name in places:
             setattr(owner, name, _marked(getattr(owner, name), number, shown))
+    shown[0] = 0
 
 
 def _marked(function, number, shown):
