@@ -189,15 +189,16 @@ class Trainer:
         if save_now or last or epoch % self.args.save_step == 0:
             saved = self.save(epoch)
         if self.world.is_first:
-            self.write_record(epoch_speed(self.clock, self.device))
+            self.write_record(epoch_speed(self.clock, self.device, self.world.size))
         if last and not saved:
             raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
 
     def write_record(self, speed=None):
         """Logs, curves and report of the epochs so far; speed: the `epoch_speed` of the last."""
         try:
-            save_json(self.directory / "checkpoint_logs.json", self.logs)
-            draw_curves(self.logs, self.directory / CURVES)
+            if self.logs["epoch"]:
+                save_json(self.directory / "checkpoint_logs.json", self.logs)
+                draw_curves(self.logs, self.directory / CURVES)
             if self.report:
                 self.report.write(self.logs, speed)
         except OSError as error:
@@ -326,6 +327,8 @@ class Trainer:
         print(
             f"before training  validation loss {mean(losses):.4f} acc {percent(mean(accuracies))}"
         )
+        if self.world.is_first and not self.superseded:  # the report of an old run stays till then
+            self.write_record()
 
     # ------------------------------------------------------------------------ saving and resuming
 

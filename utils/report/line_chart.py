@@ -6,7 +6,7 @@ from typing import NamedTuple
 from utils.report.markup import join, tag
 
 WIDTH, HEIGHT = 400, 210
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 24  # margins around the lines
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 24  # margins around the lines
 MOST_MARKED = 40  # points that get a dot each
 MOST_BUCKETS = 150  # of a line; each keeps its lowest and its highest point
 MOST_BANDS = 60  # places along the epochs that tell their values under the pointer
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
     @property
     def opacity(self):
-        return round(0.2 + 0.8 * self.strength, 2)
+        return round(0.3 + 0.7 * self.strength, 2)
 
 
 class Axes(NamedTuple):
@@ -78,8 +78,8 @@ def fit_axes(lines, level, from_zero):
     values += [0.0] if from_zero else []
     low, high = min(values), max(values)
     size = max(abs(low), abs(high)) or 1.0
-    room = 0.06 * (high - low) if high - low > 1e-6 * size else 0.1 * size
-    floor = 0.0 if from_zero and low == 0 else low - room
+    room = 0.06 * (high - low) if high - low > 1e-5 * size else 0.1 * size
+    floor = low - room if low < 0 else max(0.0, low - room)
     first, last = min(epochs), max(epochs)
     margin = 0.5 if first == last else 0
     return Axes(first - margin, last + margin, floor, high + room)
@@ -150,7 +150,7 @@ def ticks(low, high, about, whole=False):
     """Round numbers from low to high, some `about` of them, and the step between them."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = max(m * power for m in (1, 2, 5, 10) if m * power <= 1.5 * rough)
     step = max(1, round(step)) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)], step

@@ -8,7 +8,7 @@ _UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not al
 
 
 class Markup(str):
-    """Text that is HTML already. Only `tag` and this module's caller with a constant make it."""
+    """Text that is HTML already: what `tag` and `join` return, or a constant of the program."""
 
     __slots__ = ()
 

@@ -18,15 +18,18 @@ from utils.report.markup import printable
 RECORD = "report_data.json"
 
 
-def epoch_speed(clock, device):
+def epoch_speed(clock, device, processes=1):
     """How an epoch went, for `RunRecord.add`: a dict of plain values.
 
     clock: the `utils.logs.Clock` of its training, stopped. Seconds and windows are those of this
-    process, less than the epoch's if it was begun by an earlier one. Memory is in bytes, the
-    largest amount that the process has held so far.
+    call, less than the epoch's if it was begun by an earlier one; windows are those of all its
+    processes. Memory is in bytes, the largest amount that this process has held so far.
     """
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else "CPU"
+    several = f"{processes} processes, each with " if processes > 1 else ""
+    n_threads = torch.get_num_threads()
+    threads = f"{n_threads} CPU thread{'s' if n_threads > 1 else ''}"
     kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return {
         "seconds": clock.stopped - clock.started,
@@ -34,7 +37,7 @@ def epoch_speed(clock, device):
         "waited": clock.waited,
         "memory": kilobyte * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "gpu_memory": torch.cuda.max_memory_allocated(device) if on_cuda else None,
-        "machine": f"{name}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}",
+        "machine": f"{several}{name}, {threads}, PyTorch {torch.__version__}",
         "finished": time.time(),
     }
 

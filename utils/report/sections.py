@@ -1,0 +1,275 @@
+"""The sections of the report, each a function that yields its content as Markup."""
+
+import re
+import shlex
+
+from utils.misc import SAMPLE_RATE
+from utils.report.elements import (
+    chart,
+    charts,
+    epoch_table,
+    percentage,
+    shown,
+    single,
+    soft,
+    step_chart,
+    table,
+    three_decimals,
+)
+from utils.report.line_chart import Line
+from utils.report.markup import tag
+from utils.report.pictures import latest_capture
+from utils.report.values import (
+    before_training,
+    best_epoch,
+    column,
+    number,
+    points,
+    probe_scores,
+    share_waited,
+    step_points,
+    windows_per_second,
+)
+
+NOTHING_YET = "No epoch is done yet."
+SCORES = {"acc": "accuracy", "per": "phone error rate"}
+OF_TRAINING = frozenset(
+    """epoch iter locLoss_train locAcc_train locLoss_val locAcc_val gradNorm_train learningRate
+    saveStep logging_step before_training""".split()
+)
+OF_PROBES = re.compile(r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|per))")
+NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
+
+
+def training_section(logs):
+    if not logs["epoch"]:
+        yield soft(NOTHING_YET)
+    yield charts(
+        compared(logs, "Loss", "locLoss"),
+        compared(logs, "Accuracy (%)", "locAcc", 100),
+        *by_step(logs),
+        single("Learning rate", points(logs, "learningRate"), from_zero=True),
+        single("Norm of the gradient", points(logs, "gradNorm_train"), from_zero=True),
+    )
+    yield from last_epoch_by_step(logs)
+
+
+def compared(logs, title, key, scale=1.0):
+    """A chart of training and validation."""
+    lines = [
+        Line("training", points(logs, f"{key}_train", scale), "training"),
+        Line("validation", points(logs, f"{key}_val", scale), "validation"),
+    ]
+    return chart(title, lines, before_training(logs, f"{key}_val", scale))
+
+
+def by_step(logs):
+    """Charts of the validation by prediction step, where there are several."""
+    for title, key, scale in (("Loss", "locLoss_val", 1), ("Accuracy (%)", "locAcc_val", 100)):
+        steps = step_points(logs, key, scale)
+        if len(steps) > 1:
+            yield step_chart(f"{title} by prediction step, validation", steps)
+
+
+def last_epoch_by_step(logs):
+    """A table of the latest epoch's means for each prediction step."""
+    names = {"train": "training", "val": "validation"}
+    kinds = (("loss", "locLoss", 1, three_decimals), ("accuracy", "locAcc", 100, percentage))
+    rows = [
+        (f"{names[part]} {title}", [show(number(value, scale)) for value in pairs[-1][1]])
+        for title, key, scale, show in kinds
+        for part in ("train", "val")
+        if (pairs := column(logs, f"{key}_{part}")) and isinstance(pairs[-1][1], list)
+    ]
+    n_steps = max((len(values) for _, values in rows), default=0)
+    if n_steps > 1:
+        head = ["by prediction step", *range(1, n_steps + 1)]
+        caption = f"Epoch {logs['epoch'][-1]}"
+        yield table(head, [(name, *values) for name, values in rows], caption=caption)
+
+
+def probe_section(logs, args, pictures):
+    found = probe_scores(logs)
+    if not args.supervised_classif_metric:
+        yield soft("This run has no probes (--supervised_classif_metric).")
+    elif not found:
+        yield soft(f"None so far: they come every {args.linsep_classif_each_epochs} epochs.")
+    yield charts(*(probe_chart(logs, *probe) for probe in found))
+    if found:
+        yield tag("div", *(probe_table(logs, *probe) for probe in found), class_="tables")
+    yield pictures.get("probes")
+
+
+def probe_chart(logs, task, score, key):
+    lines = [
+        Line("training", points(logs, f"{task}_best_train_{score}", 100), "training"),
+        Line("validation", points(logs, key, 100), "validation"),
+    ]
+    baselines = points(logs, f"{task}_baseline_val_{score}", 100)
+    level = (f"always the commonest {task}", baselines[-1][1]) if baselines else None
+    return chart(f"{task.capitalize()} probe: {SCORES[score]} (%)", lines, level)
+
+
+def probe_table(logs, task, score, key):
+    names = {
+        "validation": key,
+        "training": f"{task}_best_train_{score}",
+        f"always the commonest {task}": f"{task}_baseline_val_{score}",
+    }
+    columns = {name: dict(points(logs, other, 100)) for name, other in names.items()}
+    scores = columns["validation"]
+    best = (min if score == "per" else max)(scores, key=scores.get)
+    columns = {
+        name: {epoch: percentage(value) for epoch, value in values.items()}
+        for name, values in columns.items()
+        if values
+    }
+    caption = f"{task.capitalize()} probe: {SCORES[score]}"
+    return epoch_table(list(scores), columns, best, caption)
+
+
+def stats_section(logs, args, stats, pictures):
+    if not args.captureSetStats:
+        yield soft("This run has no stats (--captureSetStats).")
+    keys = [
+        key
+        for key in logs
+        if key not in OF_TRAINING and not OF_PROBES.fullmatch(key) and points(logs, key)
+    ]
+    if args.captureSetStats and not keys:
+        yield soft("None so far.")
+    for name in [*stats, ""]:  # what no stat of this call claims comes last
+        own = [key for key in keys if key.startswith(f"{name}_") or not name]
+        keys = [key for key in keys if key not in own]
+        if own or name in pictures:
+            yield tag("h3", name or "Other values")
+            prefix = f"{name}_" if name else ""
+            yield charts(*value_charts(logs, own, prefix))
+            yield pictures.get(name) if name else None
+
+
+def value_charts(logs, keys, prefix):
+    """A chart for each value; those that differ by a number at their end share one."""
+    families = {}
+    for key in keys:
+        match = NUMBERED.fullmatch(key)
+        families.setdefault(match["family"] if match else key, []).append(key)
+    for family, members in families.items():
+        title = family.removeprefix(prefix).replace("_", " ")
+        if len(members) == 1:
+            title = members[0].removeprefix(prefix).replace("_", " ")
+            yield single(title, points(logs, members[0]))
+        else:
+            members.sort(key=lambda key: int(NUMBERED.fullmatch(key)["number"]))
+            first = int(NUMBERED.fullmatch(members[0])["number"])
+            steps = [points(logs, key) for key in members]
+            yield step_chart(title, steps, title, first)
+
+
+def capture_section(logs, args, pictures):
+    capture = latest_capture(logs, args)
+    if not args.pathCaptureDS:
+        yield soft("This run captures nothing (--pathCaptureDS).")
+    elif not args.pathCaptureSave:
+        yield soft("Only stats are computed; no capture is kept (--pathCaptureSave).")
+    elif capture is None:
+        yield soft(f"None so far: they come every {args.captureEachEpochs} epochs.")
+    else:
+        yield tag("p", "The latest is in ", tag("code", capture), ".")
+        draws = tag("code", "utils/report/plot_capture.py")
+        yield pictures.get("capture") or soft("It has no pictures; ", draws, " draws them.")
+
+
+def corpus_row(dataset, labels):
+    """What the report says of an AudioDataset, as cells of a table."""
+    n_files = len(dataset.sequences)
+    n_all = n_files + dataset.n_unlabelled
+    n_labelled = sum(s.name in labels.labels for s in dataset.sequences) if labels else 0
+    covered = f"{n_labelled:,} of {n_all:,} files ({100 * n_labelled / n_all:.1f} %)"
+    return [
+        dataset.title,
+        f"{n_files:,}",
+        f"{dataset.hours:,.2f}",
+        f"{len(set(dataset.speakers.tolist())):,}",
+        f"{dataset.n_windows:,}",
+        f"{dataset.size_window / SAMPLE_RATE:.2f} s",
+        covered if labels else None,
+    ]
+
+
+def corpus_section(rows):
+    head = ["set", "files", "hours", "speakers", "windows", "length of a window", "phone labels"]
+    yield table(head, rows)
+
+
+def speed_section(rows):
+    series = {
+        "Windows/s in training": windows_per_second,
+        "Data wait (% of the training time)": share_waited,
+        "Peak memory of one process (GiB)": lambda row: number(row.get("memory"), 2**-30),
+        "Peak GPU memory (GiB)": lambda row: number(row.get("gpu_memory"), 2**-30),
+        "Training time of an epoch (s)": lambda row: number(row.get("seconds")),
+    }
+    if not rows:
+        yield soft("Nothing is known yet.")
+    yield charts(
+        *(
+            single(
+                title,
+                [(row["epoch"], value(row)) for row in rows if value(row) is not None],
+                from_zero=True,
+            )
+            for title, value in series.items()
+        )
+    )
+
+
+def flags_section(calls, args, defaults):
+    for call in calls:
+        text = "The run was started with:" if not call["epoch"] else f"From epoch {call['epoch']}:"
+        yield tag("p", text)
+        words = re.split(r"(?<= )(--\S+)", call["command"])
+        flags = [tag("span", word) if word.startswith("--") else word for word in words]
+        yield tag("pre", tag("code", *flags))
+    changed = [
+        (name, value, default)
+        for name, default in vars(defaults).items()  # in the order of --help
+        if (value := getattr(args, name)) != default
+    ]
+    rows = [
+        [tag("code", f"--{name}"), tag("code", flag_value(value)), flag_value(default)]
+        for name, value, default in changed
+    ]
+    yield table(["flag", "value", "default"], rows, "flags", "Flags that aren't at their default")
+
+
+def flag_value(value):
+    if isinstance(value, list | tuple):
+        return shlex.join(map(str, value))
+    if isinstance(value, bool):  # first: 1 is equal to True
+        return "yes" if value else "no"
+    return {None: "none", "": "empty"}.get(value, value)
+
+
+def epochs_section(logs, speeds):
+    if not logs["epoch"]:
+        yield soft(NOTHING_YET)
+        return
+    columns = {
+        "training loss": ("locLoss_train", 1, three_decimals),
+        "validation loss": ("locLoss_val", 1, three_decimals),
+        "training accuracy": ("locAcc_train", 100, percentage),
+        "validation accuracy": ("locAcc_val", 100, percentage),
+        "learning rate": ("learningRate", 1, shown),
+        "gradient norm": ("gradNorm_train", 1, shown),
+        "batches": ("iter", 1, shown),
+    }
+    values = {
+        name: {epoch: show(value) for epoch, value in points(logs, key, scale)}
+        for name, (key, scale, show) in columns.items()
+    }
+    values["windows/s"] = {row["epoch"]: shown(windows_per_second(row)) for row in speeds}
+    values["data wait"] = {row["epoch"]: percentage(share_waited(row)) for row in speeds}
+    values = {name: by_epoch for name, by_epoch in values.items() if by_epoch}
+    yield epoch_table(logs["epoch"], values, best_epoch(logs))
+    yield soft("Every epoch, with each prediction step: ", tag("code", "checkpoint_logs.json"), ".")
