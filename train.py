@@ -36,6 +36,7 @@ from dataset import (
     read_sequence_list,
     scan_corpus,
     select_sequences,
+    warn_of_single_speaker,
 )
 from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
@@ -244,12 +245,14 @@ def prepare_machine(args, world):
 
 
 def find_audio(args):
-    return scan_corpus(
+    corpus = scan_corpus(
         args.pathDB,
         args.file_extension,
         ignore_cache=args.ignore_cache,
         n_threads=args.n_process_loader,
     )
+    warn_of_single_speaker(corpus)
+    return corpus
 
 
 class Data:

@@ -22,7 +22,7 @@ from utils.checkpoint import (
 from utils.files import remove_leftovers, save_json
 from utils.hooks import untouched
 from utils.logs import Clock, RunningMeans, append_epoch, mean, percent, progress
-from utils.misc import UserError, generator_from, seed_from
+from utils.misc import UserError, counted, generator_from, seed_from
 from utils.report.page import REPORT
 from utils.report.plots import draw_curves
 from utils.report.run_record import epoch_speed
@@ -389,7 +389,7 @@ class Trainer:
         state = checkpoint.state
         self.position = Position(*state["position"])
         self.logs.update(state["logs"])
-        print(f"going on from {checkpoint.path}, {self.position.epoch} epochs done")
+        print(f"going on from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
         self.best = state["best"]
         if checkpoint.of_original:  # its "best" is its latest epoch

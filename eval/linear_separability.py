@@ -27,6 +27,7 @@ from dataset import (
     read_sequence_list,
     scan_corpus,
     select_sequences,
+    warn_of_single_speaker,
 )
 from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe, ProbeOptions
@@ -294,6 +295,8 @@ def build_sets(args):
         n_threads=args.n_process_loader,
     )
     labels = read_phone_labels(args.pathPhone) if args.pathPhone else None
+    if not labels:
+        warn_of_single_speaker(corpus)
     sets = []
     for title, path, n_debug in (
         ("training set", args.pathTrain, 1000),

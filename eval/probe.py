@@ -23,7 +23,14 @@ from criterion.seq_alignment import best_label_sequences, collapse_label_chain, 
 from dataset import BatchLoader
 from utils.files import remove_leftovers, save_json, save_tensors
 from utils.logs import RunningMeans, append_epoch, percent, progress
-from utils.misc import SAMPLES_PER_FRAME, UserError, available_memory, generator_from, seed_from
+from utils.misc import (
+    SAMPLES_PER_FRAME,
+    UserError,
+    available_memory,
+    counted,
+    generator_from,
+    seed_from,
+)
 from utils.report.plot_confusion import draw_confusion
 
 BEAM = 20  # label sequences kept while CTC outputs are decoded; 100 would take four times as long
@@ -546,10 +553,6 @@ class Probe:
             return
         title = f"{self.name}: {self._score_text(self.best.score)}"
         draw_confusion(self.best.confusion.cpu(), path, title)
-
-
-def counted(n, noun):
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def accuracy_by_class(confusion):

@@ -81,6 +81,10 @@ def first_few(items, limit=5):
     return "".join(c if c.isprintable() else "?" for c in ", ".join(items[:limit]) + rest)
 
 
+def counted(n, noun):
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def available_memory(device):
     """Bytes that may still be taken on this device: on a CPU what the system and, in a container,
     its limit leave; half of the machine's memory where the system doesn't say."""
