@@ -452,6 +452,18 @@ class AudioDataset:
         return self._only_pack
 
 
+def warn_of_shared_files(training, validation):
+    """Say so where what is tested on was trained on. Both are AudioDatasets."""
+    trained_on = {sequence.path for sequence in training.sequences}
+    shared = [s.path for s in validation.sequences if s.path in trained_on]
+    if shared:
+        print(
+            f"warning: {len(shared)} of {counted(len(validation.sequences), 'file')} of the "
+            f"{validation.title} are in the {training.title}, too: {first_few(shared)}",
+            flush=True,
+        )
+
+
 # ----------------------------------------------------------------------------------------- batches
 
 

@@ -36,6 +36,7 @@ from dataset import (
     read_sequence_list,
     scan_corpus,
     select_sequences,
+    warn_of_shared_files,
     warn_of_single_speaker,
 )
 from eval.probe import ProbeOptions, run_probe
@@ -306,7 +307,9 @@ class Data:
     @functools.cached_property
     def training_sets(self):
         """What the networks are trained and validated on."""
-        return self.split_sets(with_phones=trains_on_phones(self.args))
+        sets = self.split_sets(with_phones=trains_on_phones(self.args))
+        warn_of_shared_files(*sets)
+        return sets
 
     def capture_sequences(self):
         args = self.args

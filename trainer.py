@@ -408,11 +408,23 @@ class Trainer:
                 f"note: the run was on {state['machine']} and goes on on {machine}; its results "
                 "won't be the same to the last bit"
             )
-        if state["fingerprint"] != self.fingerprint:
-            print("note: files or lists aren't those that the run was on")
-            if self.running.batches:
-                print(f"note: epoch {self.position.epoch} ends here; the next one uses the new")
-                self.position = self.position._replace(pack=NO_MORE)
+        self.follow_sets(state["fingerprint"])
+
+    def follow_sets(self, fingerprint):
+        """Say which sets aren't those of the checkpoint any more, by its fingerprint of both.
+
+        A place in the old training set means nothing in the new one: the epoch ends there.
+        """
+        old, new = fingerprint.split("-"), self.fingerprint.split("-")
+        for part, before, now in zip(("training", "validation"), old, new, strict=False):
+            if before != now:
+                print(
+                    f"warning: the {part} set isn't the one that the run was on: its files or its "
+                    "list were changed"
+                )
+        if old[0] != new[0] and self.running.batches:
+            print(f"note: epoch {self.position.epoch} ends here; the next one uses the new set")
+            self.position = self.position._replace(pack=NO_MORE)
 
     def describe_machine(self):
         """What a run's results depend on to the last bit, beside seed and data."""

@@ -410,8 +410,25 @@ def test_another_corpus_is_said_and_the_next_epoch_begins(
     assert run(*on(tiny_corpus), *flags) == 130
     other = write_tiny_corpus(tmp_path / "other", seed=3)
     assert run("--pathCheckpoint", tmp_path / "run", "--pathDB", other / "audio") == 0
-    assert "epoch 0 ends here" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warning: the training set isn't the one" in printed
+    assert "warning: the validation set isn't the one" in printed
+    assert "epoch 0 ends here" in printed
     assert checkpoint(tmp_path / "run", 0)["logs"]["iter"] == [2]
+
+
+def test_a_changed_list_is_named_with_the_files_that_both_sets_have(tiny_corpus, tmp_path, capsys):
+    lists = [shutil.copy(tiny_corpus / name, tmp_path) for name in ("train.txt", "test.txt")]
+    words = ["--pathTrain", lists[0], "--pathVal", lists[1]]
+    trained(tiny_corpus, tmp_path / "run", *words, epochs=1)
+    assert "warning" not in capsys.readouterr().out
+    with open(lists[1], "a") as file:
+        file.write("10-0-0000\n11-1-0001\n")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2) == 0
+    printed = capsys.readouterr().out
+    assert "warning: the validation set isn't the one" in printed
+    assert "the training set isn't" not in printed
+    assert re.search("2 of 5 files of the validation set .*: 10/0/10-0-0000.flac, 11/1/", printed)
 
 
 def test_a_list_that_is_gone_does_not_become_the_whole_corpus(tiny_corpus, tmp_path, capsys):
