@@ -21,7 +21,16 @@ from utils.checkpoint import (
 )
 from utils.files import remove_leftovers, save_json
 from utils.hooks import untouched
-from utils.logs import Clock, RunningMeans, append_epoch, mean, percent, progress
+from utils.logs import (
+    Clock,
+    RunningMeans,
+    append_epoch,
+    has_accuracy,
+    mean,
+    percent,
+    progress,
+    step_name,
+)
 from utils.misc import UserError, counted, generator_from, seed_from
 from utils.report.page import REPORT
 from utils.report.plots import draw_curves
@@ -98,7 +107,7 @@ class Trainer:
         self.running = RunningMeans(world)  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None
-        self.best_accuracy = -float("inf") if args.supervised and args.CTC else 0.0
+        self.best_accuracy = 0.0 if has_accuracy(args) else -float("inf")
         self.unchecked = []  # steps whose finiteness wasn't looked at yet
         self.steps_since_save = 0
         self.superseded = saved_checkpoints(self.directory) if args.restart else []
@@ -146,7 +155,7 @@ class Trainer:
             "learningRate": self.learning_rate(epoch),
             **self.validate(epoch, f"epoch {epoch}: validation"),
         }
-        print_epoch(epoch, values, self.clock)
+        self.print_epoch(epoch, values)
         failure = self.run_hooks(epoch, values)
         with self.stop.deferred():
             self.end_epoch(epoch, values, save_now=failure is not None)
@@ -193,7 +202,8 @@ class Trainer:
         """Logs, curves and report of the epochs so far; speed: the `epoch_speed` of the last."""
         try:
             save_json(self.directory / "checkpoint_logs.json", self.logs)
-            draw_curves(self.logs, self.directory / CURVES)
+            curves = self.directory / CURVES
+            draw_curves(self.logs, curves, step_name(self.args), has_accuracy(self.args))
             if self.report:
                 self.report.write(self.logs, speed)
         except OSError as error:
@@ -201,7 +211,7 @@ class Trainer:
 
     def score(self, losses, accuracies):
         """What makes an epoch the best: its accuracy; by CTC, which has none, minus its loss."""
-        return -mean(losses) if self.args.supervised and self.args.CTC else mean(accuracies)
+        return mean(accuracies) if has_accuracy(self.args) else -mean(losses)
 
     # --------------------------------------------------------------------------------- one epoch
 
@@ -318,10 +328,7 @@ class Trainer:
         """Validate the networks as they start: what the epochs are to be compared with."""
         values = self.validate(0, "before training: validation")
         self.logs["before_training"] = values
-        losses, accuracies = values.values()
-        print(
-            f"before training  validation loss {mean(losses):.4f} acc {percent(mean(accuracies))}"
-        )
+        print(f"before training  validation {self.in_words(*values.values())}")
 
     # ------------------------------------------------------------------------ saving and resuming
 
@@ -437,12 +444,27 @@ class Trainer:
 
     # ----------------------------------------------------------------------------- what is printed
 
+    def in_words(self, losses, accuracies):
+        """The means of a row of losses and one of accuracies."""
+        accuracy = f" acc {percent(mean(accuracies))}" if has_accuracy(self.args) else ""
+        return f"loss {mean(losses):.4f}{accuracy}"
+
     def progress_line(self, epoch, total):
-        losses, accuracies = self.running.means_since_mark()
-        return (
-            f"epoch {epoch}  batch {self.running.batches} of {total}  loss {mean(losses):.4f} "
-            f"acc {percent(mean(accuracies))}  {self.clock}"
+        means = self.in_words(*self.running.means_since_mark())
+        return f"epoch {epoch}  batch {self.running.batches} of {total}  {means}  {self.clock}"
+
+    def print_epoch(self, epoch, values):
+        """An epoch: its means and, where there are several, each validation accuracy."""
+        training = self.in_words(values["locLoss_train"], values["locAcc_train"])
+        validation = self.in_words(values["locLoss_val"], values["locAcc_val"])
+        print(
+            f"epoch {epoch}  training {training}  validation {validation}  "
+            f"learning rate {values['learningRate']:.3g}  {self.clock}",
+            flush=True,
         )
+        if name := step_name(self.args):
+            accuracies = " ".join(f"{100 * accuracy:.0f}" for accuracy in values["locAcc_val"])
+            print(f"    validation accuracy by {name} (%): {accuracies}", flush=True)
 
     def print_summary(self):
         """What the run came to, and where to look."""
@@ -460,25 +482,12 @@ class Trainer:
         if "before_training" in self.logs:
             values = self.logs["before_training"].values()
             rows.insert(0, ("before training", *map(mean, values)))
-        print(f"\n{'validation':<20}{'loss':>10}{'accuracy':>12}")
+        with_accuracy = has_accuracy(self.args)
+        print(f"\n{'validation':<20}{'loss':>10}" + f"{'accuracy':>12}" * with_accuracy)
         for name, loss, accuracy in rows:
-            print(f"{name:<20}{loss:>10.4f}{percent(accuracy):>12}")
+            print(f"{name:<20}{loss:>10.4f}" + f"{percent(accuracy):>12}" * with_accuracy)
         print(f"{'speed':<20}{self.clock}")
         print(f"{'checkpoints, logs':<20}{self.directory}")
         print(f"{'curves':<20}{self.directory / CURVES}")
         if self.report:
             print(f"{'report':<20}{self.directory / REPORT}")
-
-
-def print_epoch(epoch, values, clock):
-    """An epoch in two lines: its means, and validation accuracies by prediction step."""
-    train_loss, train_accuracy, loss, accuracy = (
-        mean(values[key]) for key in ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")
-    )
-    print(
-        f"epoch {epoch}  training loss {train_loss:.4f} acc {percent(train_accuracy)}  "
-        f"validation loss {loss:.4f} acc {percent(accuracy)}  "
-        f"learning rate {values['learningRate']:.3g}  {clock}"
-    )
-    steps = " ".join(f"{100 * step:.0f}" for step in values["locAcc_val"])
-    print(f"    validation accuracy by prediction step (%): {steps}", flush=True)

@@ -900,7 +900,7 @@ def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tm
 @pytest.mark.parametrize(
     "words", [[], ["PHONES"], ["PHONES", "--CTC"], ["PHONES", "--onEncoder", "--nLevelsPhone", "2"]]
 )
-def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path):
+def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path, capsys):
     phones = ["--path_phone_data", tiny_corpus / "phones.txt"]
     words = [item for word in words for item in (phones if word == "PHONES" else [word])]
     state = trained(tiny_corpus, tmp_path, "--supervised", "--learningRate", "0.01", *words,
@@ -908,6 +908,21 @@ def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path):
     losses = [row[0] for row in state["logs"]["locLoss_train"]]
     assert losses[-1] < losses[0]
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 5) == 0
+    printed = capsys.readouterr().out
+    assert "validation accuracy by" not in printed
+    assert ("acc" in printed) is ("--CTC" not in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "n"),
+    [([], "prediction step", 2), (["--CPCCTC", "--CPCCTCNumMatched", 3], "matched frame", 3)],
+)
+def test_validation_accuracies_are_called_what_they_are(
+    words, name, n, tiny_corpus, tmp_path, capsys
+):
+    trained(tiny_corpus, tmp_path, *words, epochs=1)
+    line = re.search(rf"validation accuracy by {name} \(%\): (.*)", capsys.readouterr().out)
+    assert len(line[1].split()) == n
 
 
 @pytest.mark.parametrize("mode", ["reverse", "none"])

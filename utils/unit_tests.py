@@ -521,6 +521,10 @@ def test_curves_are_drawn_from_full_partial_and_single_logs(tmp_path):
     logs = {"epoch": [0, 1, 2], **series, **probe, "learningRate": [1]}
     draw_curves(logs, tmp_path / "full.png")
     draw_curves({"epoch": [0], "locLoss_val": [[1.0]]}, tmp_path / "small.png")
+    draw_curves(logs, tmp_path / "other.png", "matched frame")
+    draw_curves(logs, tmp_path / "one.png", None, with_accuracy=False)
+    pictures = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(pictures) == 4
     assert (tmp_path / "full.png").read_bytes()[:4] == b"\x89PNG"
 
 
