@@ -18,7 +18,9 @@ import train
 import trainer
 from criterion import build_criterion
 from dataset import Batch
+from eval import linear_separability
 from model import CPCAR, build_model
+from stats.stats_utils import STATS, usage
 from utils.arguments import build_parser
 from utils.hooks import CaptureHook
 from utils.lock import locked
@@ -647,6 +649,24 @@ def test_a_wrong_sample_rate_names_the_cure(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "10-0-0001.flac" in error
     assert "adjust_sample_rate.py" in error
+
+
+@pytest.mark.parametrize("parser", [build_parser(), linear_separability.build_parser()])
+def test_help_says_every_default_once(parser, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "5000")
+    text = parser.format_help().partition("\noptions:")[2]
+    explained = dict(re.findall(r"^ +--(\w+)([^\n]*(?:\n {10,}.*)?)", text, flags=re.M))
+    for name, line in explained.items():
+        default = parser.get_default(name)
+        assert line.count("(default: ") == 1 or default in (None, "") or default is False, line
+        assert not re.search(r"default: (None|False|-1)?\)", line), line
+    assert len(explained) > 20
+    assert any(line.endswith("(default: 0.0002)") for line in explained.values())
+
+
+def test_help_lists_the_registered_stats():
+    text = "".join(build_parser().format_help().split())
+    assert all(usage(name) in text for name in STATS)
 
 
 def test_as_a_program_it_refuses_with_status_two_and_no_traceback(tmp_path):

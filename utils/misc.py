@@ -111,8 +111,21 @@ def _left_in_container():
     return limit - taken
 
 
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Help that ends with a flag's default, where it has one that its text doesn't name."""
+
+    def _get_help_string(self, action):
+        says_nothing = repr(action.default) in ("None", "False", "''", repr(argparse.SUPPRESS))
+        if says_nothing or "(default: " in action.help or not action.option_strings:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser whose refusals are one line: the usage of dozens of flags would bury it."""
+
+    def __init__(self, *, formatter_class=HelpWithDefaults, **options):
+        super().__init__(formatter_class=formatter_class, **options)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
