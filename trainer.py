@@ -120,7 +120,7 @@ class Trainer:
         done = self.position.epoch
         self.world.from_first(self.tidy)
         if done >= self.args.nEpoch:
-            print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
+            say_finished(done)
             return
         self.network = self.world.wrap(self.step)
         self.val_loader.prepare()
@@ -491,3 +491,7 @@ class Trainer:
         print(f"{'curves':<20}{self.directory / CURVES}")
         if self.report:
             print(f"{'report':<20}{self.directory / REPORT}")
+
+
+def say_finished(epochs):
+    print(f"nothing left to do: {counted(epochs, 'epoch')} done; a larger --nEpoch goes on")

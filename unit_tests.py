@@ -25,6 +25,7 @@ from utils.arguments import build_parser
 from utils.hooks import CaptureHook
 from utils.lock import locked
 from utils.logs import RunningMeans
+from utils.misc import UNREAD
 from utils.stopping import Stopped
 from utils.testing import (
     GOLDEN,
@@ -651,6 +652,28 @@ def test_a_wrong_sample_rate_names_the_cure(tmp_path, capsys):
     assert "adjust_sample_rate.py" in error
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--pathCheckpoint", "RUN"]])
+def test_a_pipe_that_is_closed_ends_the_program_without_a_word(words, tiny_corpus, tmp_path):
+    flags = [*on(tiny_corpus), *SMALL, "--nEpoch", "1", *words]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, ROOT / "train.py", *flags]
+    pipes = {"stdout": writing, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **pipes, cwd=tmp_path, check=False)
+    os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode in ([0, UNREAD] if "--help" in words else [UNREAD])
+
+
+def test_a_finished_run_is_known_without_its_audio(tiny_corpus, tmp_path, capsys, monkeypatch):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(train, "find_audio", None)
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 1) == 0
+    assert "nothing left to do: 1 epoch done; a larger --nEpoch" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("parser", [build_parser(), linear_separability.build_parser()])
 def test_help_says_every_default_once(parser, monkeypatch):
     monkeypatch.setenv("COLUMNS", "5000")
@@ -931,6 +954,7 @@ def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path, cap
     printed = capsys.readouterr().out
     assert "validation accuracy by" not in printed
     assert ("acc" in printed) is ("--CTC" not in words)
+    assert ("trains the network to name speakers" in printed) is (not words)
 
 
 @pytest.mark.parametrize(

@@ -608,10 +608,10 @@ def check_probes(args, given):
     )
     if not args.supervised_classif_metric or args.onlyCapture:
         return
+    asked_by = f"--{'only' if args.only_classif_metric else 'supervised'}_classif_metric"
     refuse_if(
         not args.speaker_sep and not args.path_phone_data,
-        "--supervised_classif_metric needs --speaker_sep, --path_phone_data FILE or both, to say "
-        "what is probed",
+        f"{asked_by} needs --speaker_sep, --path_phone_data FILE or both, to say what is probed",
     )
     refuse_without(
         "--path_phone_data FILE", args.path_phone_data, names("CTCphones phone_get_encoded"), given
@@ -621,7 +621,7 @@ def check_probes(args, given):
         "--CTCphones can't be used with --phone_get_encoded: phones by CTC are read from the "
         "contexts",
     )
-    refuse_if(not args.linsep_logs_dir, "--supervised_classif_metric needs --linsep_logs_dir DIR")
+    refuse_if(not args.linsep_logs_dir, f"{asked_by} needs --linsep_logs_dir DIR")
 
 
 def check_capture(args, given):
@@ -685,8 +685,12 @@ def check_machine(args):
 def check_paths(args, resumed):
     """The paths that this call of the program reads must exist, and it must be able to write."""
     refuse_if(
-        not args.pathDB,
-        "no audio: give --pathDB DIR, or the --pathCheckpoint DIR of a run to go on with",
+        not args.pathDB and not resumed,
+        f"--pathCheckpoint {args.pathCheckpoint}: no run there to go on with; a new one needs "
+        "--pathDB DIR",
+    )
+    refuse_if(
+        not args.pathDB, f"{args.pathCheckpoint} doesn't say where its audio is: give --pathDB DIR"
     )
     refuse_if(not os.path.isdir(args.pathDB), f"--pathDB {args.pathDB}: no such directory")
     used = {"path_phone_data"}
@@ -696,6 +700,7 @@ def check_paths(args, resumed):
         used |= {"pathCaptureDS"}
     for name in sorted(used):
         path = getattr(args, name)
+        refuse_if(path and os.path.isdir(path), f"--{name} {path}: is a folder{labels_in(path)}")
         refuse_if(path and not os.path.isfile(path), f"--{name} {path}: no such file")
     written = set()
     if args.pathCaptureDS and not args.only_classif_metric:
@@ -708,3 +713,9 @@ def check_paths(args, resumed):
             check_writable(path, f"--{name} {path}: results")
     for path in [] if resumed else args.load or []:
         refuse_if(not os.path.isfile(path), f"--load {path}: no such file")
+
+
+def labels_in(folder):
+    """Which file was probably meant where a folder of converted alignments is given."""
+    labels = os.path.join(folder or "", "converted_aligned_phones.txt")
+    return f"; its phone labels are {labels}" if os.path.isfile(labels) else "; give a file"

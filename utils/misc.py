@@ -7,12 +7,14 @@ import functools
 import hashlib
 import io
 import os
+import signal
 import sys
 
 import torch
 
 SAMPLE_RATE = 16_000  # Hz; the only rate the encoders are made for
 SAMPLES_PER_FRAME = 160  # one frame (encoder output, phone label) is 10 ms
+UNREAD = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
 
 
 class UserError(Exception):
@@ -131,15 +133,50 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+@contextlib.contextmanager
+def flushed_output():
+    """A block whose output is written at its end, where a closed pipe can still be handled."""
+    try:
+        yield
+    except SystemExit:  # as after --help
+        _flush_output()
+        raise
+    _flush_output()
+
+
+def _flush_output():
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:  # a full disk spoils nothing but the log
+        pass
+
+
+def discard_output():
+    """Let the interpreter's own flush, at its end, find no closed pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def command(main):
-    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2."""
+    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2.
+
+    One whose output nobody reads any more ends as if by SIGPIPE, without a word.
+    """
 
     @functools.wraps(main)
     def program(argv=None):
         try:
-            return main(argv)
+            with flushed_output():
+                return main(argv)
         except ToldElsewhere:
             sys.exit(2)
+        except BrokenPipeError:  # whoever read what is printed has gone, as in `| head`
+            discard_output()
+            sys.exit(UNREAD)
         except UserError as error:
             with contextlib.suppress(OSError):  # what it says on stderr must be said
                 sys.stdout.flush()
