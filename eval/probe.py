@@ -487,11 +487,18 @@ class Probe:
         }
 
     def _description(self):
-        found, n_unseen = self.measured_on, self.measured_on["classes_only_in_validation"]
+        options, found = self.options, self.measured_on
+        n_unseen = found["classes_only_in_validation"]
         yield (
             f"{self.name}: {found['layer']} features, {found['dimensions']} dimensions"
             + (", the last frame of each window" if self.task == "speaker" else "")
-            + (", by CTC" if self.options.ctc else "")
+            + (", by CTC" if options.ctc else "")
+        )
+        n_layers = 2 if options.n_inner else options.n_layers
+        yield (
+            f"  classifier: {counted(n_layers, 'layer')}, trained for "
+            f"{counted(options.n_epochs, 'epoch')} on batches of "
+            f"{counted(options.batch_size, 'window')}, learning rate {options.learning_rate:g}"
         )
         for name in ("training", "validation"):
             part = found[name]
