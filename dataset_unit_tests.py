@@ -294,6 +294,19 @@ def test_listing_spares_opening_the_files(own_corpus, monkeypatch):
     assert len(opened) == 2 * len(LENGTHS)
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"), [("b/x", "b/x"), ("c", "c"), ("", ".")], ids=["audio", "speaker", "root"]
+)
+def test_folders_changed_after_the_listing_are_mentioned(folder, name, own_corpus, capsys):
+    first = scan_corpus(own_corpus)
+    assert scan_corpus(own_corpus) == first
+    assert capsys.readouterr().out == ""
+    later = os.stat(own_corpus / listing.LISTING).st_ctime + 60
+    os.utime(own_corpus / folder, (later, later))
+    assert scan_corpus(own_corpus) == first
+    assert f"1 folder changed since the files were listed: {name} (" in capsys.readouterr().out
+
+
 def test_listing_keeps_extensions_apart(own_corpus):
     write_audio(own_corpus, {"d/d-1.wav": noise(3200)})
     assert len(scan_corpus(own_corpus, ".flac").sequences) == len(LENGTHS)
