@@ -18,11 +18,19 @@ import torch
 from utils.audio import decode_into
 from utils.distributed import ALONE
 from utils.listing import list_audio_files
-from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few, generator_from
+from utils.misc import (
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    UserError,
+    counted,
+    first_few,
+    generator_from,
+)
 from utils.windows import Layout, cumulated, plan_pack, split_in_packs
 from utils.workers import Workers
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
+LIBRISPEECH_FOLDERS = 2  # above a file: the speaker's, the chapter's
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
@@ -78,6 +86,20 @@ def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_
 
 def _in_order(sequences):
     return sorted(sequences, key=lambda s: (s.speaker, s.name, s.path))
+
+
+def warn_of_single_speaker(corpus):
+    """Say so where all files count as one speaker's: --pathDB may be a folder too high."""
+    if len(corpus.speakers) > 1:
+        return
+    speaker = corpus.speakers[0]
+    print(
+        f"warning: {corpus.root}: one speaker only: the speaker of a file is the first folder "
+        f"below --pathDB, and here that is {speaker or 'none'} for every file"
+    )
+    if all(sequence.path.count("/") > LIBRISPEECH_FOLDERS for sequence in corpus.sequences):
+        inner = os.path.join(corpus.root, speaker)
+        print(f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}")
 
 
 def read_sequence_list(path):
@@ -399,8 +421,9 @@ class AudioDataset:
         n_speakers, n_files = len(np.unique(self.speakers)), len(self.sequences)
         duration = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
         text = (
-            f"{self.title}: {n_files} files, {duration}, {n_speakers} speakers, "
-            f"{self.n_windows} windows of {self.size_window / SAMPLE_RATE:.2f} s"
+            f"{self.title}: {counted(n_files, 'file')}, {duration}, "
+            f"{counted(n_speakers, 'speaker')}, {counted(self.n_windows, 'window')} of "
+            f"{self.size_window / SAMPLE_RATE:.2f} s"
         )
         if self.phone_labels:
             text += f", {n_files} of {n_files + self.n_unlabelled} files have phone labels"
@@ -427,6 +450,18 @@ class AudioDataset:
             files = np.arange(len(self.sequences))
             self._only_pack = PackDecoding(self, files, world).finish()
         return self._only_pack
+
+
+def warn_of_shared_files(training, validation):
+    """Say so where what is tested on was trained on. Both are AudioDatasets."""
+    trained_on = {sequence.path for sequence in training.sequences}
+    shared = [s.path for s in validation.sequences if s.path in trained_on]
+    if shared:
+        print(
+            f"warning: {len(shared)} of {counted(len(validation.sequences), 'file')} of the "
+            f"{validation.title} are in the {training.title}, too: {first_few(shared)}",
+            flush=True,
+        )
 
 
 # ----------------------------------------------------------------------------------------- batches

@@ -5,6 +5,7 @@ import gc
 import json
 import mmap
 import os
+import re
 import shutil
 import sys
 import threading
@@ -32,6 +33,7 @@ from dataset import (
     read_sequence_list,
     scan_corpus,
     select_sequences,
+    warn_of_single_speaker,
 )
 from utils import listing, workers
 from utils.distributed import World
@@ -261,6 +263,23 @@ def test_speakers_and_sequences_are_sorted(tmp_path):
     assert scan_corpus(tmp_path, ".wav", speaker_level=2).speakers == ("", "a", "a/1", "a/2", "b/1")
 
 
+def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, capsys):
+    libri = {f"train/{speaker}/1/{speaker}-1-0.flac": noise(200) for speaker in (19, 26)}
+    write_audio(tmp_path, libri)
+    warn_of_single_speaker(scan_corpus(tmp_path))
+    said = capsys.readouterr().out
+    assert "that is train for every file" in said
+    assert f"give --pathDB {tmp_path / 'train'}\n" in said
+    warn_of_single_speaker(scan_corpus(tmp_path / "train"))
+    assert capsys.readouterr().out == ""
+    warn_of_single_speaker(scan_corpus(tmp_path / "train" / "19"))
+    said = capsys.readouterr().out
+    assert "that is 1 for every file" in said
+    assert "if the folders in" not in said
+    warn_of_single_speaker(scan_corpus(tmp_path / "train" / "19" / "1"))
+    assert "that is none for every file" in capsys.readouterr().out
+
+
 def test_listing_spares_opening_the_files(own_corpus, monkeypatch):
     opened = []
     original = listing.read_header
@@ -273,6 +292,19 @@ def test_listing_spares_opening_the_files(own_corpus, monkeypatch):
     assert len(opened) == len(LENGTHS)
     scan_corpus(own_corpus, ignore_cache=True)
     assert len(opened) == 2 * len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("b/x", "b/x"), ("c", "c"), ("", ".")], ids=["audio", "speaker", "root"]
+)
+def test_folders_changed_after_the_listing_are_mentioned(folder, name, own_corpus, capsys):
+    first = scan_corpus(own_corpus)
+    assert scan_corpus(own_corpus) == first
+    assert capsys.readouterr().out == ""
+    later = os.stat(own_corpus / listing.LISTING).st_ctime + 60
+    os.utime(own_corpus / folder, (later, later))
+    assert scan_corpus(own_corpus) == first
+    assert f"1 folder changed since the files were listed: {name} (" in capsys.readouterr().out
 
 
 def test_listing_keeps_extensions_apart(own_corpus):
@@ -706,6 +738,8 @@ def test_description_and_fingerprint(small_corpus, own_corpus):
         "validation set: 7 files, 0.1 min, 3 speakers, 41 windows of 0.10 s"
     )
     assert audio.hours == sum(LENGTHS.values()) / SAMPLE_RATE / 3600
+    one = AudioDataset(small_corpus, small_corpus.sequences[:1], WINDOW)
+    assert re.search(r": 1 file, 0.0 min, 1 speaker, \d+ windows", one.describe())
     copy = scan_corpus(own_corpus)
     print_of = [
         AudioDataset(copy, sequences, WINDOW).fingerprint()

@@ -36,13 +36,15 @@ from dataset import (
     read_sequence_list,
     scan_corpus,
     select_sequences,
+    warn_of_shared_files,
+    warn_of_single_speaker,
 )
 from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
 from model import CPCModel, build_model
 from stats.stats_collector import StatsCollector
 from stats.stats_utils import check_needs, parse_stats, with_absolute_directories
-from trainer import Trainer, TrainStep
+from trainer import Trainer, TrainStep, say_finished
 from utils.arguments import (
     ARCHITECTURE,
     MODEL,
@@ -76,6 +78,7 @@ from utils.misc import (
     seed_from,
 )
 from utils.report.page import RunReport
+from utils.report.run_record import RunRecord
 from utils.stopping import Stopped, StopSignals
 
 
@@ -114,6 +117,9 @@ def run(args, given, words, world):
     args, given: what it says, and the names of the flags on it; words: itself.
     """
     args, checkpoint, stats = world.together(lambda: settle_arguments(args, given))
+    if world.from_first(lambda: is_finished(args, checkpoint)):
+        say_finished(checkpoint.state["position"][0])
+        return
     args.random_seed = world.from_first(lambda: args.random_seed)  # where none was given
     device = prepare_machine(args, world)
     corpus = world.from_first(lambda: find_audio(args))
@@ -127,12 +133,23 @@ def run(args, given, words, world):
         world.together(lambda: prepare_training(job, words)).run()
 
 
+def is_finished(args, checkpoint):
+    """Whether the run has all its epochs, with logs, curves and report: no audio is needed then."""
+    if not checkpoint or args.onlyCapture or args.only_classif_metric:
+        return False
+    done = checkpoint.state["position"][0]
+    written = any(row["epoch"] == done - 1 for row in RunRecord(args.pathCheckpoint).epochs)
+    return done >= args.nEpoch and written
+
+
 def prepare_training(job, words):
     """A Trainer, at the beginning of a run or where its checkpoint was saved.
 
     `words` of the command line are shown in the run's report.
     """
     args, data, stats = job.args, job.data, job.stats
+    if args.supervised and not args.path_phone_data:
+        print("note: --supervised without --path_phone_data trains the network to name speakers")
     step, models = build_step(args, data, job.checkpoint)
     report = RunReport(
         args,
@@ -244,12 +261,14 @@ def prepare_machine(args, world):
 
 
 def find_audio(args):
-    return scan_corpus(
+    corpus = scan_corpus(
         args.pathDB,
         args.file_extension,
         ignore_cache=args.ignore_cache,
         n_threads=args.n_process_loader,
     )
+    warn_of_single_speaker(corpus)
+    return corpus
 
 
 class Data:
@@ -303,7 +322,9 @@ class Data:
     @functools.cached_property
     def training_sets(self):
         """What the networks are trained and validated on."""
-        return self.split_sets(with_phones=trains_on_phones(self.args))
+        sets = self.split_sets(with_phones=trains_on_phones(self.args))
+        warn_of_shared_files(*sets)
+        return sets
 
     def capture_sequences(self):
         args = self.args

@@ -22,8 +22,17 @@ from utils.checkpoint import (
 )
 from utils.files import remove_leftovers, save_json
 from utils.hooks import untouched
-from utils.logs import Clock, RunningMeans, append_epoch, mean, percent, progress
-from utils.misc import UserError, generator_from, seed_from
+from utils.logs import (
+    Clock,
+    RunningMeans,
+    append_epoch,
+    has_accuracy,
+    mean,
+    percent,
+    progress,
+    step_name,
+)
+from utils.misc import UserError, counted, generator_from, seed_from
 from utils.report.page import REPORT
 from utils.report.plots import draw_curves
 from utils.report.run_record import epoch_speed
@@ -99,7 +108,7 @@ class Trainer:
         self.running = RunningMeans(world)  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None
-        self.best_accuracy = -float("inf") if args.supervised and args.CTC else 0.0
+        self.best_accuracy = 0.0 if has_accuracy(args) else -float("inf")
         self.unchecked = []  # steps whose finiteness wasn't looked at yet
         self.steps_since_save = 0
         self.superseded = saved_checkpoints(self.directory) if args.restart else []
@@ -112,7 +121,7 @@ class Trainer:
         done = self.position.epoch
         self.world.from_first(self.tidy)
         if done >= self.args.nEpoch:
-            print(f"nothing left to do: {done} epochs are done; a larger --nEpoch goes on")
+            say_finished(done)
             return
         self.network = self.world.wrap(self.step)
         self.val_loader.prepare()
@@ -150,7 +159,7 @@ class Trainer:
             "learningRate": self.learning_rate(epoch),
             **self.validate(epoch, f"epoch {epoch}: validation"),
         }
-        print_epoch(epoch, values, self.clock)
+        self.print_epoch(epoch, values)
         failure = self.run_hooks(epoch, values)
         with self.stop.deferred():
             self.end_epoch(epoch, values, save_now=failure is not None)
@@ -198,7 +207,8 @@ class Trainer:
         try:
             if self.logs["epoch"]:
                 save_json(self.directory / "checkpoint_logs.json", self.logs)
-                draw_curves(self.logs, self.directory / CURVES)
+                curves = self.directory / CURVES
+                draw_curves(self.logs, curves, step_name(self.args), has_accuracy(self.args))
             if self.report:
                 self.report.write(self.logs, speed)
         except OSError as error:
@@ -206,7 +216,7 @@ class Trainer:
 
     def score(self, losses, accuracies):
         """What makes an epoch the best: its accuracy; by CTC, which has none, minus its loss."""
-        return -mean(losses) if self.args.supervised and self.args.CTC else mean(accuracies)
+        return mean(accuracies) if has_accuracy(self.args) else -mean(losses)
 
     # --------------------------------------------------------------------------------- one epoch
 
@@ -323,10 +333,7 @@ class Trainer:
         """Validate the networks as they start: what the epochs are to be compared with."""
         values = self.validate(0, "before training: validation")
         self.logs["before_training"] = values
-        losses, accuracies = values.values()
-        print(
-            f"before training  validation loss {mean(losses):.4f} acc {percent(mean(accuracies))}"
-        )
+        print(f"before training  validation {self.in_words(*values.values())}")
         if self.world.is_first and not self.superseded:  # the report of an old run stays till then
             self.write_record()
 
@@ -396,7 +403,7 @@ class Trainer:
         state = checkpoint.state
         self.position, self.source = Position(*state["position"]), checkpoint.path
         self.logs.update(state["logs"])
-        print(f"going on from {checkpoint.path}, {self.position.epoch} epochs done")
+        print(f"going on from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
         self.best = state["best"]
         if checkpoint.of_original:  # its "best" is its latest epoch
@@ -415,11 +422,23 @@ class Trainer:
                 f"note: the run was on {state['machine']} and goes on on {machine}; its results "
                 "won't be the same to the last bit"
             )
-        if state["fingerprint"] != self.fingerprint:
-            print("note: files or lists aren't those that the run was on")
-            if self.running.batches:
-                print(f"note: epoch {self.position.epoch} ends here; the next one uses the new")
-                self.position = self.position._replace(pack=NO_MORE)
+        self.follow_sets(state["fingerprint"])
+
+    def follow_sets(self, fingerprint):
+        """Say which sets aren't those of the checkpoint any more, by its fingerprint of both.
+
+        A place in the old training set means nothing in the new one: the epoch ends there.
+        """
+        old, new = fingerprint.split("-"), self.fingerprint.split("-")
+        for part, before, now in zip(("training", "validation"), old, new, strict=False):
+            if before != now:
+                print(
+                    f"warning: the {part} set isn't the one that the run was on: its files or its "
+                    "list were changed"
+                )
+        if old[0] != new[0] and self.running.batches:
+            print(f"note: epoch {self.position.epoch} ends here; the next one uses the new set")
+            self.position = self.position._replace(pack=NO_MORE)
 
     def describe_machine(self):
         """What a run's results depend on to the last bit, beside seed and data."""
@@ -432,12 +451,27 @@ class Trainer:
 
     # ----------------------------------------------------------------------------- what is printed
 
+    def in_words(self, losses, accuracies):
+        """The means of a row of losses and one of accuracies."""
+        accuracy = f" acc {percent(mean(accuracies))}" if has_accuracy(self.args) else ""
+        return f"loss {mean(losses):.4f}{accuracy}"
+
     def progress_line(self, epoch, total):
-        losses, accuracies = self.running.means_since_mark()
-        return (
-            f"epoch {epoch}  batch {self.running.batches} of {total}  loss {mean(losses):.4f} "
-            f"acc {percent(mean(accuracies))}  {self.clock}"
+        means = self.in_words(*self.running.means_since_mark())
+        return f"epoch {epoch}  batch {self.running.batches} of {total}  {means}  {self.clock}"
+
+    def print_epoch(self, epoch, values):
+        """An epoch: its means and, where there are several, each validation accuracy."""
+        training = self.in_words(values["locLoss_train"], values["locAcc_train"])
+        validation = self.in_words(values["locLoss_val"], values["locAcc_val"])
+        print(
+            f"epoch {epoch}  training {training}  validation {validation}  "
+            f"learning rate {values['learningRate']:.3g}  {self.clock}",
+            flush=True,
         )
+        if name := step_name(self.args):
+            accuracies = " ".join(f"{100 * accuracy:.0f}" for accuracy in values["locAcc_val"])
+            print(f"    validation accuracy by {name} (%): {accuracies}", flush=True)
 
     def print_summary(self):
         """What the run came to, and where to look."""
@@ -455,9 +489,10 @@ class Trainer:
         if "before_training" in self.logs:
             values = self.logs["before_training"].values()
             rows.insert(0, ("before training", *map(mean, values)))
-        print(f"\n{'validation':<20}{'loss':>10}{'accuracy':>12}")
+        with_accuracy = has_accuracy(self.args)
+        print(f"\n{'validation':<20}{'loss':>10}" + f"{'accuracy':>12}" * with_accuracy)
         for name, loss, accuracy in rows:
-            print(f"{name:<20}{loss:>10.4f}{percent(accuracy):>12}")
+            print(f"{name:<20}{loss:>10.4f}" + f"{percent(accuracy):>12}" * with_accuracy)
         print(f"{'speed':<20}{self.clock}")
         print(f"{'checkpoints, logs':<20}{self.directory}")
         print(f"{'curves':<20}{self.directory / CURVES}")
@@ -465,15 +500,5 @@ class Trainer:
             print(f"{'report':<20}{self.directory / REPORT}")
 
 
-def print_epoch(epoch, values, clock):
-    """An epoch in two lines: its means, and validation accuracies by prediction step."""
-    train_loss, train_accuracy, loss, accuracy = (
-        mean(values[key]) for key in ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")
-    )
-    print(
-        f"epoch {epoch}  training loss {train_loss:.4f} acc {percent(train_accuracy)}  "
-        f"validation loss {loss:.4f} acc {percent(accuracy)}  "
-        f"learning rate {values['learningRate']:.3g}  {clock}"
-    )
-    steps = " ".join(f"{100 * step:.0f}" for step in values["locAcc_val"])
-    print(f"    validation accuracy by prediction step (%): {steps}", flush=True)
+def say_finished(epochs):
+    print(f"nothing left to do: {counted(epochs, 'epoch')} done; a larger --nEpoch goes on")

@@ -18,11 +18,14 @@ import train
 import trainer
 from criterion import build_criterion
 from dataset import Batch
+from eval import linear_separability
 from model import CPCAR, build_model
+from stats.stats_utils import STATS, usage
 from utils.arguments import build_parser
 from utils.hooks import CaptureHook
 from utils.lock import locked
 from utils.logs import RunningMeans
+from utils.misc import UNREAD
 from utils.stopping import Stopped
 from utils.testing import (
     GOLDEN,
@@ -448,8 +451,25 @@ def test_another_corpus_is_said_and_the_next_epoch_begins(
     assert run(*on(tiny_corpus), *flags) == 130
     other = write_tiny_corpus(tmp_path / "other", seed=3)
     assert run("--pathCheckpoint", tmp_path / "run", "--pathDB", other / "audio") == 0
-    assert "epoch 0 ends here" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warning: the training set isn't the one" in printed
+    assert "warning: the validation set isn't the one" in printed
+    assert "epoch 0 ends here" in printed
     assert checkpoint(tmp_path / "run", 0)["logs"]["iter"] == [2]
+
+
+def test_a_changed_list_is_named_with_the_files_that_both_sets_have(tiny_corpus, tmp_path, capsys):
+    lists = [shutil.copy(tiny_corpus / name, tmp_path) for name in ("train.txt", "test.txt")]
+    words = ["--pathTrain", lists[0], "--pathVal", lists[1]]
+    trained(tiny_corpus, tmp_path / "run", *words, epochs=1)
+    assert "warning" not in capsys.readouterr().out
+    with open(lists[1], "a") as file:
+        file.write("10-0-0000\n11-1-0001\n")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2) == 0
+    printed = capsys.readouterr().out
+    assert "warning: the validation set isn't the one" in printed
+    assert "the training set isn't" not in printed
+    assert re.search("2 of 5 files of the validation set .*: 10/0/10-0-0000.flac, 11/1/", printed)
 
 
 def test_a_list_that_is_gone_does_not_become_the_whole_corpus(tiny_corpus, tmp_path, capsys):
@@ -668,6 +688,46 @@ def test_a_wrong_sample_rate_names_the_cure(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "10-0-0001.flac" in error
     assert "adjust_sample_rate.py" in error
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--pathCheckpoint", "RUN"]])
+def test_a_pipe_that_is_closed_ends_the_program_without_a_word(words, tiny_corpus, tmp_path):
+    flags = [*on(tiny_corpus), *SMALL, "--nEpoch", "1", *words]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, ROOT / "train.py", *flags]
+    pipes = {"stdout": writing, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **pipes, cwd=tmp_path, check=False)
+    os.close(writing)
+    assert done.stderr == b""
+    assert done.returncode in ([0, UNREAD] if "--help" in words else [UNREAD])
+
+
+def test_a_finished_run_is_known_without_its_audio(tiny_corpus, tmp_path, capsys, monkeypatch):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(train, "find_audio", None)
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 1) == 0
+    assert "nothing left to do: 1 epoch done; a larger --nEpoch" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("parser", [build_parser(), linear_separability.build_parser()])
+def test_help_says_every_default_once(parser, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "5000")
+    text = parser.format_help().partition("\noptions:")[2]
+    explained = dict(re.findall(r"^ +--(\w+)([^\n]*(?:\n {10,}.*)?)", text, flags=re.M))
+    for name, line in explained.items():
+        default = parser.get_default(name)
+        assert line.count("(default: ") == 1 or default in (None, "") or default is False, line
+        assert not re.search(r"default: (None|False|-1)?\)", line), line
+    assert len(explained) > 20
+    assert any(line.endswith("(default: 0.0002)") for line in explained.values())
+
+
+def test_help_lists_the_registered_stats():
+    text = "".join(build_parser().format_help().split())
+    assert all(usage(name) in text for name in STATS)
 
 
 def test_as_a_program_it_refuses_with_status_two_and_no_traceback(tmp_path):
@@ -921,7 +981,7 @@ def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tm
 @pytest.mark.parametrize(
     "words", [[], ["PHONES"], ["PHONES", "--CTC"], ["PHONES", "--onEncoder", "--nLevelsPhone", "2"]]
 )
-def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path):
+def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path, capsys):
     phones = ["--path_phone_data", tiny_corpus / "phones.txt"]
     words = [item for word in words for item in (phones if word == "PHONES" else [word])]
     state = trained(tiny_corpus, tmp_path, "--supervised", "--learningRate", "0.01", *words,
@@ -929,6 +989,22 @@ def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path):
     losses = [row[0] for row in state["logs"]["locLoss_train"]]
     assert losses[-1] < losses[0]
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 5) == 0
+    printed = capsys.readouterr().out
+    assert "validation accuracy by" not in printed
+    assert ("acc" in printed) is ("--CTC" not in words)
+    assert ("trains the network to name speakers" in printed) is (not words)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "n"),
+    [([], "prediction step", 2), (["--CPCCTC", "--CPCCTCNumMatched", 3], "matched frame", 3)],
+)
+def test_validation_accuracies_are_called_what_they_are(
+    words, name, n, tiny_corpus, tmp_path, capsys
+):
+    trained(tiny_corpus, tmp_path, *words, epochs=1)
+    line = re.search(rf"validation accuracy by {name} \(%\): (.*)", capsys.readouterr().out)
+    assert len(line[1].split()) == n
 
 
 @pytest.mark.parametrize("mode", ["reverse", "none"])

@@ -101,7 +101,7 @@ def leaks(part):
     ]  # fmt: skip
     trial, held = Run(words, part.place / "log", forked=False), {}
     while not trial.wait(patience=0.2):
-        epoch = trial.printed().count("validation accuracy by prediction step")
+        epoch = trial.printed().count("validation accuracy by ")
         held[epoch] = holdings(trial.pid) or held.get(epoch)
         part.progress(epoch, epochs)
     if trial.finding():

@@ -27,6 +27,7 @@ from dataset import (
     read_sequence_list,
     scan_corpus,
     select_sequences,
+    warn_of_single_speaker,
 )
 from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe, ProbeOptions
@@ -201,7 +202,7 @@ def add_task_flags(group):
         type=int,
         default=-1,
         metavar="N",
-        help="only the first N layers of the AR network",
+        help="only the first N layers of the AR network (default: all)",
     )
     add(
         "--mode",
@@ -240,17 +241,17 @@ def add_training_flags(group):
     )
     add("--batchSizeGPU", type=int, default=8, metavar="WINDOWS", help="windows in a batch")
     add("--linsep_net_layers", type=int, default=1, metavar="N", help="layers of the classifier")
-    add("--lr", type=float, default=2e-4, help="learning rate (default: 2e-4)")
-    add("--beta1", type=float, default=0.9, help="Adam's beta 1 (default: 0.9)")
-    add("--beta2", type=float, default=0.999, help="Adam's beta 2 (default: 0.999)")
-    add("--epsilon", type=float, default=2e-8, help="Adam's epsilon (default: 2e-8)")
+    add("--lr", type=float, default=2e-4, help="learning rate")
+    add("--beta1", type=float, default=0.9, help="Adam's beta 1")
+    add("--beta2", type=float, default=0.999, help="Adam's beta 2")
+    add("--epsilon", type=float, default=2e-8, help="Adam's epsilon")
     add("--unfrozen", action="store_true", help="train the model, too")
     add(
         "--no_pretraining",
         action="store_true",
         help="random weights: what an untrained model gives",
     )
-    add("--random_seed", type=int, default=0, help="seed of everything random (default: 0)")
+    add("--random_seed", type=int, default=0, help="seed of everything random")
 
 
 def add_data_flags(group):
@@ -294,6 +295,8 @@ def build_sets(args):
         n_threads=args.n_process_loader,
     )
     labels = read_phone_labels(args.pathPhone) if args.pathPhone else None
+    if not labels:
+        warn_of_single_speaker(corpus)
     sets = []
     for title, path, n_debug in (
         ("training set", args.pathTrain, 1000),

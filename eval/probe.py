@@ -23,7 +23,14 @@ from criterion.seq_alignment import best_label_sequences, collapse_label_chain, 
 from dataset import BatchLoader
 from utils.files import remove_leftovers, save_json, save_tensors
 from utils.logs import RunningMeans, append_epoch, percent, progress
-from utils.misc import SAMPLES_PER_FRAME, UserError, available_memory, generator_from, seed_from
+from utils.misc import (
+    SAMPLES_PER_FRAME,
+    UserError,
+    available_memory,
+    counted,
+    generator_from,
+    seed_from,
+)
 from utils.report.plot_confusion import draw_confusion
 
 BEAM = 20  # label sequences kept while CTC outputs are decoded; 100 would take four times as long
@@ -480,11 +487,18 @@ class Probe:
         }
 
     def _description(self):
-        found, n_unseen = self.measured_on, self.measured_on["classes_only_in_validation"]
+        options, found = self.options, self.measured_on
+        n_unseen = found["classes_only_in_validation"]
         yield (
             f"{self.name}: {found['layer']} features, {found['dimensions']} dimensions"
             + (", the last frame of each window" if self.task == "speaker" else "")
-            + (", by CTC" if self.options.ctc else "")
+            + (", by CTC" if options.ctc else "")
+        )
+        n_layers = 2 if options.n_inner else options.n_layers
+        yield (
+            f"  classifier: {counted(n_layers, 'layer')}, trained for "
+            f"{counted(options.n_epochs, 'epoch')} on batches of "
+            f"{counted(options.batch_size, 'window')}, learning rate {options.learning_rate:g}"
         )
         for name in ("training", "validation"):
             part = found[name]
@@ -546,10 +560,6 @@ class Probe:
             return
         title = f"{self.name}: {self._score_text(self.best.score)}"
         draw_confusion(self.best.confusion.cpu(), path, title)
-
-
-def counted(n, noun):
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def accuracy_by_class(confusion):

@@ -203,6 +203,8 @@ def test_says_what_it_measured(phone_probe, capsys):
         }
     output = capsys.readouterr().out
     assert "encoded features, 40 dimensions" in output
+    settings = "classifier: 1 layer, trained for \\d+ epochs? on batches of \\d+ windows, "
+    assert re.search(rf"{settings}learning rate 0\.\d+\n", output)
     assert "always the commonest phone" in output
 
 

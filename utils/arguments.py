@@ -116,7 +116,7 @@ def add_data_flags(group):
         help="training audio held in memory at once, 2 bytes a sample; lower it when memory is "
         "short: a larger corpus is then read in packs, the next one in the background")
     add("--max_bad_files", type=float, default=0.01, metavar="SHARE",
-        help="stop when more than this share of the files can't be decoded (default: 0.01)")
+        help="stop when more than this share of the files can't be decoded")
     add("--ignore_cache", action="store_true",
         help="list the audio files anew; needed when files were added or removed")
     add("--debug", action="store_true",
@@ -135,7 +135,7 @@ def add_checkpoint_flags(group):
     add("--loadCriterion", action="store_true",
         help="take the criterion's weights from the first checkpoint, too (needs --load)")
     add("--gru_level", type=int, default=-1, metavar="N",
-        help="keep only the first N layers of the loaded AR network (needs --load)")
+        help="keep only the first N layers of the loaded AR network; needs --load (default: all)")
     add("--nullspace", action="store_true",
         help="the loaded checkpoint is one of a null-space model (needs --load)")
     add("--save_step", type=int, default=5, metavar="EPOCHS", help="epochs between checkpoints")
@@ -159,10 +159,10 @@ def add_optimisation_flags(group):
         help="epochs in all; a resumed run goes on up to it")
     add("--batchSizeGPU", type=int, default=8, metavar="WINDOWS",
         help="windows in a batch, for each process")
-    add("--learningRate", type=float, default=2e-4, help="Adam's learning rate (default: 2e-4)")
-    add("--beta1", type=float, default=0.9, help="Adam's beta 1 (default: 0.9)")
-    add("--beta2", type=float, default=0.999, help="Adam's beta 2 (default: 0.999)")
-    add("--epsilon", type=float, default=1e-8, help="Adam's epsilon (default: 1e-8)")
+    add("--learningRate", type=float, default=2e-4, help="Adam's learning rate")
+    add("--beta1", type=float, default=0.9, help="Adam's beta 1")
+    add("--beta2", type=float, default=0.999, help="Adam's beta 2")
+    add("--epsilon", type=float, default=1e-8, help="Adam's epsilon")
     add("--schedulerStep", type=int, default=-1, metavar="EPOCHS",
         help="halve the learning rate every so many epochs (default: never)")
     add("--schedulerRamp", type=int, metavar="EPOCHS",
@@ -223,7 +223,9 @@ def add_cpcctc_flags(group):
     add("--CPCCTCNoNegsMatchWin", action="store_true",
         help="draw no negatives from the matched frames (all but the last of them)")
     add("--CPCCTCMasq", default="", metavar="RULES", help="pairs that can't be aligned, as "
-        "a:b:c:d,...: matched frames a to b with predictions c to d (`none`: no bound)")
+        "a:b:c:d,...: matched frames a to b - 1 with predictions c to d - 1, counted from 0 "
+        "(`none`: no bound). So 0:4:6:none leaves the first four frames to the first six "
+        "predictions")
     add("--CPCCTCLossTemp", type=float, default=1.0, metavar="T",
         help="temperature of the alignment; above 1 it is softer")
     add("--CPCCTCNormalizeEncs", action="store_true", help="normalise the encoded frames")
@@ -252,7 +254,7 @@ def add_probe_flags(group):
     add("--linsep_n_epoch", type=int, default=10, metavar="N", help="epochs of a probe")
     add("--linsepBatchSizeGPU", type=int, default=8, metavar="WINDOWS", help="a probe's batch")
     add("--linsep_net_layers", type=int, default=1, metavar="N", help="layers of a probe")
-    add("--linsep_lr", type=float, default=2e-4, help="learning rate of a probe (default: 2e-4)")
+    add("--linsep_lr", type=float, default=2e-4, help="learning rate of a probe")
     add("--linsep_beta1", type=float, default=0.9, help="Adam's beta 1 in a probe")
     add("--linsep_beta2", type=float, default=0.999, help="Adam's beta 2 in a probe")
     add("--linsep_epsilon", type=float, default=2e-8, help="Adam's epsilon in a probe")
@@ -266,8 +268,10 @@ def add_probe_flags(group):
 def add_capture_flags(group):
     add = group.add_argument
     add("--pathCaptureDS", metavar="FILE", help="list of the sequences to capture")
-    add("--captureDSfreq", type=int, metavar="PERCENT", help="capture this share of that list")
-    add("--captureDStotNr", type=int, metavar="N", help="capture N sequences of that list")
+    add("--captureDSfreq", type=int, metavar="PERCENT", help="capture this share of that list, "
+        "spread evenly over it")
+    add("--captureDStotNr", type=int, metavar="N", help="capture N sequences of that list, "
+        "spread evenly over it")
     add("--pathCaptureSave", metavar="DIR",
         help="captures go to DIR/<epoch>/<what>/ (not needed for stats alone)")
     add("--captureEachEpochs", type=int, default=10, metavar="EPOCHS",
@@ -284,9 +288,10 @@ def add_capture_flags(group):
         "(needs --CPCCTC)",
     }.items():
         add(f"--{flag}", action="store_true", help=what)
-    add("--captureSetStats", metavar="SPEC", help="statistics over the captured set, "
-        "`name:arg,...[_name:arg,...]`, such as reprDiff:cosine,ctx_repr,0.05,DIR (DIR as seen "
-        "from where the command is given)")
+    add("--captureSetStats", metavar="SPEC", help="statistics over the captured set: "
+        "reprDiff:METRIC,REPR,STEP,DIRECTORY, boundaries:METRIC,REPR,DIRECTORY, "
+        "alignOccupancy:DIRECTORY or phoneSim:REPR,DIRECTORY, or several with `_` between them. "
+        "REPR is conv_repr or ctx_repr, METRIC such as cosine; pictures go to DIRECTORY")
 
 
 def add_machine_flags(group):
@@ -603,10 +608,10 @@ def check_probes(args, given):
     )
     if not args.supervised_classif_metric or args.onlyCapture:
         return
+    asked_by = f"--{'only' if args.only_classif_metric else 'supervised'}_classif_metric"
     refuse_if(
         not args.speaker_sep and not args.path_phone_data,
-        "--supervised_classif_metric needs --speaker_sep, --path_phone_data FILE or both, to say "
-        "what is probed",
+        f"{asked_by} needs --speaker_sep, --path_phone_data FILE or both, to say what is probed",
     )
     refuse_without(
         "--path_phone_data FILE", args.path_phone_data, names("CTCphones phone_get_encoded"), given
@@ -616,7 +621,7 @@ def check_probes(args, given):
         "--CTCphones can't be used with --phone_get_encoded: phones by CTC are read from the "
         "contexts",
     )
-    refuse_if(not args.linsep_logs_dir, "--supervised_classif_metric needs --linsep_logs_dir DIR")
+    refuse_if(not args.linsep_logs_dir, f"{asked_by} needs --linsep_logs_dir DIR")
 
 
 def check_capture(args, given):
@@ -680,8 +685,12 @@ def check_machine(args):
 def check_paths(args, resumed):
     """The paths that this call of the program reads must exist, and it must be able to write."""
     refuse_if(
-        not args.pathDB,
-        "no audio: give --pathDB DIR, or the --pathCheckpoint DIR of a run to go on with",
+        not args.pathDB and not resumed,
+        f"--pathCheckpoint {args.pathCheckpoint}: no run there to go on with; a new one needs "
+        "--pathDB DIR",
+    )
+    refuse_if(
+        not args.pathDB, f"{args.pathCheckpoint} doesn't say where its audio is: give --pathDB DIR"
     )
     refuse_if(not os.path.isdir(args.pathDB), f"--pathDB {args.pathDB}: no such directory")
     used = {"path_phone_data"}
@@ -691,6 +700,7 @@ def check_paths(args, resumed):
         used |= {"pathCaptureDS"}
     for name in sorted(used):
         path = getattr(args, name)
+        refuse_if(path and os.path.isdir(path), f"--{name} {path}: is a folder{labels_in(path)}")
         refuse_if(path and not os.path.isfile(path), f"--{name} {path}: no such file")
     written = set()
     if args.pathCaptureDS and not args.only_classif_metric:
@@ -703,3 +713,9 @@ def check_paths(args, resumed):
             check_writable(path, f"--{name} {path}: results")
     for path in [] if resumed else args.load or []:
         refuse_if(not os.path.isfile(path), f"--load {path}: no such file")
+
+
+def labels_in(folder):
+    """Which file was probably meant where a folder of converted alignments is given."""
+    labels = os.path.join(folder or "", "converted_aligned_phones.txt")
+    return f"; its phone labels are {labels}" if os.path.isfile(labels) else "; give a file"

@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 import torch
 from torch.distributed import TCPStore
 
-from utils.misc import UserError
+from utils.misc import UNREAD, UserError
 from utils.stopping import SIGNALS
 
 DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
@@ -92,7 +92,7 @@ def _wait_for(processes):
                     "how the system ends what takes too much memory); the same command goes on "
                     "from the last save"
                 )
-            if 0 < process.exitcode < 128:
+            if 0 < process.exitcode < 128 or process.exitcode == UNREAD:
                 return process.exitcode
             status = max(status, process.exitcode)  # above 128: asked to stop, as all others are
     return status

@@ -6,11 +6,12 @@ from collections import Counter
 
 from utils.audio import LONGEST_FILE, read_header
 from utils.files import atomic_path, check_regular
-from utils.misc import SAMPLE_RATE, UserError, first_few
+from utils.misc import SAMPLE_RATE, UserError, counted, first_few
 from utils.workers import Workers
 
 LISTING = ".cpc_listing.json"  # in the root of the database
 FORMAT = 1
+SECONDS_OF_WRITING = 10  # the listing itself changes the folder that it is put into
 COLUMNS = {"path": str, "samples": int, "rate": int, "fits_int16": bool, "problem": str}
 
 
@@ -28,6 +29,7 @@ def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
         columns = dict(zip(COLUMNS, [paths, *map(list, zip(*headers, strict=True))], strict=True))
         _store(root, extension, columns)
         return columns
+    _mention_changes(root, columns["path"], n_threads)
     facts = enumerate(zip(columns["rate"], columns["problem"], strict=True))
     useless = [i for i, (rate, problem) in facts if problem or rate != SAMPLE_RATE]
     again = _read_headers(root, [columns["path"][i] for i in useless], n_threads)
@@ -35,6 +37,41 @@ def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
         for name, value in header._asdict().items():
             columns[name][i] = value
     return columns
+
+
+def _mention_changes(root, paths, n_threads):
+    """Say so where files may have come or gone since the listing was written.
+
+    The listing stays as it is: a run that goes on would else be on another corpus unasked.
+    """
+    listed = os.stat(os.path.join(root, LISTING)).st_ctime + SECONDS_OF_WRITING
+    folders = sorted(_folders_of(paths))
+    times = Workers(lambda folder: _changed(os.path.join(root, folder)), folders, n_threads)
+    times = times.results("looking for changes", " folders")
+    changed = [f or "." for f, time in zip(folders, times, strict=True) if time > listed]
+    if changed:
+        print(
+            f"note: {root}: {counted(len(changed), 'folder')} changed since the files were listed: "
+            f"{first_few(changed)} (--ignore_cache lists them anew)"
+        )
+
+
+def _folders_of(paths):
+    """All folders on the way to these paths; that which they are relative to is ""."""
+    folders = set()
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        while folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return folders
+
+
+def _changed(folder):
+    """When something was added to a folder or taken away; 0 where it is gone itself."""
+    try:
+        return os.stat(folder).st_mtime
+    except OSError:
+        return 0.0
 
 
 def _read_headers(root, paths, n_threads):

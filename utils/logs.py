@@ -206,6 +206,19 @@ def append_epoch(logs, epoch, values):
             series.append(values.get(key))
 
 
+def step_name(args):
+    """What the losses and accuracies in a row of the logs belong to, one by one; None where a row
+    has one of each."""
+    if args.supervised or args.cpc_mode == "none":
+        return None
+    return "matched frame" if args.CPCCTC else "prediction step"
+
+
+def has_accuracy(args):
+    """Whether accuracies in the logs mean anything; of supervised training by CTC they are 0."""
+    return not (args.supervised and args.CTC)
+
+
 def mean(numbers):
     return sum(numbers) / len(numbers)
 

@@ -7,12 +7,14 @@ import functools
 import hashlib
 import io
 import os
+import signal
 import sys
 
 import torch
 
 SAMPLE_RATE = 16_000  # Hz; the only rate the encoders are made for
 SAMPLES_PER_FRAME = 160  # one frame (encoder output, phone label) is 10 ms
+UNREAD = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
 
 
 class UserError(Exception):
@@ -81,6 +83,10 @@ def first_few(items, limit=5):
     return "".join(c if c.isprintable() else "?" for c in ", ".join(items[:limit]) + rest)
 
 
+def counted(n, noun):
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def available_memory(device):
     """Bytes that may still be taken on this device: on a CPU what the system and, in a container,
     its limit leave; half of the machine's memory where the system doesn't say."""
@@ -107,22 +113,70 @@ def _left_in_container():
     return limit - taken
 
 
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Help that ends with a flag's default, where it has one that its text doesn't name."""
+
+    def _get_help_string(self, action):
+        says_nothing = repr(action.default) in ("None", "False", "''", repr(argparse.SUPPRESS))
+        if says_nothing or "(default: " in action.help or not action.option_strings:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser whose refusals are one line: the usage of dozens of flags would bury it."""
+
+    def __init__(self, *, formatter_class=HelpWithDefaults, **options):
+        super().__init__(formatter_class=formatter_class, **options)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+@contextlib.contextmanager
+def flushed_output():
+    """A block whose output is written at its end, where a closed pipe can still be handled."""
+    try:
+        yield
+    except SystemExit:  # as after --help
+        _flush_output()
+        raise
+    _flush_output()
+
+
+def _flush_output():
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:  # a full disk spoils nothing but the log
+        pass
+
+
+def discard_output():
+    """Let the interpreter's own flush, at its end, find no closed pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def command(main):
-    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2."""
+    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2.
+
+    One whose output nobody reads any more ends as if by SIGPIPE, without a word.
+    """
 
     @functools.wraps(main)
     def program(argv=None):
         try:
-            return main(argv)
+            with flushed_output():
+                return main(argv)
         except ToldElsewhere:
             sys.exit(2)
+        except BrokenPipeError:  # whoever read what is printed has gone, as in `| head`
+            discard_output()
+            sys.exit(UNREAD)
         except UserError as error:
             with contextlib.suppress(OSError):  # what it says on stderr must be said
                 sys.stdout.flush()

@@ -150,6 +150,10 @@ def paths(tmp_path):
          "from 1 to 100"),
         ("--supervised_classif_metric --linsep_logs_dir X", "--speaker_sep"),
         ("--supervised_classif_metric --speaker_sep", "--linsep_logs_dir"),
+        ("--only_classif_metric --speaker_sep", "--only_classif_metric needs --linsep_logs_dir"),
+        ("--only_classif_metric --linsep_logs_dir X", "--only_classif_metric needs --speaker_sep"),
+        ("--path_phone_data DIR", "DIR: is a folder; its phone labels are DIR/converted_aligned"),
+        ("--pathTrain DIR/db", "--pathTrain DIR/db: is a folder; give a file"),
         ("--speaker_sep", "--speaker_sep needs --supervised_classif_metric"),
         ("--supervised_classif_metric --linsep_logs_dir X --path_phone_data LIST --CTCphones "
          "--phone_get_encoded", "--CTCphones can't be used with --phone_get_encoded"),
@@ -174,16 +178,19 @@ def paths(tmp_path):
     ],
 )  # fmt: skip
 def test_what_can_not_work_is_refused_with_the_reason(words, reason, paths, tmp_path):
-    words = words.replace("LIST", str(tmp_path / "list.txt")).split()
+    (tmp_path / "converted_aligned_phones.txt").touch()
+    words = words.replace("LIST", str(tmp_path / "list.txt")).replace("DIR", str(tmp_path)).split()
     with pytest.raises(UserError) as refused:
         checked(*paths, *words)
-    assert reason in str(refused.value)
+    assert reason.replace("DIR", str(tmp_path)) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_run_needs_a_place_and_audio(tmp_path):
     with pytest.raises(UserError, match="--pathCheckpoint DIR"):
         checked("--pathDB", str(tmp_path))
+    with pytest.raises(UserError, match="no run there to go on with; a new one needs --pathDB DIR"):
+        checked("--pathCheckpoint", str(tmp_path / "none"))
     with pytest.raises(UserError, match="--pathDB DIR"):
         checked("--pathCheckpoint", str(tmp_path))
     with pytest.raises(UserError, match="--pathDB .*: no such directory"):
@@ -521,6 +528,10 @@ def test_curves_are_drawn_from_full_partial_and_single_logs(tmp_path):
     logs = {"epoch": [0, 1, 2], **series, **probe, "learningRate": [1]}
     draw_curves(logs, tmp_path / "full.png")
     draw_curves({"epoch": [0], "locLoss_val": [[1.0]]}, tmp_path / "small.png")
+    draw_curves(logs, tmp_path / "other.png", "matched frame")
+    draw_curves(logs, tmp_path / "one.png", None, with_accuracy=False)
+    pictures = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(pictures) == 4
     assert (tmp_path / "full.png").read_bytes()[:4] == b"\x89PNG"
 
 

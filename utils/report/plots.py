@@ -13,11 +13,12 @@ def save_figure(figure, path, dpi=110):
         figure.savefig(temporary, dpi=dpi, format="png")
 
 
-def draw_curves(logs, path):
+def draw_curves(logs, path, step="prediction step", with_accuracy=True):
     """Draw `checkpoint_logs.json` (a dict): losses, accuracies, probes and the learning rate.
 
-    Thin lines are single prediction steps, from the nearest (dark) to the farthest (light); thick
-    ones are their means, full for validation and dashed for training.
+    Thin lines are single steps, from the nearest (dark) to the farthest (light); thick ones are
+    their means, full for validation and dashed for training. `step` and `with_accuracy`: the
+    `step_name` of the run, and whether it `has_accuracy` (utils/logs.py).
     """
     figure = Figure(figsize=(11, 7.5))
     margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95}
@@ -25,9 +26,14 @@ def draw_curves(logs, path):
         2, 2, gridspec_kw={**margins, "wspace": 0.2, "hspace": 0.3}
     )
     epochs = logs["epoch"]
-    _draw_steps(losses, epochs, logs, "locLoss", "loss")
-    _draw_steps(accuracies, epochs, logs, "locAcc", "accuracy", scale=100)
-    accuracies.set_ylabel("accuracy (%)")
+    each = f": mean, and each {step} in validation" if step else ""
+    _draw_steps(losses, epochs, logs, "locLoss")
+    losses.set(title=f"loss{each}", ylabel="loss")
+    if with_accuracy:
+        _draw_steps(accuracies, epochs, logs, "locAcc", scale=100)
+        accuracies.set(title=f"accuracy{each}", ylabel="accuracy (%)")
+    else:
+        _say(accuracies, "by CTC there is no accuracy")
     _draw_probes(probe, epochs, logs)
     _draw_series(rate, epochs, logs.get("learningRate", []), color="C3")
     rate.set_title("learning rate")
@@ -46,7 +52,11 @@ def _draw_series(axes, epochs, values, **style):
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
 
 
-def _draw_steps(axes, epochs, logs, key, title, scale=1):
+def _say(axes, text):
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
+
+
+def _draw_steps(axes, epochs, logs, key, scale=1):
     for part, dashes, color in (("train", "--", "C0"), ("val", "-", "C1")):
         rows = logs.get(f"{key}_{part}", [])
         steps = max((len(row) for row in rows if row), default=0)
@@ -57,8 +67,6 @@ def _draw_steps(axes, epochs, logs, key, title, scale=1):
         means = [row and scale * sum(row) / len(row) for row in rows]
         name = {"train": "training", "val": "validation"}[part]
         _draw_series(axes, epochs, means, color=color, linestyle=dashes, linewidth=2, label=name)
-    axes.set_title(f"{title}: mean, and each prediction step in validation")
-    axes.set_ylabel(title)
     if axes.lines:
         axes.legend()
 
@@ -77,4 +85,4 @@ def _draw_probes(axes, epochs, logs):
     if axes.lines:
         axes.legend()
     else:
-        axes.text(0.5, 0.5, "no probe so far", ha="center", va="center", transform=axes.transAxes)
+        _say(axes, "no probe so far")
