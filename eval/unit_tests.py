@@ -518,14 +518,14 @@ def test_command_concatenates_features(probe_command, checkpoint, tmp_path):
     other = write_checkpoint(tmp_path / "other", hiddenGar=24)
     _, logs = probe_command(load=(checkpoint, other))
     assert logs["measured_on"]["dimensions"] == 16 + 24
-    _, logs = probe_command("--get_encoded", load=(checkpoint, other))
+    _, logs = probe_command("--get_encoded", load=(checkpoint, other), out=tmp_path / "encoded")
     assert logs["measured_on"]["dimensions"] == 16 + 16
 
 
-def test_command_trains_the_model_only_if_told(probe_command, checkpoint):
+def test_command_trains_the_model_only_if_told(probe_command, checkpoint, tmp_path):
     before = load_tensors(checkpoint)["gEncoder"]
     for flags, same in (((), True), (("--unfrozen",), False), (("--no_pretraining",), False)):
-        out, _ = probe_command(*flags)
+        out, _ = probe_command(*flags, out=tmp_path / str(flags))
         after = load_tensors(out / "checkpoint_1.pt")["gEncoder"]
         assert torch.equal(before["gEncoder.conv0.weight"], after["gEncoder.conv0.weight"]) == same
 
@@ -544,7 +544,8 @@ def test_null_space_modes(probe_command, phones, tmp_path):
     weight = load_tensors(path)["cpcCriterion"]["linearSpeakerClassifier.0.weight"]
     assert weight.shape == (5, 16)
     for flags in (("--mode", "speakers_nullspace"), ("--mode", "phonemes_nullspace", *phones)):
-        out, logs = probe_command(*flags, "--path_speakers_factorized", path)
+        where = {"out": tmp_path / flags[1]}
+        out, logs = probe_command(*flags, "--path_speakers_factorized", path, **where)
         assert logs["measured_on"]["dimensions"] == 11
         model, *dims = load_model(out, nullspace=True)
         assert dims == [11, 11]
@@ -608,6 +609,20 @@ def test_command_replaces_an_earlier_probe(probe_command):
     probe_command("--n_epoch", "3")
     out, _ = probe_command("--n_epoch", "2")
     assert [path.name for path in out.glob("*.pt")] == ["checkpoint_1.pt"]
+
+
+def test_command_never_overwrites_another_probe(probe_command, phones, tmp_path, capsys):
+    out, _ = probe_command(*phones)
+    files = {path: path.read_bytes() for path in out.iterdir()}
+    other = write_checkpoint(tmp_path / "other")
+    for words, load, said in (
+        ((), {}, r"another pathPhone \(.*phones\.txt\): name another directory"),
+        (phones, {"load": (other,)}, r"another load \("),
+        ((*phones, "--no_pretraining"), {}, r"another no_pretraining \(False\)"),
+    ):
+        with ends_refused(capsys, said):
+            probe_command(*words, **load)
+    assert {path: path.read_bytes() for path in out.iterdir()} == files
 
 
 @pytest.mark.parametrize(
