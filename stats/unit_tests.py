@@ -17,7 +17,13 @@ from stats.empty_stat import Stat
 from stats.phone_similarity_stat import PhoneSimilarityStat
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
-from stats.stats_utils import STATS, check_needs, parse_stats, with_absolute_directories
+from stats.stats_utils import (
+    STATS,
+    check_needs,
+    parse_stats,
+    picture_directories,
+    with_absolute_directories,
+)
 from utils.misc import UserError
 from utils.testing import assert_close, golden_cases
 
@@ -336,6 +342,13 @@ def test_directories_in_specs_become_absolute_and_nothing_else_changes(tmp_path,
         assert with_absolute_directories(wrong) == wrong
     monkeypatch.chdir(tmp_path / "a,b")  # a path that can't be written in a spec
     assert with_absolute_directories(specs) == specs
+
+
+def test_directories_of_specs():
+    specs = "reprDiff:cosine,ctx_repr,0.05,/a_b_alignOccupancy:c_phoneSim:ctx_repr,/a_b_phoneSim"
+    assert picture_directories(specs) == ["/a_b", "c", "/a_b_phoneSim"]
+    for wrong in ("", "reprDif:d", "reprDiff:cosine,d", "phoneSim:ctx_repr,"):
+        assert picture_directories(wrong) == []
 
 
 def test_needs_that_the_run_cannot_meet_are_refused(tmp_path):

@@ -15,8 +15,9 @@ from matplotlib.image import imread
 
 import train
 from utils.capture import CaptureReader, CaptureWriter
+from utils.files import save_json
 from utils.misc import SAMPLE_RATE, UserError
-from utils.report import plot_capture
+from utils.report import plot_capture, summary
 from utils.report.page import REPORT
 from utils.report.run_record import RunRecord
 from utils.testing import ends_refused
@@ -337,3 +338,33 @@ def test_the_record_of_a_run_survives_and_is_begun_anew_when_damaged(tmp_path):
     assert [call["epoch"] for call in again.calls] == [0, 1]
     record.path.write_text("{torn")
     assert RunRecord(tmp_path).epochs == []
+
+
+# --------------------------------------------------------------------------------- the summary
+
+
+def test_a_summary_lists_the_pictures_of_its_run_alone(reported_run, tmp_path, capsys):
+    place = reported_run.parent.parent
+    other = place / "other"
+    for directory in (other, other / "0" / "phone", tmp_path):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "picture.png").touch()
+    summary.main([str(reported_run.parent), "--pictures", str(tmp_path)])
+    said = capsys.readouterr().out
+    listed = {Path(line.strip()) for line in said.splitlines() if line.endswith(".png")}
+    pictures = {path for path in place.rglob("*.png") if not path.is_relative_to(other)}
+    kinds = {path.relative_to(place).parts[0] for path in pictures}
+    assert kinds >= {"probes", "captures", "stats"}
+    assert listed == {*pictures, tmp_path / "picture.png"}
+
+
+def test_a_summary_compares_with_random_weights_alone(reported_run, tmp_path, capsys):
+    flags = {"pathPhone": None, "no_pretraining": False}
+    save_json(tmp_path / "checkpoint_args.json", flags)
+    save_json(tmp_path / "checkpoint_logs.json", {"locAcc_val": [[0.25], [0.125]]})
+    words = [str(reported_run.parent), "--untrained", str(tmp_path)]
+    with ends_refused(capsys, "isn't a probe of random weights.*--no_pretraining"):
+        summary.main(words)
+    save_json(tmp_path / "checkpoint_args.json", {**flags, "no_pretraining": True})
+    summary.main(words)
+    assert re.search(r"speakers told apart by a linear probe +25\.0 %", capsys.readouterr().out)
