@@ -37,6 +37,7 @@ from utils.checkpoint import save_checkpoint
 from utils.corpus import make_abx_item
 from utils.files import TEMPORARY_PREFIX, load_json, load_tensors, save_tensors
 from utils.misc import UserError
+from utils.report import plot_confusion
 from utils.report.plot_confusion import draw_confusion
 from utils.testing import ROOT, assert_close, ends_refused, golden_cases
 
@@ -381,6 +382,21 @@ def test_confusion_picture(tmp_path, n_classes):
     counts[0] = 1
     draw_confusion(counts, tmp_path / "confusion.png", "phones")
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_confusions_are_named_by_the_symbols_beside_the_labels(
+    probe_command, tiny_corpus, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(plot_confusion, "save_figure", lambda figure, path: drawn.append(figure))
+    labels = tmp_path / "converted_aligned_phones.txt"
+    labels.write_text((tiny_corpus / "phones.txt").read_text())
+    names = ["SIL", "AA", "B", "CH", "D"]
+    (tmp_path / "phones.txt").write_text("".join(f"{i} {n}\n" for i, n in enumerate(names)))
+    probe_command("--pathPhone", labels)
+    axes = drawn[0].axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [tick.get_text() for tick in axis.get_ticklabels()] == names
 
 
 # ------------------------------------------------------------------------------------- center push

@@ -14,7 +14,7 @@ from stats.alignment_stat import AlignmentOccupancyStat
 from stats.boundary_stat import BoundaryStat, count_found, peak_prominence, segmentation_scores
 from stats.distances import METRICS, frame_distances
 from stats.empty_stat import Stat
-from stats.phone_similarity_stat import PhoneSimilarityStat
+from stats.phone_similarity_stat import PhoneSimilarityStat, class_similarity
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
 from stats.stats_utils import (
@@ -24,6 +24,7 @@ from stats.stats_utils import (
     picture_directories,
     with_absolute_directories,
 )
+from utils.corpus.alignments import write_symbols
 from utils.misc import UserError
 from utils.testing import assert_close, golden_cases
 
@@ -268,6 +269,22 @@ def test_phone_similarity_matches_all_pairs(tmp_path):
     assert logged["within"] == pytest.approx(sum(within) / len(within), abs=1e-5)
     assert logged["between"] == pytest.approx(sum(between) / len(between), abs=1e-5)
     assert imread(tmp_path / "phoneSim_ctx_repr_2.png").std() > 0.05
+
+
+def test_phone_similarity_names_phones_by_the_symbols_beside_their_labels(tmp_path):
+    write_symbols(tmp_path / "phones.txt", {"SIL": 0, "AA": 1, "B": 2})
+    features, labels = speech_like(n_phones=3)
+    stat = PhoneSimilarityStat("ctx_repr", str(tmp_path))
+    value = stat.computeForBatch({"ctx_repr": features, "phone_align": labels})
+    similarity = class_similarity(value["count"], value["sum"])
+    for flags, names in (
+        ({}, ["0", "1", "2"]),
+        ({"path_phone_data": str(tmp_path / "labels.txt")}, ["SIL", "AA", "B"]),
+    ):
+        stat.flags = flags
+        axes = stat._draw(similarity, {"within": 1.0, "between": 0.0}, 0).axes[0]
+        for axis in (axes.xaxis, axes.yaxis):
+            assert [tick.get_text() for tick in axis.get_ticklabels()] == names
 
 
 def test_phone_similarity_of_one_class_has_no_between(tmp_path):

@@ -22,6 +22,7 @@ from utils.corpus.alignments import (
     frames_before,
     read_symbols,
     runs,
+    symbols_beside,
     write_labels,
     write_symbols,
 )
@@ -654,6 +655,16 @@ def test_broken_symbol_files_are_named(tmp_path, content, message):
     (tmp_path / "phones.txt").write_text(content)
     with pytest.raises(UserError, match=f"phones.txt.*{message}"):
         read_symbols(tmp_path / "phones.txt")
+
+
+def test_symbols_beside_labels_only_if_they_are_symbols_of_all(tmp_path):
+    labels = tmp_path / "converted_aligned_phones.txt"
+    assert symbols_beside(labels, 2) == symbols_beside(None, 2) == {}
+    write_symbols(tmp_path / "phones.txt", {"SIL": 0, "a": 1})
+    assert symbols_beside(labels, 2) == {0: "SIL", 1: "a"}
+    assert symbols_beside(labels, 3) == {}
+    write_labels(tmp_path / "phones.txt", {"1-1": [0, 1, 1]})
+    assert symbols_beside(labels, 2) == symbols_beside(tmp_path / "phones.txt", 2) == {}
 
 
 # --------------------------------------------------------------------------------------- splits

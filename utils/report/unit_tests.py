@@ -16,7 +16,7 @@ from matplotlib.image import imread
 import train
 from utils.capture import CaptureReader, CaptureWriter
 from utils.files import save_json
-from utils.misc import SAMPLE_RATE, UserError
+from utils.misc import SAMPLE_RATE
 from utils.report import plot_capture, summary
 from utils.report.page import REPORT
 from utils.report.run_record import RunRecord
@@ -237,13 +237,24 @@ def test_wrong_flags_are_refused(words, said, tmp_path, capsys):
         plot_capture.main([str(write_capture(tmp_path)), *words])
 
 
-def test_symbols_are_read_with_the_line_that_is_wrong(tmp_path):
-    path = tmp_path / "phones.txt"
-    path.write_text("0 SIL\n\n12 ɑː\n")
-    assert plot_capture.read_symbols(path) == {0: "SIL", 12: "ɑː"}
-    path.write_text("0 SIL\nAA 1\n")
-    with pytest.raises(UserError, match=r"phones\.txt: line 2 should be `id symbol`, is 'AA 1'"):
-        plot_capture.read_symbols(path)
+def test_a_wrong_line_of_a_symbol_file_is_named_and_cut(tmp_path, capsys):
+    path, capture = tmp_path / "phones.txt", str(write_capture(tmp_path / "capture"))
+    path.write_text("0 SIL\n1-1-1 " + "7 " * 2000)
+    with pytest.raises(SystemExit):
+        plot_capture.main([capture, "--phones", str(path)])
+    error = capsys.readouterr().err
+    assert "phones.txt, line 2: not `id symbol`: '1-1-1 7 7" in error
+    assert len(error) < 200 + len(str(path))
+
+
+def test_symbols_are_those_given_or_beside_the_labels(tmp_path):
+    (tmp_path / "phones.txt").write_text("0 SIL\n\n12 ɑː\n")
+    (tmp_path / "other.txt").write_text("0 a\n")
+    flags = {"path_phone_data": str(tmp_path / "converted_aligned_phones.txt")}
+    assert plot_capture.find_symbols(None, flags) == {0: "SIL", 12: "ɑː"}
+    assert plot_capture.find_symbols(tmp_path / "other.txt", flags) == {0: "a"}
+    for none in ({}, {"path_phone_data": None}, {"path_phone_data": "no/labels.txt"}):
+        assert plot_capture.find_symbols(None, none) == {}
 
 
 # ---------------------------------------------------------------------------------- the report
