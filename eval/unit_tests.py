@@ -22,7 +22,14 @@ from criterion.classification import PhoneCriterion
 from dataset import AudioDataset, read_phone_labels, scan_corpus
 from eval import ABX, abx_distances, abx_groups, build_zeroSpeech_features, common_voices_eval
 from eval.abx_distances import Frames, compare_groups
-from eval.abx_groups import across_cells, cell_errors, group_items, mean_error, within_cells
+from eval.abx_groups import (
+    across_cells,
+    cell_errors,
+    count_triplets,
+    group_items,
+    mean_error,
+    within_cells,
+)
 from eval.abx_items import Items, cut_items, frame_span, read_items
 from eval.center_push import push_to_nearest, read_centers, squared_distances
 from eval.common_voices_eval import CTCPhoneRecognizer, normalize_over_time
@@ -1395,7 +1402,10 @@ def test_score_is_that_of_a_loop_over_triplets(mode, distance, levels):
     cells = within_cells(groups) if mode == "within" else across_cells(groups, 1000, seed=0)
     score = mean_error(groups, cells, cell_errors(groups, cells, frames, distance))
     measure = {"cosine": cosine_distance, "euclidean": euclidean_distance}[distance]
-    slow = slow_errors(items, frames, {"within": slow_within, "across": slow_across}[mode], measure)
+    slow_cells = {"within": slow_within, "across": slow_across}[mode]
+    slow = slow_errors(items, frames, slow_cells, measure)
+    triplets = [sum(k != i for k in x for i in a) * len(b) for _, a, b, x in slow_cells(items)]
+    assert sorted(count_triplets(groups, cells).tolist()) == sorted(triplets)
     assert len(cells) == sum(map(len, slow.values())) > 20
     assert score == pytest.approx(slow_score(slow), abs=1e-9)
 
@@ -1682,10 +1692,28 @@ def test_missing_files_are_counted(stored, tmp_path, capsys):
 
 def test_no_triplet_is_no_score(stored, tmp_path, capsys):
     item_file = tmp_path / "one.item"
-    item_file.write_text(HEADER + "f0 0 1 a x z s0\nf0 0 1 b x z s0\n")
+    rows = "f0 0 1 a x z s0\nf1 0 1 a x z s0\nf0 0 1 b x z s0\n"
+    item_file.write_text(HEADER + rows)
     result = score((stored[0], item_file), ".pt", tmp_path)
-    assert result["within"] is result["across"] is None
-    assert "ABX across speakers: no triplet" in capsys.readouterr().out
+    assert result["within"] is not None
+    assert result["across"] is None
+    assert result["triplets"] == {"within": 2, "across": 0}
+    said = capsys.readouterr().out
+    assert "(2 triplets)" in said
+    assert "ABX across speakers: no triplet" in said
+    assert "3 of 3 items have features" in said
+
+
+def test_items_without_any_triplet_are_refused(stored, tmp_path, capsys):
+    item_file = tmp_path / "one.item"
+    item_file.write_text(HEADER + "f0 0 1 a x z s0\nf0 0 1 b y z s0\n")
+    for flags, said in (
+        ([], "one.item: no triplet among its 2 items.*by two speakers.*--context any"),
+        (["--mode", "within", "--context", "any"], "within speakers, it takes two examples"),
+    ):
+        with ends_refused(capsys, said):
+            score((stored[0], item_file), ".pt", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
