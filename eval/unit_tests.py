@@ -1551,16 +1551,21 @@ def abx_model(tmp_path_factory):
     return save_checkpoint(directory, state, 0)
 
 
-def test_item_file_from_labels(tmp_path):
+def test_item_file_from_labels(tmp_path, capsys):
     (tmp_path / "symbols.txt").write_text("0 SIL\n1 a\n2 b\n3 c\n")
     (tmp_path / "labels.txt").write_text("s7-1 0 0 1 1 1 2 2 3 1 0\nt8-1 2 1 1 3\n")
     arguments = [str(tmp_path / name) for name in ("labels.txt", "symbols.txt", "out.item")]
     make_abx_item.main(arguments)
+    assert "symbols" not in capsys.readouterr().out
     assert (tmp_path / "out.item").read_text() == (
         HEADER + "s7-1 0.02 0.08 b a c s7\ns7-1 0.05 0.09 c b a s7\nt8-1 0.00 0.04 a b c t8\n"
     )
     make_abx_item.main([*arguments, "--extent", "phone"])
     assert "s7-1 0.05 0.07 b a c s7\n" in (tmp_path / "out.item").read_text()
+    (tmp_path / "symbols.txt").write_text("0 SIL\n1 a\n2 b\n3 c\n7 d\n8 e\n")
+    make_abx_item.main(arguments)
+    assert "2 of 6 symbols of" in (said := capsys.readouterr().out)
+    assert said.endswith("d, e\n")
     (tmp_path / "labels.txt").write_text("s7-1 0 9\n")
     with pytest.raises(SystemExit):
         make_abx_item.main(arguments)
