@@ -38,7 +38,8 @@ demo: .venv/installed
 		--phones $(DEMO)/corpus/phones.txt --out $(DEMO)/pictures
 	@echo
 	@$(RUN) utils/report/summary.py $(DEMO)/run \
-		--untrained $(DEMO)/untrained/phone $(DEMO)/untrained/speaker
+		--untrained $(DEMO)/untrained/phone $(DEMO)/untrained/speaker \
+		--pictures $(DEMO)/pictures
 
 test: .venv/installed
 	$(RUN) -m ruff check .

@@ -10,8 +10,8 @@ share of such triplets in which X is nearer to B: 0 is perfect, 0.5 is chance. T
 dynamic time warping over the distances between frames (eval/dtw.py).
 
 Item files are those of the ZeroSpeech challenges of 2017 and 2021; utils/corpus/make_abx_item.py
-makes one from phone labels. `OUT/ABX_scores.json` holds the scores and what they were measured on,
-`OUT/ABX_args.json` the flags.
+makes one from phone labels. `OUT/ABX_scores.json` holds the scores, the number of triplets for
+each, and what they were measured on, `OUT/ABX_args.json` the flags.
 """
 
 import argparse
@@ -27,7 +27,14 @@ import numpy as np
 import torch
 
 from eval.abx_fastabx import fastabx_errors, require_fastabx
-from eval.abx_groups import across_cells, cell_errors, group_items, mean_error, within_cells
+from eval.abx_groups import (
+    across_cells,
+    cell_errors,
+    count_triplets,
+    group_items,
+    mean_error,
+    within_cells,
+)
 from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
@@ -81,41 +88,58 @@ def main(argv=None):
         "seed": args.seed,
         "library": library,
     }
-    scores = score_items(kept, frames, args)
+    scores, triplets = score_items(kept, frames, args)
+    if not any(triplets.values()):
+        raise UserError(nothing_to_compare(args, len(kept)))
+    result = {**scores, "triplets": triplets, "measured_on": measured_on}
     try:
-        save_json(Path(args.out, "ABX_scores.json"), {**scores, "measured_on": measured_on})
+        save_json(Path(args.out, "ABX_scores.json"), result)
         save_json(Path(args.out, "ABX_args.json"), vars(args))
     except OSError as error:
         raise UserError(f"{args.out}: can't be written to ({error.strerror})") from error
-    show(scores, measured_on, args.out)
+    show(scores, triplets, measured_on, args.out)
 
 
 def score_items(items, frames, args):
-    """The scores of items and their `Frames`: "within" and "across" -> float, or None."""
+    """The scores of items and their `Frames`, and the number of triplets for each.
+
+    Two dicts: "within" and "across" -> float, or None without a triplet; the same -> int.
+    """
     frames = frames.normalized().to(device_from(args.device))
     groups = group_items(items, args.max_size_group, args.seed)
     errors_of = fastabx_errors if args.fastabx else cell_errors
-    scores = {}
+    scores, triplets = {}, {}
     for mode in MODES[args.mode]:
         if mode == "within":
             cells = within_cells(groups)
         else:
             cells = across_cells(groups, args.max_x_across, args.seed)
         scores[mode] = None
+        triplets[mode] = int(count_triplets(groups, cells).sum())
         if len(cells):
             errors = errors_of(groups, cells, frames, args.distance_mode)
             scores[mode] = mean_error(groups, cells, errors)
-    return scores
+    return scores, triplets
 
 
-def show(scores, measured_on, out):
+def nothing_to_compare(args, n_items):
+    """The message where there is no triplet at all, with the ways out."""
+    needs = "; ".join(f"{mode} speakers, {NO_TRIPLET[mode]}" for mode in MODES[args.mode])
+    wider = "; --context any takes phones together whatever is around them"
+    return (
+        f"{args.path_item_file}: no triplet among its {n_items} items with features: {needs}"
+        f"{wider if args.context == 'within' else ''}"
+    )
+
+
+def show(scores, triplets, measured_on, out):
     for mode, score in scores.items():
         if score is None:
             print(f"ABX {mode} speakers: no triplet among these items; {NO_TRIPLET[mode]}")
         else:
-            print(f"ABX error {mode} speakers: {100 * score:.2f} %")
+            print(f"ABX error {mode} speakers: {100 * score:.2f} % ({triplets[mode]:,} triplets)")
     kept, items = measured_on["items_with_frames"], measured_on["items"]
-    print(f"{kept} of {items} items compared; {os.path.join(out, 'ABX_scores.json')}")
+    print(f"{kept} of {items} items have features; {os.path.join(out, 'ABX_scores.json')}")
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -196,7 +220,7 @@ def add_shared_flags(parser):
         "--device",
         default="auto",
         choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one",
+        help="auto: CUDA where there is one (default: auto)",
     )
     add("--cuda", dest="device", action="store_const", const="cuda", help="--device cuda")
     add("--debug", action="store_true", help=f"only items of the first {DEBUG_FILES} files")

@@ -123,13 +123,20 @@ def cell_errors(groups, cells, frames, distance):
         frames, starts[left], sizes[left], starts[right], sizes[right], distance
     )
     errors = torch.empty(len(cells), dtype=torch.float64, device=cells.device)
-    triplets = sizes[x] * (sizes[a] - (a == x).long()) * sizes[b]
+    triplets = count_triplets(groups, cells)
     order = joint(sizes[x], sizes[a], sizes[b]).argsort()  # like sizes: little padding
     for some in rounds((sizes[x] * (sizes[a] + sizes[b]))[order], ENTRIES_PER_ROUND):
         some = order[some]
         to_a, to_b = blocks.padded(with_a[some], math.inf), blocks.padded(with_b[some], -math.inf)
         errors[some] = 1 - count_wins(to_a, to_b) / triplets[some]
     return errors.cpu()
+
+
+def count_triplets(groups, cells):
+    """Triplets (C,) of each cell; A and X are never the same item."""
+    a, b, x = cells.unbind(1)
+    sizes = groups.sizes
+    return sizes[x] * (sizes[a] - (a == x).long()) * sizes[b]
 
 
 def count_wins(to_a, to_b):

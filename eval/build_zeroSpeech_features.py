@@ -181,7 +181,7 @@ def add_other_flags(group):
         "--device",
         default="auto",
         choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one",
+        help="auto: CUDA where there is one (default: auto)",
     )
     add("--train_mode", action="store_true", help="refused: features would depend on chance")
     add("--dimReduction", metavar="FILE", help="refused: its format was never published")

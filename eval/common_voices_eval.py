@@ -125,7 +125,8 @@ def add_training_flags(parser):
     add("--pathTrain", metavar="FILE", help="names of the utterances to train on (default: all)")
     add("--pathVal", metavar="FILE", help="names of the utterances to validate on (default: a "
         "tenth is set aside)")
-    add("--file_extension", default=".mp3", metavar="EXT", help="end of the audio files' names")
+    add("--file_extension", default=".mp3", metavar="EXT", help="end of the audio "
+        "files' names (default: .mp3)")
     add("--freeze", action="store_true", help="train the classifier alone, not the model")
     add("--no_pretraining", action="store_true", help="begin with random weights of the model")
     add("--LSTM", action="store_true", help="an LSTM between the features and the classifier")
@@ -133,16 +134,17 @@ def add_training_flags(parser):
         "each utterance")
     add("--dropout", action="store_true", help="drop half of the features while training")
     add("--kernelSize", type=int, default=8, metavar="FRAMES", help="frames that an output sees; "
-        "there is an output for every half of that")
+        "there is an output for every half of that (default: 8)")
     add("--loss_reduction", choices=["mean", "sum"], default="mean", help="loss of a batch; mean: "
-        "by phone and utterance")
+        "by phone and utterance (default: mean)")
     add("--in_dim", type=int, default=1, help="refused but for 1: models take waveforms")
-    add("--nEpochs", type=int, default=30, metavar="N", help="epochs of training")
+    add("--nEpochs", type=int, default=30, metavar="N", help="epochs of training (default: 30)")
     add("--lr", type=float, default=2e-4, help="Adam's learning rate (default: 2e-4)")
     add("--beta1", type=float, default=0.9, help="Adam's beta 1 (default: 0.9)")
     add("--beta2", type=float, default=0.999, help="Adam's beta 2 (default: 0.999)")
     add("--epsilon", type=float, default=1e-8, help="Adam's epsilon (default: 1e-8)")
-    add("--random_seed", type=int, default=0, metavar="SEED", help="of everything random")
+    add("--random_seed", type=int, default=0, metavar="SEED", help="of everything "
+        "random (default: 0)")
 
 
 def add_measuring_flags(parser):
@@ -162,8 +164,9 @@ def add_machine_flags(parser):
     add("--debug", action="store_true", help="use the first 1000 utterances for training, the "
         "first 100 for validation")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one")
-    add("--n_process_loader", type=int, default=8, metavar="N", help="threads that decode audio")
+        help="auto: CUDA where there is one (default: auto)")
+    add("--n_process_loader", type=int, default=8, metavar="N", help="threads that decode audio "
+        "(default: 8)")
     add("--max_bad_files", type=float, default=0.01, metavar="SHARE",
         help="stop when more than this share of the files can't be decoded (default: 0.01)")
     add("--ignore_cache", action="store_true",

@@ -1,11 +1,13 @@
 """Linear separability: how well a small classifier tells phones or speakers from frozen features.
 
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
-        --pathCheckpoint OUT                                                     # speakers
+        --pathCheckpoint OUT/speakers                                            # speakers
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
-        --pathCheckpoint OUT --pathPhone LABELS [--CTC]                          # phones
+        --pathCheckpoint OUT/phones --pathPhone LABELS [--CTC]                   # phones
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST ONE.pt OTHER.pt ...
                                                  # on the features of both models, side by side
+
+Each probe has a directory of its own; the same probe again replaces its results there.
 
 What is left when speakers are taken out (Chorowski et al. 2021, arXiv:2106.11603): first
 `--mode speakers_factorized`, then `--mode phonemes_nullspace` or `speakers_nullspace` with the
@@ -45,11 +47,17 @@ from utils.misc import (
 )
 
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
+DECISIVE = (  # flags that say what is measured; the others say how the classifier is trained
+    "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
+    "pathVal",
+)  # fmt: skip
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    directory = Path(args.pathCheckpoint)
+    check_directory(directory, args)
     keep_freed_memory()
     torch.manual_seed(args.random_seed)
     device = torch.device(args.device)
@@ -65,8 +73,8 @@ def main(argv=None):
         device,
         transform=center_push(args, model, device),
     )
-    directory = Path(args.pathCheckpoint)
-    prepare_directory(directory)
+    for path in saved_checkpoints(directory):
+        path.unlink()
     probe.run(partial(save_epoch, args, probe, architectures))
     save_json(directory / "checkpoint_logs.json", probe.logs)
     probe.draw_confusion(directory / "confusion.png")
@@ -83,6 +91,8 @@ def parse_arguments(argv=None):
     settle_device(args)
     check_writable(args.pathCheckpoint, f"--pathCheckpoint {args.pathCheckpoint}: results")
     args.load = [os.path.abspath(path) for path in args.load]
+    args.pathVal = os.path.abspath(args.pathVal)
+    args.pathPhone = args.pathPhone and os.path.abspath(args.pathPhone)
     if args.save_step <= 0:
         args.save_step = args.n_epoch
     return args
@@ -208,7 +218,7 @@ def add_task_flags(group):
         "--mode",
         choices=MODES,
         default="phonemes",
-        help="speakers_factorized: through a "
+        help="phonemes, speakers: a plain classifier; speakers_factorized: through a "
         "bottleneck of --dim_inter; ..._nullspace: without the directions that such a bottleneck "
         "found (phones or speakers is decided by --pathPhone)",
     )
@@ -217,7 +227,13 @@ def add_task_flags(group):
         metavar="FILE",
         help="checkpoint that a probe with --mode speakers_factorized wrote",
     )
-    add("--dim_inter", type=int, default=128, metavar="D", help="size of the bottleneck")
+    add(
+        "--dim_inter",
+        type=int,
+        default=128,
+        metavar="D",
+        help="size of the bottleneck (default: 128)",
+    )
     add(
         "--centerpushFile",
         metavar="FILE",
@@ -230,8 +246,13 @@ def add_task_flags(group):
 
 def add_training_flags(group):
     add = group.add_argument
-    add("--pathCheckpoint", default="out", metavar="DIR", help="where the results go")
-    add("--n_epoch", type=int, default=10, metavar="N", help="epochs")
+    add(
+        "--pathCheckpoint",
+        default="out",
+        metavar="DIR",
+        help="where the results go, a directory for each probe (default: out)",
+    )
+    add("--n_epoch", type=int, default=10, metavar="N", help="epochs (default: 10)")
     add(
         "--save_step",
         type=int,
@@ -256,23 +277,40 @@ def add_training_flags(group):
 
 def add_data_flags(group):
     add = group.add_argument
-    add("--file_extension", default=".flac", metavar="EXT", help="end of the audio files' names")
-    add("--size_window", type=int, default=20480, metavar="SAMPLES", help="a multiple of 160")
+    add(
+        "--file_extension",
+        default=".flac",
+        metavar="EXT",
+        help="end of the audio files' names (default: .flac)",
+    )
+    add(
+        "--size_window",
+        type=int,
+        default=20480,
+        metavar="SAMPLES",
+        help="a multiple of 160 (default: 20480)",
+    )
     add("--ignore_cache", action="store_true", help="list the audio files anew")
     add(
         "--max_size_loaded",
         type=int,
         default=4_000_000_000,
         metavar="SAMPLES",
-        help="training audio held in memory at once, 2 bytes a sample",
+        help="training audio held in memory at once, 2 bytes a sample (default: 4000000000)",
     )
-    add("--n_process_loader", type=int, default=8, metavar="N", help="threads that decode audio")
+    add(
+        "--n_process_loader",
+        type=int,
+        default=8,
+        metavar="N",
+        help="threads that decode audio (default: 8)",
+    )
     add("--debug", action="store_true", help="1000 training and 100 validation sequences only")
     add(
         "--device",
         default="auto",
         choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one",
+        help="auto: CUDA where there is one (default: auto)",
     )
     add(
         "--nGPU",
@@ -395,19 +433,24 @@ def options_of(args):
     )
 
 
-def prepare_directory(directory):
-    """Remove the checkpoints that an earlier probe left, which the new ones replace.
-
-    Raises UserError if those there aren't a probe's: a training run is never overwritten.
-    """
-    old = saved_checkpoints(directory)
-    if old and "dim_inter" not in load_json(directory / "checkpoint_args.json"):
+def check_directory(directory, args):
+    """Raise UserError if the directory holds results that these would not be a repetition of."""
+    record = directory / "checkpoint_args.json"
+    if not record.is_file() and not saved_checkpoints(directory):
+        return
+    before = load_json(record)
+    if "dim_inter" not in before:
         raise UserError(
             f"--pathCheckpoint {directory}: holds the checkpoints of a training run; name another "
             "directory for the results"
         )
-    for path in old:
-        path.unlink()
+    differing = [name for name in DECISIVE if before.get(name) != getattr(args, name)]
+    if differing:
+        raise UserError(
+            f"--pathCheckpoint {directory}: holds the results of a probe with another "
+            f"{differing[0]} ({before.get(differing[0])}): name another directory, or remove this "
+            "one"
+        )
 
 
 def save_epoch(args, probe, architectures, epoch):

@@ -21,6 +21,7 @@ from criterion.classification import (
 )
 from criterion.seq_alignment import best_label_sequences, collapse_label_chain, phone_error_rate
 from dataset import BatchLoader
+from utils.corpus.alignments import symbols_beside
 from utils.files import remove_leftovers, save_json, save_tensors
 from utils.logs import RunningMeans, append_epoch, percent, progress
 from utils.misc import (
@@ -559,7 +560,8 @@ class Probe:
             path.unlink(missing_ok=True)
             return
         title = f"{self.name}: {self._score_text(self.best.score)}"
-        draw_confusion(self.best.confusion.cpu(), path, title)
+        symbols = symbols_beside(self.validation_set.phone_labels.path, self.n_classes)
+        draw_confusion(self.best.confusion.cpu(), path, title, symbols)
 
 
 def accuracy_by_class(confusion):

@@ -22,7 +22,14 @@ from criterion.classification import PhoneCriterion
 from dataset import AudioDataset, read_phone_labels, scan_corpus
 from eval import ABX, abx_distances, abx_groups, build_zeroSpeech_features, common_voices_eval
 from eval.abx_distances import Frames, compare_groups
-from eval.abx_groups import across_cells, cell_errors, group_items, mean_error, within_cells
+from eval.abx_groups import (
+    across_cells,
+    cell_errors,
+    count_triplets,
+    group_items,
+    mean_error,
+    within_cells,
+)
 from eval.abx_items import Items, cut_items, frame_span, read_items
 from eval.center_push import push_to_nearest, read_centers, squared_distances
 from eval.common_voices_eval import CTCPhoneRecognizer, normalize_over_time
@@ -37,6 +44,7 @@ from utils.checkpoint import save_checkpoint
 from utils.corpus import make_abx_item
 from utils.files import TEMPORARY_PREFIX, load_json, load_tensors, save_tensors
 from utils.misc import UserError
+from utils.report import plot_confusion
 from utils.report.plot_confusion import draw_confusion
 from utils.testing import ROOT, assert_close, ends_refused, golden_cases
 
@@ -385,6 +393,21 @@ def test_confusion_picture(tmp_path, n_classes):
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_confusions_are_named_by_the_symbols_beside_the_labels(
+    probe_command, tiny_corpus, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(plot_confusion, "save_figure", lambda figure, path: drawn.append(figure))
+    labels = tmp_path / "converted_aligned_phones.txt"
+    labels.write_text((tiny_corpus / "phones.txt").read_text())
+    names = ["SIL", "AA", "B", "CH", "D"]
+    (tmp_path / "phones.txt").write_text("".join(f"{i} {n}\n" for i, n in enumerate(names)))
+    probe_command("--pathPhone", labels)
+    axes = drawn[0].axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [tick.get_text() for tick in axis.get_ticklabels()] == names
+
+
 # ------------------------------------------------------------------------------------- center push
 
 
@@ -520,14 +543,14 @@ def test_command_concatenates_features(probe_command, checkpoint, tmp_path):
     other = write_checkpoint(tmp_path / "other", hiddenGar=24)
     _, logs = probe_command(load=(checkpoint, other))
     assert logs["measured_on"]["dimensions"] == 16 + 24
-    _, logs = probe_command("--get_encoded", load=(checkpoint, other))
+    _, logs = probe_command("--get_encoded", load=(checkpoint, other), out=tmp_path / "encoded")
     assert logs["measured_on"]["dimensions"] == 16 + 16
 
 
-def test_command_trains_the_model_only_if_told(probe_command, checkpoint):
+def test_command_trains_the_model_only_if_told(probe_command, checkpoint, tmp_path):
     before = load_tensors(checkpoint)["gEncoder"]
     for flags, same in (((), True), (("--unfrozen",), False), (("--no_pretraining",), False)):
-        out, _ = probe_command(*flags)
+        out, _ = probe_command(*flags, out=tmp_path / str(flags))
         after = load_tensors(out / "checkpoint_1.pt")["gEncoder"]
         assert torch.equal(before["gEncoder.conv0.weight"], after["gEncoder.conv0.weight"]) == same
 
@@ -546,7 +569,8 @@ def test_null_space_modes(probe_command, phones, tmp_path):
     weight = load_tensors(path)["cpcCriterion"]["linearSpeakerClassifier.0.weight"]
     assert weight.shape == (5, 16)
     for flags in (("--mode", "speakers_nullspace"), ("--mode", "phonemes_nullspace", *phones)):
-        out, logs = probe_command(*flags, "--path_speakers_factorized", path)
+        where = {"out": tmp_path / flags[1]}
+        out, logs = probe_command(*flags, "--path_speakers_factorized", path, **where)
         assert logs["measured_on"]["dimensions"] == 11
         model, *dims = load_model(out, nullspace=True)
         assert dims == [11, 11]
@@ -610,6 +634,20 @@ def test_command_replaces_an_earlier_probe(probe_command):
     probe_command("--n_epoch", "3")
     out, _ = probe_command("--n_epoch", "2")
     assert [path.name for path in out.glob("*.pt")] == ["checkpoint_1.pt"]
+
+
+def test_command_never_overwrites_another_probe(probe_command, phones, tmp_path, capsys):
+    out, _ = probe_command(*phones)
+    files = {path: path.read_bytes() for path in out.iterdir()}
+    other = write_checkpoint(tmp_path / "other")
+    for words, load, said in (
+        ((), {}, r"another pathPhone \(.*phones\.txt\): name another directory"),
+        (phones, {"load": (other,)}, r"another load \("),
+        ((*phones, "--no_pretraining"), {}, r"another no_pretraining \(False\)"),
+    ):
+        with ends_refused(capsys, said):
+            probe_command(*words, **load)
+    assert {path: path.read_bytes() for path in out.iterdir()} == files
 
 
 @pytest.mark.parametrize(
@@ -1366,7 +1404,10 @@ def test_score_is_that_of_a_loop_over_triplets(mode, distance, levels):
     cells = within_cells(groups) if mode == "within" else across_cells(groups, 1000, seed=0)
     score = mean_error(groups, cells, cell_errors(groups, cells, frames, distance))
     measure = {"cosine": cosine_distance, "euclidean": euclidean_distance}[distance]
-    slow = slow_errors(items, frames, {"within": slow_within, "across": slow_across}[mode], measure)
+    slow_cells = {"within": slow_within, "across": slow_across}[mode]
+    slow = slow_errors(items, frames, slow_cells, measure)
+    triplets = [sum(k != i for k in x for i in a) * len(b) for _, a, b, x in slow_cells(items)]
+    assert sorted(count_triplets(groups, cells).tolist()) == sorted(triplets)
     assert len(cells) == sum(map(len, slow.values())) > 20
     assert score == pytest.approx(slow_score(slow), abs=1e-9)
 
@@ -1512,16 +1553,21 @@ def abx_model(tmp_path_factory):
     return save_checkpoint(directory, state, 0)
 
 
-def test_item_file_from_labels(tmp_path):
+def test_item_file_from_labels(tmp_path, capsys):
     (tmp_path / "symbols.txt").write_text("0 SIL\n1 a\n2 b\n3 c\n")
     (tmp_path / "labels.txt").write_text("s7-1 0 0 1 1 1 2 2 3 1 0\nt8-1 2 1 1 3\n")
     arguments = [str(tmp_path / name) for name in ("labels.txt", "symbols.txt", "out.item")]
     make_abx_item.main(arguments)
+    assert "symbols" not in capsys.readouterr().out
     assert (tmp_path / "out.item").read_text() == (
         HEADER + "s7-1 0.02 0.08 b a c s7\ns7-1 0.05 0.09 c b a s7\nt8-1 0.00 0.04 a b c t8\n"
     )
     make_abx_item.main([*arguments, "--extent", "phone"])
     assert "s7-1 0.05 0.07 b a c s7\n" in (tmp_path / "out.item").read_text()
+    (tmp_path / "symbols.txt").write_text("0 SIL\n1 a\n2 b\n3 c\n7 d\n8 e\n")
+    make_abx_item.main(arguments)
+    assert "2 of 6 symbols of" in (said := capsys.readouterr().out)
+    assert said.endswith("d, e\n")
     (tmp_path / "labels.txt").write_text("s7-1 0 9\n")
     with pytest.raises(SystemExit):
         make_abx_item.main(arguments)
@@ -1653,10 +1699,28 @@ def test_missing_files_are_counted(stored, tmp_path, capsys):
 
 def test_no_triplet_is_no_score(stored, tmp_path, capsys):
     item_file = tmp_path / "one.item"
-    item_file.write_text(HEADER + "f0 0 1 a x z s0\nf0 0 1 b x z s0\n")
+    rows = "f0 0 1 a x z s0\nf1 0 1 a x z s0\nf0 0 1 b x z s0\n"
+    item_file.write_text(HEADER + rows)
     result = score((stored[0], item_file), ".pt", tmp_path)
-    assert result["within"] is result["across"] is None
-    assert "ABX across speakers: no triplet" in capsys.readouterr().out
+    assert result["within"] is not None
+    assert result["across"] is None
+    assert result["triplets"] == {"within": 2, "across": 0}
+    said = capsys.readouterr().out
+    assert "(2 triplets)" in said
+    assert "ABX across speakers: no triplet" in said
+    assert "3 of 3 items have features" in said
+
+
+def test_items_without_any_triplet_are_refused(stored, tmp_path, capsys):
+    item_file = tmp_path / "one.item"
+    item_file.write_text(HEADER + "f0 0 1 a x z s0\nf0 0 1 b y z s0\n")
+    for flags, said in (
+        ([], "one.item: no triplet among its 2 items.*by two speakers.*--context any"),
+        (["--mode", "within", "--context", "any"], "within speakers, it takes two examples"),
+    ):
+        with ends_refused(capsys, said):
+            score((stored[0], item_file), ".pt", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

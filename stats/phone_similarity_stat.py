@@ -7,6 +7,7 @@ import torch
 from stats.arguments import REPRESENTATIONS, choice, picture_directory
 from stats.empty_stat import Stat
 from stats.pictures import new_figure, save_picture
+from utils.corpus.alignments import symbols_beside
 
 
 class PhoneSimilarityStat(Stat):
@@ -71,10 +72,12 @@ class PhoneSimilarityStat(Stat):
         axes = figure.subplots()
         axes.set_facecolor("0.85")  # classes that were not heard
         matrix = axes.imshow(similarity.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-        classes = range(0, len(similarity), max(1, len(similarity) // 25))
-        axes.set_xticks(classes, classes, rotation=90, fontsize="small")
-        axes.set_yticks(classes, classes, fontsize="small")
-        axes.set(xlabel="phone class", ylabel="phone class")
+        classes = range(0, len(similarity), 1 + len(similarity) // 50)
+        symbols = symbols_beside(self.flags.get("path_phone_data"), len(similarity))
+        names = [symbols.get(number, str(number)) for number in classes]
+        axes.set_xticks(classes, names, rotation=90, fontsize="small")
+        axes.set_yticks(classes, names, fontsize="small")
+        axes.set(xlabel="phone", ylabel="phone")
         figure.colorbar(matrix, label="mean cosine similarity")
         return figure
 

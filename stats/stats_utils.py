@@ -60,6 +60,17 @@ def _with_absolute_directory(spec):
     return f"{name}:{','.join(values)}"
 
 
+def picture_directories(specs):
+    """The directories in the specs, each once; none of a spec that is wrong."""
+    directories = []
+    for spec in _split(specs):
+        name, _, arguments = spec.partition(":")
+        names = STATS[name].arguments if name in STATS else ()
+        pairs = zip(names, arguments.split(","), strict=False)
+        directories += [value for key, value in pairs if key == "DIRECTORY" and value]
+    return list(dict.fromkeys(directories))
+
+
 def _parse_one(spec):
     name, _, arguments = spec.partition(":")
     misplaced = re.search(r"([^_,/]*):", arguments)  # the name of a stat that isn't registered

@@ -14,10 +14,17 @@ from stats.alignment_stat import AlignmentOccupancyStat
 from stats.boundary_stat import BoundaryStat, count_found, peak_prominence, segmentation_scores
 from stats.distances import METRICS, frame_distances
 from stats.empty_stat import Stat
-from stats.phone_similarity_stat import PhoneSimilarityStat
+from stats.phone_similarity_stat import PhoneSimilarityStat, class_similarity
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
-from stats.stats_utils import STATS, check_needs, parse_stats, with_absolute_directories
+from stats.stats_utils import (
+    STATS,
+    check_needs,
+    parse_stats,
+    picture_directories,
+    with_absolute_directories,
+)
+from utils.corpus.alignments import write_symbols
 from utils.misc import UserError
 from utils.testing import assert_close, golden_cases
 
@@ -264,6 +271,22 @@ def test_phone_similarity_matches_all_pairs(tmp_path):
     assert imread(tmp_path / "phoneSim_ctx_repr_2.png").std() > 0.05
 
 
+def test_phone_similarity_names_phones_by_the_symbols_beside_their_labels(tmp_path):
+    write_symbols(tmp_path / "phones.txt", {"SIL": 0, "AA": 1, "B": 2})
+    features, labels = speech_like(n_phones=3)
+    stat = PhoneSimilarityStat("ctx_repr", str(tmp_path))
+    value = stat.computeForBatch({"ctx_repr": features, "phone_align": labels})
+    similarity = class_similarity(value["count"], value["sum"])
+    for flags, names in (
+        ({}, ["0", "1", "2"]),
+        ({"path_phone_data": str(tmp_path / "labels.txt")}, ["SIL", "AA", "B"]),
+    ):
+        stat.flags = flags
+        axes = stat._draw(similarity, {"within": 1.0, "between": 0.0}, 0).axes[0]
+        for axis in (axes.xaxis, axes.yaxis):
+            assert [tick.get_text() for tick in axis.get_ticklabels()] == names
+
+
 def test_phone_similarity_of_one_class_has_no_between(tmp_path):
     stat = PhoneSimilarityStat("conv_repr", str(tmp_path))
     batch = {"conv_repr": torch.ones(1, 4, 3), "phone_align": torch.zeros(1, 4, dtype=torch.long)}
@@ -336,6 +359,13 @@ def test_directories_in_specs_become_absolute_and_nothing_else_changes(tmp_path,
         assert with_absolute_directories(wrong) == wrong
     monkeypatch.chdir(tmp_path / "a,b")  # a path that can't be written in a spec
     assert with_absolute_directories(specs) == specs
+
+
+def test_directories_of_specs():
+    specs = "reprDiff:cosine,ctx_repr,0.05,/a_b_alignOccupancy:c_phoneSim:ctx_repr,/a_b_phoneSim"
+    assert picture_directories(specs) == ["/a_b", "c", "/a_b_phoneSim"]
+    for wrong in ("", "reprDif:d", "reprDiff:cosine,d", "phoneSim:ctx_repr,"):
+        assert picture_directories(wrong) == []
 
 
 def test_needs_that_the_run_cannot_meet_are_refused(tmp_path):

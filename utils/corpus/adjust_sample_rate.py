@@ -71,15 +71,32 @@ def parse_arguments(argv):
         "first word of each line, without extension",
     )
     add("path_out", help="folder to write to")
-    add("--out_sample_rate", type=int, default=SAMPLE_RATE, metavar="HZ", help="default: 16000")
-    add("--file_extension", default=".mp3", metavar="EXT", help="default: .mp3")
+    add(
+        "--out_sample_rate",
+        type=int,
+        default=SAMPLE_RATE,
+        metavar="HZ",
+        help="of the new files (default: 16000)",
+    )
+    add(
+        "--file_extension",
+        default=".mp3",
+        metavar="EXT",
+        help="end of the audio files' names (default: .mp3)",
+    )
     add(
         "--out_extension",
         metavar="EXT",
         help="of the new files, and so their format (default: that of the old ones); .flac loses "
         "nothing, .mp3 compresses a second time",
     )
-    add("--n_threads", type=int, default=os.cpu_count(), metavar="N", help="files at a time")
+    add(
+        "--n_threads",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="files at a time (default: one for each processor)",
+    )
     args = parser.parse_intermixed_args(argv)
     args.out_extension = args.out_extension or args.file_extension
     if args.out_sample_rate < 1:

@@ -6,6 +6,7 @@ of frame i, sample 160 i + 80. A symbol file has a line `id symbol` for each pho
 
 import itertools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from utils.files import atomic_path
@@ -77,6 +78,22 @@ def read_symbols(path):
     if not symbols:
         raise UserError(f"{path}: no symbols in this file")
     return symbols
+
+
+def symbols_beside(labels, n_phones=0):
+    """The symbols (id -> symbol) in the phones.txt beside a label file, if there are enough.
+
+    labels: path of the label file, or None; n_phones: how many ids, from 0, must have a symbol.
+    Returns {} where that isn't so, or the file is missing or something else.
+    """
+    if not labels or Path(labels).name == SYMBOLS:
+        return {}
+    try:
+        symbols = read_symbols(Path(labels).with_name(SYMBOLS))
+    except UserError:
+        return {}
+    symbol_of = {number: symbol for symbol, number in symbols.items()}
+    return symbol_of if symbol_of.keys() >= set(range(n_phones)) else {}
 
 
 def read_text(path):

@@ -117,7 +117,12 @@ def build_parser():
         help='tier of the TextGrids; "SPEAKER - TIER" counts, too, if there is one speaker '
         "(default: phones)",
     )
-    add("--file_extension", default=".TextGrid", metavar="EXT", help="end of the TextGrids' names")
+    add(
+        "--file_extension",
+        default=".TextGrid",
+        metavar="EXT",
+        help="end of the TextGrids' names (default: .TextGrid)",
+    )
     add(
         "--n_process",
         type=int,

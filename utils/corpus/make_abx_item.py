@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from dataset import read_phone_labels
 from utils.corpus.alignments import FRAMES_PER_SECOND, SILENCE, read_symbols, runs
 from utils.files import atomic_path
-from utils.misc import CommandLine, UserError, command
+from utils.misc import CommandLine, UserError, command, first_few
 
 HEADER = "#file onset offset #phone prev-phone next-phone speaker"
 
@@ -30,11 +30,12 @@ def main(argv=None):
     labels = read_phone_labels(args.labels).labels
     symbol_of = {number: symbol for symbol, number in read_symbols(args.phones).items()}
     silence = {number for number, symbol in symbol_of.items() if symbol in args.silence.split(",")}
-    lines = []
+    lines, used = [], set()
     for name, ids in labels.items():
         unknown = set(ids.tolist()) - symbol_of.keys()
         if unknown:
             raise UserError(f"{args.labels}: {name} has label {min(unknown)}, not in {args.phones}")
+        used.update(ids.tolist())
         lines += item_lines(name, ids.tolist(), symbol_of, silence, args)
     if not lines:
         raise UserError(f"{args.labels}: no phone is between two phones that aren't silence")
@@ -44,6 +45,12 @@ def main(argv=None):
     except OSError as error:
         raise UserError(f"{args.out}: can't be written ({error.strerror})") from error
     print(f"{len(lines)} items of {len(labels)} utterances: {args.out}")
+    unused = [symbol for number, symbol in symbol_of.items() if number not in used]
+    if unused:
+        print(
+            f"{len(unused)} of {len(symbol_of)} symbols of {args.phones} aren't in these labels: "
+            f"{first_few(unused)}"
+        )
 
 
 def build_parser():

@@ -265,19 +265,20 @@ def parse_arguments(argv):
         "--speakers",
         type=int,
         default=20,
-        help="number of speakers, half of them women (%(default)s)",
+        help="number of speakers, half of them women (default: %(default)s)",
     )
     parser.add_argument(
         "--utterances",
         type=int,
         default=40,
-        help="utterances of each speaker, about 4 s long, every fifth for tests (%(default)s)",
+        help="utterances of each speaker, about 4 s long, every fifth for tests "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=1,
-        help="another seed: another language and speakers (%(default)s)",
+        help="another seed: another language and speakers (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     for name, least in (("speakers", 1), ("utterances", 2), ("seed", 0)):

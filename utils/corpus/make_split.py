@@ -7,7 +7,8 @@ Writes OUT/train.txt and OUT/val.txt, for --pathTrain and --pathVal: a name a li
 without folder and extension. By utterance, every speaker is in both lists, as probes of the speaker
 need it; by speaker, no speaker is in both, which shows how a model does on voices it never heard.
 The same seed gives the same lists, and new speakers leave those of the others as they were, unless
-it goes by speaker.
+it goes by speaker. Lists that are there already and differ are replaced only with --force, since an
+experiment may rest on them.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from dataset import read_sequence_list
+from utils.corpus.alignments import read_text
 from utils.files import atomic_path
 from utils.listing import find_files
 from utils.misc import CommandLine, UserError, command, first_few, seed_from
@@ -36,9 +38,12 @@ def main(argv=None):
             f"{args.pathDB}: {sum(map(len, speakers.values()))} utterances of {len(speakers)} "
             f"speakers can't be divided by {args.by}: one list would be empty"
         )
-    for file, names in ((TRAIN, train), (VALIDATION, validation)):
-        write_list(os.path.join(args.out, file), names)
-        print(f"{len(names)} utterances: {os.path.join(args.out, file)}")
+    lists = {os.path.join(args.out, TRAIN): train, os.path.join(args.out, VALIDATION): validation}
+    if not args.force:
+        refuse_to_replace(lists)
+    for path, names in lists.items():
+        write_list(path, names)
+        print(f"{len(names)} utterances: {path}")
 
 
 def parse_arguments(argv):
@@ -50,7 +55,12 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("pathDB", help="root of the audio files, speaker/.../name + extension")
     add("out", help=f"folder to write {TRAIN} and {VALIDATION} to")
-    add("--file_extension", default=".flac", metavar="EXT", help="default: .flac")
+    add(
+        "--file_extension",
+        default=".flac",
+        metavar="EXT",
+        help="end of the audio files' names (default: .flac)",
+    )
     add(
         "--by",
         choices=["utterance", "speaker"],
@@ -65,7 +75,11 @@ def parse_arguments(argv):
         help="share of the utterances to hold out (default: 0.1)",
     )
     add("--seed", type=int, default=0, help="of what is held out (default: 0)")
-    add("--list", metavar="FILE", help="divide only the names in this list, a name a line")
+    add(
+        "--list",
+        metavar="FILE",
+        help="divide only the names in this list, a name a line (default: all)",
+    )
     add(
         "--speaker_level",
         type=int,
@@ -73,6 +87,7 @@ def parse_arguments(argv):
         metavar="N",
         help="how many of a file's folders name its speaker (default: 1, the first)",
     )
+    add("--force", action="store_true", help="replace lists that are there already")
     args = parser.parse_args(argv)
     if not 0 < args.validation < 1:
         parser.error(f"--validation {args.validation}: a share between 0 and 1")
@@ -136,10 +151,24 @@ def shuffled(items, *seed):
     return items
 
 
+def refuse_to_replace(lists):
+    """Raise UserError if one of the lists (path -> names) is there with other names."""
+    for path, names in lists.items():
+        if os.path.lexists(path) and read_text(path) != text_of(names):
+            raise UserError(
+                f"{path}: is there already, with other names; name another folder, or replace it "
+                "with --force"
+            )
+
+
+def text_of(names):
+    return "".join(f"{name}\n" for name in sorted(names))
+
+
 def write_list(path, names):
     try:
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(f"{name}\n" for name in sorted(names))
+            file.write(text_of(names))
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror})") from error
 

@@ -22,6 +22,7 @@ from utils.corpus.alignments import (
     frames_before,
     read_symbols,
     runs,
+    symbols_beside,
     write_labels,
     write_symbols,
 )
@@ -656,6 +657,16 @@ def test_broken_symbol_files_are_named(tmp_path, content, message):
         read_symbols(tmp_path / "phones.txt")
 
 
+def test_symbols_beside_labels_only_if_they_are_symbols_of_all(tmp_path):
+    labels = tmp_path / "converted_aligned_phones.txt"
+    assert symbols_beside(labels, 2) == symbols_beside(None, 2) == {}
+    write_symbols(tmp_path / "phones.txt", {"SIL": 0, "a": 1})
+    assert symbols_beside(labels, 2) == {0: "SIL", 1: "a"}
+    assert symbols_beside(labels, 3) == {}
+    write_labels(tmp_path / "phones.txt", {"1-1": [0, 1, 1]})
+    assert symbols_beside(labels, 2) == symbols_beside(tmp_path / "phones.txt", 2) == {}
+
+
 # --------------------------------------------------------------------------------------- splits
 
 
@@ -699,7 +710,17 @@ def test_split_by_speaker_divides_speakers(tmp_path):
     assert split(root, tmp_path / "again", *flags) == [train, validation]
     assert split(root, tmp_path / "other", *flags, "--seed", 3)[1] != validation
     few = empty_corpus(tmp_path / "few", {"a": 9, "b": 8})
-    assert {*map(speaker_of, split(few, tmp_path / "out", "--by", "speaker")[1])} == {"b"}
+    assert {*map(speaker_of, split(few, tmp_path / "new", "--by", "speaker")[1])} == {"b"}
+
+
+def test_split_replaces_other_lists_only_if_told(tmp_path, capsys):
+    root, out = empty_corpus(tmp_path / "audio", {"a": 20, "b": 20}), tmp_path / "out"
+    before = split(root, out)
+    assert split(root, out) == before
+    with ends_refused(capsys, r"train\.txt: is there already, with other names.*--force"):
+        split(root, out, "--seed", 1)
+    assert split(root, out) == before
+    assert split(root, out, "--seed", 1, "--force") != before
 
 
 def test_split_of_a_list(tmp_path, capsys):

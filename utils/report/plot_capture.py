@@ -1,6 +1,6 @@
 """Pictures of what a capture holds, one for each window.
 
-    python utils/report/plot_capture.py CAPTURE/10 --windows 0 5 --phones phones.txt
+    python utils/report/plot_capture.py CAPTURE/10 --windows 0 5
 
 CAPTURE/10 is the directory of one epoch below `--pathCaptureSave`. A picture shows, as far as it
 was captured: the spectrogram (when the audio is found), phone boundaries, how similar each frame's
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from utils.audio import open_audio, reason
 from utils.capture import CaptureReader, prediction_names
+from utils.corpus.alignments import read_symbols, symbols_beside
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, command
 from utils.report.plots import save_figure
 
@@ -56,7 +57,7 @@ def main(argv=None):
     reader = CaptureReader(args.directory)
     drawn = [name for name in reader.names if name in DRAWN]
     reader = CaptureReader(args.directory, drawn or reader.names)
-    symbols = read_symbols(args.phones) if args.phones else {}
+    symbols = find_symbols(args.phones, reader.flags)
     first = reader.ranges[0][0]
     windows = args.windows or range(first, first + min(4, reader.n_windows))
     for number in windows:
@@ -80,7 +81,8 @@ def parse_arguments(argv):
     add("directory", metavar="DIR", help="a capture: <pathCaptureSave>/<epoch>")
     add("--windows", type=int, nargs="+", metavar="N", help="which to draw (default: the first 4)")
     add("--out", metavar="DIR", help="where pictures go (default: pictures/ in the capture)")
-    add("--phones", metavar="FILE", help="symbols of the phone classes, `id symbol` a line")
+    add("--phones", metavar="FILE", help="symbols of the phone classes, `id symbol` a line "
+        "(default: phones.txt beside the run's phone labels, if there is one)")  # fmt: skip
     add("--pathDB", metavar="DIR", help="root of the audio (default: that of the captured run)")
     add("--position", type=int, metavar="FRAME",
         help=f"first of the {POSITIONS} positions whose log-scores are drawn "
@@ -88,20 +90,11 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def read_symbols(path):
-    """Class -> symbol from a file with `id symbol` on each line."""
-    symbols = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from error
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if len(words) == 2 and words[0].isdigit():
-            symbols[int(words[0])] = words[1]
-        elif words:
-            raise UserError(f"{path}: line {number} should be `id symbol`, is {line!r}")
-    return symbols
+def find_symbols(path, flags):
+    """Class -> symbol from a symbol file, without one from that beside the run's phone labels."""
+    if path:
+        return {number: symbol for symbol, number in read_symbols(path).items()}
+    return symbols_beside(flags.get("path_phone_data"))
 
 
 def find_waveform(reader, window, root):

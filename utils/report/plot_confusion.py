@@ -8,9 +8,10 @@ from utils.report.plots import save_figure
 MOST_TICKS = 80  # numbers that can still be read along an axis
 
 
-def draw_confusion(counts, path, title):
+def draw_confusion(counts, path, title, symbols=None):
     """Draw counts (n, n), [true class, named class], as shares of each true class.
 
+    `symbols` (class -> symbol) stand for the classes' numbers where they are known.
     Classes that never occur are left out as rows; the right margin says how often each does.
     """
     counts = np.asarray(counts, dtype=float)
@@ -27,8 +28,8 @@ def draw_confusion(counts, path, title):
     font = {"fontsize": 7}
     columns = range(0, n_classes, 1 + n_classes // MOST_TICKS)
     lines = range(0, len(occurs), 1 + len(occurs) // MOST_TICKS)
-    axes.set_xticks(columns, columns, rotation=90, **font)
-    axes.set_yticks(lines, occurs[lines], **font)
+    axes.set_xticks(columns, named(columns, symbols), rotation=90, **font)
+    axes.set_yticks(lines, named(occurs[lines].tolist(), symbols), **font)
     axes.set(xlabel="named phone", ylabel="true phone", title=title)
     right = axes.secondary_yaxis("right")
     right.set_yticks(lines, [f"{total:,.0f}" for total in totals[lines]], **font)
@@ -36,3 +37,8 @@ def draw_confusion(counts, path, title):
     right.set_ylabel("frames")
     figure.colorbar(image, ax=axes, label="share of the true phone's frames (%)", pad=0.02)
     save_figure(figure, path)
+
+
+def named(classes, symbols):
+    """The symbols of classes, and the numbers of those that have none."""
+    return [(symbols or {}).get(number, str(number)) for number in classes]

@@ -1,10 +1,11 @@
 """What a training run came to, in one table: losses, accuracies, probes and where to look.
 
     python utils/report/summary.py RUN
-    python utils/report/summary.py RUN --untrained PROBE ...
+    python utils/report/summary.py RUN --untrained PROBE ... --pictures DIR ...
 
 Each PROBE is what `eval/linear_separability.py --no_pretraining` wrote: the same probe on the same
-network with random weights.
+network with random weights. The pictures listed are those of the run and of its probes, captures
+and stats, and what else lies in each DIR.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from stats.stats_utils import picture_directories
 from utils.files import load_json
 from utils.logs import mean, percent
 from utils.misc import CommandLine, UserError, command
@@ -26,6 +28,10 @@ def main(argv=None):
         "--untrained", type=Path, nargs="+", default=[], metavar="PROBE",
         help="results of eval/linear_separability.py with --no_pretraining",
     )  # fmt: skip
+    parser.add_argument(
+        "--pictures", type=Path, nargs="+", default=[], metavar="DIR",
+        help="directories whose pictures are listed with those of the run",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     logs = load_json(args.run / "checkpoint_logs.json")
     if not logs.get("epoch"):
@@ -39,8 +45,34 @@ def main(argv=None):
         windows, seconds = (sum(epoch[key] for epoch in epochs) for key in ("windows", "seconds"))
         print(f"{len(epochs)} epochs, {windows / seconds:.3g} windows/s in training")
     print(f"report, checkpoints and logs: {args.run}; pictures:")
-    for picture in sorted(args.run.parent.rglob("*.png")):
+    found = [*pictures_of_run(args.run), *pictures_in(args.untrained + args.pictures)]
+    for picture in dict.fromkeys(found):
         print(f"    {picture}")
+
+
+def pictures_of_run(run):
+    """The pictures in a run's directory and where its flags say that others are."""
+    flags = load_json(run / "checkpoint_args.json")
+    yield from pictures_in([run])
+    for flag, pattern in (
+        ("linsep_logs_dir", "*/*/*.png"),
+        ("pathCaptureSave", "*/pictures/*.png"),
+    ):
+        if flags.get(flag):
+            yield from sorted(as_seen_from_here(flags[flag]).glob(pattern))
+    stats = picture_directories(flags.get("captureSetStats") or "")
+    yield from pictures_in(map(as_seen_from_here, stats))
+
+
+def pictures_in(directories):
+    for directory in directories:
+        yield from sorted(directory.glob("*.png"))
+
+
+def as_seen_from_here(path):
+    """The path as it is shortest to read: relative where it is below the working directory."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def validation_rows(logs):
@@ -57,10 +89,19 @@ def validation_rows(logs):
 
 
 def untrained_scores(directories):
-    """Task -> best validation accuracy of each probe on random weights."""
+    """Task -> best validation accuracy of each probe on random weights.
+
+    Raises UserError for the results of anything else.
+    """
     scores = {}
     for directory in directories:
-        task = "phone" if load_json(directory / "checkpoint_args.json")["pathPhone"] else "speaker"
+        flags = load_json(directory / "checkpoint_args.json")
+        if not flags.get("no_pretraining"):
+            raise UserError(
+                f"--untrained {directory}: isn't a probe of random weights; make one by "
+                "eval/linear_separability.py with --no_pretraining"
+            )
+        task = "phone" if flags["pathPhone"] else "speaker"
         logs = load_json(directory / "checkpoint_logs.json")
         scores[task] = max(mean(row) for row in logs["locAcc_val"])
     return scores

@@ -23,8 +23,9 @@ import train
 from dataset import AudioDataset, read_phone_labels, scan_corpus
 from utils.arguments import build_parser
 from utils.capture import CaptureReader, CaptureWriter
-from utils.misc import SAMPLE_RATE, UserError
-from utils.report import line_chart, pictures, plot_capture
+from utils.files import save_json
+from utils.misc import SAMPLE_RATE
+from utils.report import line_chart, pictures, plot_capture, summary
 from utils.report.elements import MOST_ROWS
 from utils.report.line_chart import Line, draw_lines, thinned, ticks
 from utils.report.markup import Markup, join, printable, tag
@@ -248,13 +249,24 @@ def test_wrong_flags_are_refused(words, said, tmp_path, capsys):
         plot_capture.main([str(write_capture(tmp_path)), *words])
 
 
-def test_symbols_are_read_with_the_line_that_is_wrong(tmp_path):
-    path = tmp_path / "phones.txt"
-    path.write_text("0 SIL\n\n12 ɑː\n")
-    assert plot_capture.read_symbols(path) == {0: "SIL", 12: "ɑː"}
-    path.write_text("0 SIL\nAA 1\n")
-    with pytest.raises(UserError, match=r"phones\.txt: line 2 should be `id symbol`, is 'AA 1'"):
-        plot_capture.read_symbols(path)
+def test_a_wrong_line_of_a_symbol_file_is_named_and_cut(tmp_path, capsys):
+    path, capture = tmp_path / "phones.txt", str(write_capture(tmp_path / "capture"))
+    path.write_text("0 SIL\n1-1-1 " + "7 " * 2000)
+    with pytest.raises(SystemExit):
+        plot_capture.main([capture, "--phones", str(path)])
+    error = capsys.readouterr().err
+    assert "phones.txt, line 2: not `id symbol`: '1-1-1 7 7" in error
+    assert len(error) < 200 + len(str(path))
+
+
+def test_symbols_are_those_given_or_beside_the_labels(tmp_path):
+    (tmp_path / "phones.txt").write_text("0 SIL\n\n12 ɑː\n")
+    (tmp_path / "other.txt").write_text("0 a\n")
+    flags = {"path_phone_data": str(tmp_path / "converted_aligned_phones.txt")}
+    assert plot_capture.find_symbols(None, flags) == {0: "SIL", 12: "ɑː"}
+    assert plot_capture.find_symbols(tmp_path / "other.txt", flags) == {0: "a"}
+    for none in ({}, {"path_phone_data": None}, {"path_phone_data": "no/labels.txt"}):
+        assert plot_capture.find_symbols(None, none) == {}
 
 
 # ------------------------------------------------------------------------- the report of a real run
@@ -991,3 +1003,33 @@ def test_a_browser_runs_nothing_that_a_name_smuggles_in(whole_report, tmp_path):
     content = whole_report.read_text(encoding="utf-8")
     broken.write_text(content.replace("</body>", script), encoding="utf-8")
     assert "<title>run: report of a CPC run</title>" in browse(broken, tmp_path / "b", "--dump-dom")
+
+
+# --------------------------------------------------------------------------------- the summary
+
+
+def test_a_summary_lists_the_pictures_of_its_run_alone(reported_run, tmp_path, capsys):
+    place = reported_run.parent.parent
+    other = place / "other"
+    for directory in (other, other / "0" / "phone", tmp_path):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "picture.png").touch()
+    summary.main([str(reported_run.parent), "--pictures", str(tmp_path)])
+    said = capsys.readouterr().out
+    listed = {Path(line.strip()) for line in said.splitlines() if line.endswith(".png")}
+    pictures = {path for path in place.rglob("*.png") if not path.is_relative_to(other)}
+    kinds = {path.relative_to(place).parts[0] for path in pictures}
+    assert kinds >= {"probes", "captures", "stats"}
+    assert listed == {*pictures, tmp_path / "picture.png"}
+
+
+def test_a_summary_compares_with_random_weights_alone(reported_run, tmp_path, capsys):
+    flags = {"pathPhone": None, "no_pretraining": False}
+    save_json(tmp_path / "checkpoint_args.json", flags)
+    save_json(tmp_path / "checkpoint_logs.json", {"locAcc_val": [[0.25], [0.125]]})
+    words = [str(reported_run.parent), "--untrained", str(tmp_path)]
+    with ends_refused(capsys, "isn't a probe of random weights.*--no_pretraining"):
+        summary.main(words)
+    save_json(tmp_path / "checkpoint_args.json", {**flags, "no_pretraining": True})
+    summary.main(words)
+    assert re.search(r"speakers told apart by a linear probe +25\.0 %", capsys.readouterr().out)
