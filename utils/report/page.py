@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from utils.files import atomic_path
+from utils.logs import has_accuracy, step_name
 from utils.report.elements import duration, memory, percentage, shown, soft
 from utils.report.markup import Markup, join, tag
 from utils.report.pictures import draw_capture, embed, find_pictures, latest_capture
@@ -84,10 +85,10 @@ class RunReport:
         args, speeds = self.args, of_epochs(self.record.epochs, logs)
         begun = {"epoch": len(logs["epoch"]), "command": self.command}
         calls = of_epochs(self.record.calls, logs) or [begun]
-        if args.supervised and args.CTC:
+        if not has_accuracy(args):
             logs = without_accuracies(logs)  # they are zeros, which say nothing
         sections = {
-            "Training": training_section(logs),
+            "Training": training_section(logs, step_name(args)),
             "Probes": probe_section(logs, args, pictures),
             "Stats": stats_section(logs, args, self.stats, pictures),
             "Capture": capture_section(logs, args, pictures),

@@ -41,17 +41,18 @@ OF_PROBES = re.compile(r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|
 NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
-def training_section(logs):
+def training_section(logs, step):
+    """step: the `step_name` of the run."""
     if not logs["epoch"]:
         yield soft(NOTHING_YET)
     yield charts(
         compared(logs, "Loss", "locLoss"),
         compared(logs, "Accuracy (%)", "locAcc", 100),
-        *by_step(logs),
+        *by_step(logs, step),
         single("Learning rate", points(logs, "learningRate"), from_zero=True),
         single("Norm of the gradient", points(logs, "gradNorm_train"), from_zero=True),
     )
-    yield from last_epoch_by_step(logs)
+    yield from last_epoch_by_step(logs, step)
 
 
 def compared(logs, title, key, scale=1.0):
@@ -63,16 +64,16 @@ def compared(logs, title, key, scale=1.0):
     return chart(title, lines, before_training(logs, f"{key}_val", scale))
 
 
-def by_step(logs):
-    """Charts of the validation by prediction step, where there are several."""
+def by_step(logs, step):
+    """Charts of the validation by prediction step or matched frame, where there are several."""
     for title, key, scale in (("Loss", "locLoss_val", 1), ("Accuracy (%)", "locAcc_val", 100)):
         steps = step_points(logs, key, scale)
         if len(steps) > 1:
-            yield step_chart(f"{title} by prediction step, validation", steps)
+            yield step_chart(f"{title} by {step}, validation", steps)
 
 
-def last_epoch_by_step(logs):
-    """A table of the latest epoch's means for each prediction step."""
+def last_epoch_by_step(logs, step):
+    """A table of the latest epoch's means for each prediction step or matched frame."""
     names = {"train": "training", "val": "validation"}
     kinds = (("loss", "locLoss", 1, three_decimals), ("accuracy", "locAcc", 100, percentage))
     rows = [
@@ -83,7 +84,7 @@ def last_epoch_by_step(logs):
     ]
     n_steps = max((len(values) for _, values in rows), default=0)
     if n_steps > 1:
-        head = ["by prediction step", *range(1, n_steps + 1)]
+        head = [f"by {step}", *range(1, n_steps + 1)]
         caption = f"Epoch {logs['epoch'][-1]}"
         yield table(head, [(name, *values) for name, values in rows], caption=caption)
 
@@ -272,4 +273,4 @@ def epochs_section(logs, speeds):
     values["data wait"] = {row["epoch"]: percentage(share_waited(row)) for row in speeds}
     values = {name: by_epoch for name, by_epoch in values.items() if by_epoch}
     yield epoch_table(logs["epoch"], values, best_epoch(logs))
-    yield soft("Every epoch, with each prediction step: ", tag("code", "checkpoint_logs.json"), ".")
+    yield soft("All that is logged of every epoch: ", tag("code", "checkpoint_logs.json"), ".")
