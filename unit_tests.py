@@ -638,7 +638,7 @@ def test_without_a_validation_list_some_sequences_are_set_aside(tiny_corpus, tmp
     assert run(*words, *SMALL) == 0
     printed = capsys.readouterr().out
     assert "training set: 8 files" in printed
-    assert "validation set: 1 files" in printed
+    assert "validation set: 1 file, " in printed
 
 
 def test_bad_files_among_good_ones_are_skipped_and_named(tmp_path, capsys):
