@@ -63,6 +63,7 @@ from utils.checkpoint import (
     load_weights,
     newest_checkpoint,
     open_checkpoint,
+    remove_stale,
 )
 from utils.distributed import World, joined_world
 from utils.hooks import PREDICTED, CaptureHook, ProbeHook
@@ -117,15 +118,18 @@ def run(args, given, words, world):
     args, given: what it says, and the names of the flags on it; words: itself.
     """
     args, checkpoint, stats = world.together(lambda: settle_arguments(args, given))
-    if world.from_first(lambda: is_finished(args, checkpoint)):
-        say_finished(checkpoint.state["position"][0])
-        return
+    once = args.onlyCapture or args.only_classif_metric
+    if not once:
+        world.from_first(lambda: remove_stale(args.pathCheckpoint, checkpoint))
+        if world.from_first(lambda: is_finished(args, checkpoint)):
+            say_finished(checkpoint.state["position"][0])
+            return
     args.random_seed = world.from_first(lambda: args.random_seed)  # where none was given
     device = prepare_machine(args, world)
     corpus = world.from_first(lambda: find_audio(args))
     data = world.together(lambda: Data(args, corpus))
     job = Job(args, checkpoint, stats, data, device, world)
-    if args.onlyCapture or args.only_classif_metric:
+    if once:
         model, criterion, hooks = world.together(lambda: prepare_hooks(job))
         for hook in hooks:
             hook.run(checkpoint.epoch, model, criterion)
@@ -135,7 +139,7 @@ def run(args, given, words, world):
 
 def is_finished(args, checkpoint):
     """Whether the run has all its epochs, with logs, curves and report: no audio is needed then."""
-    if not checkpoint or args.onlyCapture or args.only_classif_metric:
+    if not checkpoint:
         return False
     done = checkpoint.state["position"][0]
     written = any(row["epoch"] == done - 1 for row in RunRecord(args.pathCheckpoint).epochs)

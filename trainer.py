@@ -12,7 +12,6 @@ import torch
 
 from dataset import BatchLoader, Position
 from utils.checkpoint import (
-    RESUME_NAME,
     check_resumable,
     copy_to_cpu,
     load_optimizer,
@@ -20,7 +19,7 @@ from utils.checkpoint import (
     save_checkpoint,
     saved_checkpoints,
 )
-from utils.files import remove_leftovers, save_json
+from utils.files import save_json
 from utils.hooks import untouched
 from utils.logs import (
     Clock,
@@ -104,7 +103,7 @@ class Trainer:
         )
         self.network = step  # or what averages its gradients over the processes
         self.position = Position(0, 0, 0)  # where training goes on
-        self.source, self.saved = None, None  # checkpoint gone on from; position saved last
+        self.saved = None  # the position that was saved last
         self.running = RunningMeans(world)  # of the epoch in progress
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None
@@ -119,7 +118,7 @@ class Trainer:
     def run(self):
         """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
         done = self.position.epoch
-        self.world.from_first(self.tidy)
+        self.world.from_first(self.complete_record)
         if done >= self.args.nEpoch:
             say_finished(done)
             return
@@ -136,12 +135,8 @@ class Trainer:
             raise
         self.print_summary()
 
-    def tidy(self):
-        """Put right what a killed run may have left behind in the directory."""
-        remove_leftovers(self.directory)
-        if self.source and self.source.name != RESUME_NAME:  # then that is the older one
-            with contextlib.suppress(OSError):
-                (self.directory / RESUME_NAME).unlink()
+    def complete_record(self):
+        """Write what a run that was killed right after a save hadn't written yet."""
         epochs = self.logs["epoch"]
         if epochs and not (self.report and self.report.covers(epochs[-1])):
             with self.stop.deferred():
@@ -401,7 +396,7 @@ class Trainer:
         """Go on from a checkpoint, of this program or of the original."""
         check_resumable(checkpoint, self.step.model.state_dict())
         state = checkpoint.state
-        self.position, self.source = Position(*state["position"]), checkpoint.path
+        self.position = Position(*state["position"])
         self.logs.update(state["logs"])
         print(f"going on from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)

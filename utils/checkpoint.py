@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from utils.files import load_json, load_tensors, save_json, save_tensors
+from utils.files import load_json, load_tensors, remove_leftovers, save_json, save_tensors
 from utils.misc import UserError
 
 FORMAT = 1  # of our additions to the original's keys
@@ -114,6 +114,17 @@ def newest_checkpoint(directory):
             "one, or begin anew with --restart"
         )
     return within_epoch
+
+
+def remove_stale(directory, source):
+    """Delete what a killed run left behind: parts of files, and an older `checkpoint_resume.pt`.
+
+    source: the Checkpoint that is gone on from, or None; older is what it was preferred to.
+    """
+    remove_leftovers(directory)
+    if source and source.path.name != RESUME_NAME:
+        with contextlib.suppress(OSError):
+            Path(directory, RESUME_NAME).unlink()
 
 
 def read_checkpoint(path):

@@ -59,10 +59,10 @@ class RunReport:
         self.record = RunRecord(self.directory)
 
     def write(self, logs, speed=None):
-        """Write `report.html` after an epoch, or before the first.
+        """Write `report.html` and `report_data.json` after an epoch, or before the first.
 
-        logs: content of `checkpoint_logs.json`; speed: the `epoch_speed` of its latest epoch, which
-        `report_data.json` keeps, or None if this process hasn't trained that.
+        logs: content of `checkpoint_logs.json`; speed: the `epoch_speed` of its latest epoch, or
+        None if this process hasn't trained that.
         Raises OSError where they can't be written.
         """
         if speed:
@@ -73,8 +73,7 @@ class RunReport:
         pictures = embed(find_pictures(logs, self.args, self.stats, capture))
         with atomic_path(self.directory / REPORT) as temporary:
             Path(temporary).write_text(self.page(logs, pictures), encoding="utf-8")
-        if speed:
-            self.record.save()  # last: it says that all is written
+        self.record.save()  # last: it says that all is written
 
     def covers(self, epoch):
         """Whether everything was written after this epoch."""

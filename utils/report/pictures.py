@@ -42,11 +42,12 @@ def draw_capture(directory):
         reader = CaptureReader(directory)
         drawn = [name for name in reader.names if name in plot_capture.DRAWN]
         reader = CaptureReader(directory, drawn or reader.names)
+        symbols = plot_capture.find_symbols(None, reader.flags)
         for index in range(min(MOST_WINDOWS, reader.n_windows)):
             window = reader.window(reader.ranges[0][0] + index)
             waveform = plot_capture.find_waveform(reader, window, None)
             title = plot_capture.title_of(window, *plot_capture.file_border(reader, window))
-            figure = plot_capture.draw_window(window, waveform, {}, reader.flags, title)
+            figure = plot_capture.draw_window(window, waveform, symbols, reader.flags, title)
             path = directory / "pictures" / f"window_{window.window:05d}.png"
             if figure is not None:
                 plot_capture.write_picture(figure, path)
