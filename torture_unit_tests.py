@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
-from benchmarks.damaged_files import damage_run, uses_of_a_checkpoint
-from benchmarks.mutations import corrupt_corpus
-from benchmarks.trials import TINY, Run, content, on
-from benchmarks.true_labels import check_training_sets
+from benchmarks.trials.damaged_files import damage_run, uses_of_a_checkpoint
+from benchmarks.trials.mutations import corrupt_corpus
+from benchmarks.trials.runs import TINY, Run, content, on
+from benchmarks.trials.true_labels import check_training_sets
 from train import main as train
 from utils.files import TEMPORARY_PREFIX
 from utils.testing import assert_equal_trees, write_tiny_corpus

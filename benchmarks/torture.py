@@ -27,9 +27,9 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ["OMP_NUM_THREADS"] = "1"  # forked processes inherit no threads
 
-from benchmarks.damaged_files import checkpoints, corpora
-from benchmarks.interruptions import disk, kill, stop
-from benchmarks.trials import TINY, Part, Run, on, warm_up
+from benchmarks.trials.damaged_files import checkpoints, corpora
+from benchmarks.trials.interruptions import disk, kill, stop
+from benchmarks.trials.runs import TINY, Part, Run, on, warm_up
 from utils.files import save_json
 from utils.testing import write_tiny_corpus
 

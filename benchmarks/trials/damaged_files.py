@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.mutations import (
+from benchmarks.trials.mutations import (
     corrupt_checkpoint,
     corrupt_corpus,
     corrupt_file,
     edit_json,
     replace_file,
 )
-from benchmarks.trials import OWN_PROCESS, TINY, Run, content, differences, on
-from benchmarks.true_labels import check_capture, check_training_sets
+from benchmarks.trials.runs import OWN_PROCESS, TINY, Run, content, differences, on
+from benchmarks.trials.true_labels import check_capture, check_training_sets
 from utils.files import save_json
 from utils.listing import LISTING
 from utils.testing import write_tiny_corpus

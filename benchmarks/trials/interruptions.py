@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections import Counter
 
-from benchmarks.trials import OWN_PROCESS, PHASES, TINY, Run, content, differences, on
+from benchmarks.trials.runs import OWN_PROCESS, PHASES, TINY, Run, content, differences, on
 from utils.files import TEMPORARY_PREFIX
 from utils.testing import write_tiny_corpus
 
