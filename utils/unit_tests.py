@@ -308,6 +308,13 @@ def test_where_nothing_can_be_written_is_noticed_without_making_it(tmp_path, mon
         check_writable(tmp_path / "a" / "b", "--x")
 
 
+@pytest.mark.parametrize("content", [b"", b"\x80\x02J\x01", b"\x80\x02X\x05", b"\x80\x02G\x00"])
+def test_bytes_that_end_early_are_refused(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="x.pt: can't be loaded"):
+        load_tensors(tmp_path / "x.pt")
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch executed",)
