@@ -9,8 +9,8 @@ corpus takes on 1 to 64 processes, eight on each machine, from five costs: those
 gradients' size and transport, and of decoding. Costs that aren't given are measured here.
 
 What the calculation assumes: averaging goes on during the backward pass, two thirds of a step,
-but for its last 25 MB; each machine decodes the whole corpus once an epoch, in the background,
-but for the first pack.
+but for its last 25 MB; each machine decodes the whole corpus once an epoch, in the background
+(the first pack of all, before the first step, isn't counted).
 """
 
 import argparse
@@ -195,7 +195,7 @@ def ring_share(n_processes):
 
 
 def epoch(hours, n_processes, costs):
-    """(seconds that an epoch takes, share of them spent waiting for data)"""
+    """(seconds that an epoch but the first takes, share of them spent waiting for data)"""
     step = costs.step_ms / 1000
     seconds_per_mb = ring_share(n_processes) / (1000 * costs.allreduce_gb_per_s)
     averaging = seconds_per_mb * costs.gradient_mb
@@ -204,11 +204,9 @@ def epoch(hours, n_processes, costs):
     audio = 3600 * hours
     n_steps = audio / 1.28 / (costs.windows_per_step * n_processes)
     decoders = min(n_processes, PER_MACHINE) * costs.decode_threads
-    decoding = audio / (decoders * costs.decode_x)
-    first_pack = decoding * min(1, MAX_SIZE_LOADED / SAMPLE_RATE / audio)
-    training = n_steps * step
+    training, decoding = n_steps * step, audio / (decoders * costs.decode_x)
     kept = audio * SAMPLE_RATE <= MAX_SIZE_LOADED  # decoded once for all epochs
-    total = training if kept else max(training, decoding - first_pack) + first_pack
+    total = training if kept else max(training, decoding)
     return total, 1 - training / total
 
 
@@ -216,15 +214,20 @@ def simulate(costs):
     """Print and return what an epoch takes."""
     for name, value in vars(costs).items():
         print(f"{name:<20}{value:>12.4g}")
-    print("\nhours an epoch takes, and the share of it that waits for data")
+    print("\nhours:minutes:seconds that an epoch takes, and the share of it that waits for data")
     print(f"{'processes':>10}" + "".join(f"{f'{hours:,} h of audio':>24}" for hours in CORPORA))
     rows = []
     for n_processes in PROCESSES:
         found = [epoch(hours, n_processes, costs) for hours in CORPORA]
         rows.append({"processes": n_processes, "epochs": dict(zip(CORPORA, found, strict=True))})
-        cells = [f"{seconds / 3600:,.2f} h, {100 * wait:.1f} %" for seconds, wait in found]
+        cells = [f"{hours_minutes(seconds)}, {100 * wait:.1f} %" for seconds, wait in found]
         print(f"{n_processes:>10}" + "".join(f"{cell:>24}" for cell in cells))
     return {"costs": vars(costs), "rows": rows}
+
+
+def hours_minutes(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60:,}:{minutes % 60:02}:{seconds:02}"
 
 
 if __name__ == "__main__":
