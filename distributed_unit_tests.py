@@ -30,7 +30,7 @@ from utils.distributed import World, joined_world
 from utils.launch import launch
 from utils.misc import UserError, command
 from utils.stopping import StopSignals
-from utils.testing import assert_close, write_tiny_corpus
+from utils.testing import assert_close, ends_refused, write_tiny_corpus
 
 CRITERIA = {"CPC": [], "CPC-CTC": EXAMPLE[2:], "heads": ["--rnnMode", "transformer"]}
 PACKS = ["--max_size_loaded", "100000"]  # several packs an epoch
@@ -260,6 +260,13 @@ def test_a_process_that_dies_ends_the_run(tiny_corpus, tmp_path):
     with pytest.raises(UserError, match="process 1 of 2 was ended by SIGKILL"):
         launch(2, killed, words_of(tiny_corpus, tmp_path))
     assert multiprocessing.active_children() == []
+
+
+def test_half_an_environment_of_torchrun_is_refused(tiny_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with ends_refused(capsys, "'RANK' isn't as torchrun sets it"):
+        train.main(words_of(tiny_corpus, tmp_path))
 
 
 def test_an_error_of_all_is_told_once(tiny_corpus, tmp_path, capfd):

@@ -188,9 +188,15 @@ def joined_world(stop, device):
     if size == 1:
         yield World(stop=stop)
         return
-    rank, local_rank, local_size = (
-        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
+    try:
+        rank, local_rank, local_size = (
+            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"WORLD_SIZE is {size} in the environment, but {error} isn't as torchrun sets it; use "
+            "torchrun, or unset WORLD_SIZE"
+        ) from error
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(local_rank)
