@@ -9,6 +9,7 @@ in the same process. Nothing in this program imports that package or one that ne
 """
 
 import math
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,39 @@ def check_length(n_frames, size_sequence):
             f"this transformer was made for at most {size_sequence} frames and got {n_frames}: cut "
             f"the audio into windows of at most {size_sequence * SAMPLES_PER_FRAME} samples"
         )
+
+
+def side_by_side(layers, x):
+    """What each of K layers makes of the same frames: (B, S, dim) -> (B, S, K, dim).
+
+    Other than calling them one by one, this takes one batched product where K layers have K: on a
+    GPU a few large products take less time. The layers are alike, with relative positions.
+    """
+    n_layers, training, (n_sequences, n_frames, dim) = len(layers), layers[0].training, x.shape
+    check_length(n_frames, layers[0].multihead.Att.size_sequence)
+
+    def all_of(name):  # (K, ...); other than of a stack, gradients come back to all in one copy
+        return torch.cat(list(map(attrgetter(name), layers))).unflatten(0, (n_layers, -1))
+
+    def linear(rows, name):
+        weight, bias = all_of(f"{name}.weight"), all_of(f"{name}.bias")
+        return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+
+    def normalised(rows, name):
+        weight, bias = all_of(f"{name}.weight"), all_of(f"{name}.bias")
+        return torch.addcmul(bias.unsqueeze(1), F.layer_norm(rows, (dim,)), weight.unsqueeze(1))
+
+    rows = x.flatten(0, 1).expand(n_layers, -1, -1)  # (K, B * S, dim)
+    weight = torch.cat([all_of(f"multihead.{name}.weight") for name in ("Wq", "Wk", "Wv")], dim=1)
+    heads = torch.bmm(rows, weight.mT).view(n_layers * n_sequences, n_frames, 3, N_HEADS, -1)
+    query, key, value = heads.permute(2, 0, 3, 1, 4)  # (K * B, heads, S, dim_head)
+    attended = attend(query, key, value, all_of("multihead.Att.Krelpos"), training)
+    attended = attended.transpose(1, 2).reshape(n_layers, -1, dim)
+    rows = normalised(rows + torch.bmm(attended, all_of("multihead.Wo.weight").mT), "ln_multihead")
+    hidden = F.dropout(linear(rows, "ffnetwork.lin1"), DROPOUT, training)
+    hidden = F.relu(hidden, inplace=True)
+    rows = normalised(rows + linear(hidden, "ffnetwork.lin2"), "ln_ffnetwork")
+    return rows.unflatten(1, (n_sequences, n_frames)).permute(1, 2, 0, 3)
 
 
 class SinusoidalPositions(nn.Module):
@@ -152,14 +186,7 @@ class CausalAttention(nn.Module):
         check_length(query.size(2), self.size_sequence)
         if self.training and query.device.type == "cpu":
             return self.attend_with_dropout(query, key, value)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if self.Krelpos is None else self.relative_scores(query),
-            is_causal=self.Krelpos is None,
-            dropout_p=DROPOUT if self.training else 0.0,
-        )
+        return attend(query, key, value, self.Krelpos, self.training)
 
     def attend_with_dropout(self, query, key, value):
         """The same in training on a CPU, where PyTorch's dropout takes as long as the products."""
@@ -167,22 +194,42 @@ class CausalAttention(nn.Module):
         if self.Krelpos is None:
             position_scores = query.new_full((n_frames, n_frames), -math.inf).triu(1)
         else:
-            position_scores = self.relative_scores(query)
+            position_scores = relative_scores(query, self.Krelpos)
         weights = ((query * dim_head**-0.5) @ key.mT + position_scores).softmax(dim=-1)
         return dropout_(weights.clone(), DROPOUT, training=True) @ value
 
-    def relative_scores(self, query):
-        """query: (B, heads, S, dim_head) -> (B, heads, S, S), what positions add to the scores.
 
-        Entry (i, j) is query_i . Krelpos[distance i - j] / sqrt(dim_head), -inf in the future.
-        The product with all distances has a column for each, of which row i needs the last i + 1,
-        moved left by S - 1 - i. With one more column in front, that is a matter of reading the
-        same memory, from entry S on, as rows of S instead of S + 1 (Huang et al., "Music
-        transformer", 2018). What then lands in the future are the columns that no row needs,
-        distances to before the first frame: they are masked.
-        """
-        n_frames, dim_head = query.shape[2:]
-        by_distance = F.pad(self.Krelpos[:, -n_frames:], (1, 0))  # (dim_head, S + 1)
-        beyond = query.new_full((n_frames, n_frames + 1), -math.inf).triu(1).flip(1)
-        scores = (query * dim_head**-0.5) @ by_distance + beyond
-        return scores.flatten(2)[..., n_frames:].unflatten(2, (n_frames, n_frames))
+def attend(query, key, value, krelpos, training):
+    """Causal attention, each (B, heads, S, dim_head) -> (B, heads, S, dim_head).
+
+    krelpos: None, or learned relative positions as `relative_scores` takes them.
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if krelpos is None else relative_scores(query, krelpos),
+        is_causal=krelpos is None,
+        dropout_p=DROPOUT if training else 0.0,
+    )
+
+
+def relative_scores(query, krelpos):
+    """query: (B, heads, S, dim_head) -> (B, heads, S, S), what positions add to the scores.
+
+    krelpos: (dim_head, size), a column for each distance, the last one for a frame itself; or (K,
+    dim_head, size), of K layers, each for its own B / K of the rows of query.
+
+    Entry (i, j) is query_i . krelpos[distance i - j] / sqrt(dim_head), -inf in the future. The
+    product with all distances has a column for each, of which row i needs the last i + 1, moved
+    left by S - 1 - i. With one more column in front, that is a matter of reading the same memory,
+    from entry S on, as rows of S instead of S + 1 (Huang et al., "Music transformer", 2018). What
+    then lands in the future are the columns that no row needs, distances to before the first frame:
+    they are masked.
+    """
+    n_frames, dim_head = query.shape[2:]
+    by_distance = F.pad(krelpos[..., -n_frames:], (1, 0))  # (..., dim_head, S + 1)
+    rows = (query * dim_head**-0.5).reshape(*krelpos.shape[:-2], -1, dim_head)
+    beyond = query.new_full((n_frames, n_frames + 1), -math.inf).triu(1).flip(1)
+    scores = (rows @ by_distance).view(*query.shape[:-1], n_frames + 1) + beyond
+    return scores.flatten(2)[..., n_frames:].unflatten(2, (n_frames, n_frames))

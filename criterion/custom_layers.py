@@ -7,6 +7,7 @@ normalises gradients (Adam) moves all of them equally fast in proportion to thei
 
 import math
 
+import torch
 from torch import nn
 
 
@@ -36,3 +37,10 @@ class EqualizedConv1d(Equalized):
 
     def __init__(self, dim_in, dim_out, kernel_size):
         super().__init__(nn.Conv1d(dim_in, dim_out, kernel_size))
+
+
+def joined(layers):
+    """Weights and biases of equalized layers of one size, one below the other, times their gain."""
+    weights = torch.cat([layer.module.weight for layer in layers])
+    biases = torch.cat([layer.module.bias for layer in layers])
+    return weights * layers[0].gain, biases * layers[0].gain

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion import sampling
-from criterion.custom_layers import EqualizedConv1d, EqualizedLinear
-from transformers import build_transformer
+from criterion.custom_layers import EqualizedConv1d, EqualizedLinear, joined
+from transformers import build_transformer, side_by_side
 from utils.misc import UserError
 
 DROPOUT = 0.5  # share of the predicted features dropped with --dropout
+ONE_BY_ONE_ON = ("cpu",)  # types of devices on which products of all heads gain nothing
 
 
 class CriterionOutput(NamedTuple):
@@ -140,11 +141,24 @@ class PredictionNetwork(nn.Module):
     def forward(self, context):
         """context (B, W, dim_context) -> predictions (B, W, n_predictions, dim_encoded)."""
         context = context.contiguous()  # once, not in every head
-        predictions = torch.stack([head(context) for head in self.predictors], dim=2)
-        return self.dropout(predictions)
+        one_by_one = context.device.type in ONE_BY_ONE_ON
+        kind = Head if one_by_one else type(self.predictors[0])
+        return self.dropout(kind.together(self.predictors, context))
 
 
-class FeedForwardHead(nn.Module):
+class Head:
+    """One of several alike that predict from the same context, each another frame."""
+
+    @staticmethod
+    def together(heads, context):
+        """What all make of context (B, W, dim_context): (B, W, len(heads), dim_encoded).
+
+        One after the other; subclasses do it in products that take in all heads, which suits a GPU.
+        """
+        return torch.stack([head(context) for head in heads], dim=2)
+
+
+class FeedForwardHead(Head, nn.Module):
     """Two equalized layers with a ReLU between them."""
 
     def __init__(self, dim_context, dim_encoded):
@@ -156,8 +170,17 @@ class FeedForwardHead(nn.Module):
         """(B, W, dim_context) -> (B, W, dim_encoded)."""
         return self.lin2(F.relu(self.lin1(context)))
 
+    @staticmethod
+    def together(heads, context):
+        first, second = ([getattr(head, name) for head in heads] for name in ("lin1", "lin2"))
+        hidden = F.relu(F.linear(context, *joined(first)))
+        hidden = hidden.flatten(0, 1).unflatten(1, (len(heads), -1)).transpose(0, 1)
+        weight, bias = (tensor.unflatten(0, (len(heads), -1)) for tensor in joined(second))
+        predictions = torch.baddbmm(bias.unsqueeze(1), hidden, weight.mT)
+        return predictions.unflatten(1, context.shape[:2]).permute(1, 2, 0, 3)
 
-class CausalConvolutionHead(nn.Module):
+
+class CausalConvolutionHead(Head, nn.Module):
     """An equalized convolution over a frame and the kernel_size - 1 before it."""
 
     def __init__(self, dim_context, dim_encoded, kernel_size):
@@ -167,11 +190,20 @@ class CausalConvolutionHead(nn.Module):
 
     def forward(self, context):
         """(B, W, dim_context) -> (B, W, dim_encoded)."""
-        padded = F.pad(context.transpose(1, 2), (self.n_before, 0))
-        return self.module(padded).transpose(1, 2)
+        return self.module(self.padded(context)).transpose(1, 2)
+
+    def padded(self, context):
+        """(B, W, dim_context) -> (B, dim_context, n_before + W)."""
+        return F.pad(context.transpose(1, 2), (self.n_before, 0))
+
+    @staticmethod
+    def together(heads, context):
+        weight, bias = joined([head.module for head in heads])
+        predictions = F.conv1d(heads[0].padded(context), weight, bias)
+        return predictions.unflatten(1, (len(heads), -1)).permute(0, 3, 1, 2)
 
 
-class RNNHead(nn.RNN):
+class RNNHead(Head, nn.RNN):
     """A recurrent layer over the frames, of which the outputs are wanted and not the last state."""
 
     def __init__(self, dim_context, dim_encoded):
@@ -182,7 +214,7 @@ class RNNHead(nn.RNN):
         return super().forward(context)[0]
 
 
-class LSTMHead(nn.LSTM):
+class LSTMHead(Head, nn.LSTM):
     """As RNNHead, with long short-term memory."""
 
     def __init__(self, dim_context, dim_encoded):
@@ -193,34 +225,46 @@ class LSTMHead(nn.LSTM):
         return super().forward(context)[0]
 
 
-def linear_head(dim_context, dim_encoded):
+class LinearHead(Head, nn.Linear):
     """A matrix. One that widens starts large in as many rows as it has columns, small below."""
-    head = nn.Linear(dim_context, dim_encoded, bias=False)
-    if dim_encoded > dim_context:
-        with torch.no_grad():
-            head.weight[:dim_context].normal_()
-            head.weight[dim_context:].normal_(std=0.01)
-    return head
+
+    def __init__(self, dim_context, dim_encoded):
+        super().__init__(dim_context, dim_encoded, bias=False)
+        if dim_encoded > dim_context:
+            with torch.no_grad():
+                self.weight[:dim_context].normal_()
+                self.weight[dim_context:].normal_(std=0.01)
+
+    @staticmethod
+    def together(heads, context):
+        predictions = F.linear(context, torch.cat([head.weight for head in heads]))
+        return predictions.unflatten(2, (len(heads), -1))
 
 
-def transformer_head(dim_context, dim_encoded, n_windows):
+class TransformerHead(Head, nn.Sequential):
     """One causal layer with relative positions. Raises UserError unless it keeps the width."""
-    if dim_context != dim_encoded:
-        raise UserError(
-            f"--rnnMode transformer can't turn {dim_context} features (--hiddenGar, plus "
-            f"--speakerEmbedding) into {dim_encoded} (--hiddenEncoder): make them equal, leave out "
-            "--speakerEmbedding, or choose another --rnnMode, such as linear"
-        )
-    return build_transformer(dim_encoded, n_layers=1, size_sequence=n_windows, abspos=False)
+
+    def __init__(self, dim_context, dim_encoded, n_windows):
+        if dim_context != dim_encoded:
+            raise UserError(
+                f"--rnnMode transformer can't turn {dim_context} features (--hiddenGar, plus "
+                f"--speakerEmbedding) into {dim_encoded} (--hiddenEncoder): make them equal, leave "
+                "out --speakerEmbedding, or choose another --rnnMode, such as linear"
+            )
+        super().__init__(*build_transformer(dim_encoded, 1, n_windows, abspos=False))
+
+    @staticmethod
+    def together(heads, context):
+        return side_by_side([layer for (layer,) in heads], context)
 
 
 def build_head(rnn_mode, dim_context, dim_encoded, n_windows):
     """A head of the kind `rnn_mode`: (B, n_windows, dim_context) -> (B, n_windows, dim_encoded)."""
     heads = {
-        "transformer": partial(transformer_head, n_windows=n_windows),
+        "transformer": partial(TransformerHead, n_windows=n_windows),
         "RNN": RNNHead,
         "LSTM": LSTMHead,
-        "linear": linear_head,
+        "linear": LinearHead,
         "ffd": FeedForwardHead,
         "conv4": partial(CausalConvolutionHead, kernel_size=4),
         "conv8": partial(CausalConvolutionHead, kernel_size=8),
