@@ -479,16 +479,46 @@ class Batch(NamedTuple):
     def to(self, device):
         """The batch on `device`, the waveform in float32."""
         device = torch.device(device)
-        batch = Batch(*(_moved(tensor, device) for tensor in self))
+        batch = self.each(lambda tensor: _moved(tensor, device))
         if batch.waveform.dtype == torch.int16:
             batch = batch._replace(waveform=batch.waveform.float() / 32768)
         return batch
 
+    def each(self, function):
+        """A Batch of what `function` makes of each tensor."""
+        return Batch(*(None if tensor is None else function(tensor) for tensor in self))
+
 
 def _moved(tensor, device):
-    if tensor is None or device.type == "cpu":
+    if device.type == "cpu":
         return tensor
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def on_device(batches, device):
+    """(Position, Batch) pairs with the batches on `device`.
+
+    On CUDA a batch is copied on a stream of its own, while the device works on the batch before.
+    """
+    if device.type != "cuda":
+        for position, batch in batches:
+            yield position, batch.to(device)
+        return
+    copying, ahead = torch.cuda.Stream(device), None
+    for position, batch in batches:
+        copying.wait_stream(torch.cuda.current_stream())  # what it frees may be used again here
+        with torch.cuda.stream(copying):
+            copied = position, batch.to(device), copying.record_event()
+        if ahead:
+            yield _when_copied(*ahead)
+        ahead = copied
+    if ahead:
+        yield _when_copied(*ahead)
+
+
+def _when_copied(position, batch, copied):
+    torch.cuda.current_stream().wait_event(copied)
+    return position, batch
 
 
 class Position(NamedTuple):

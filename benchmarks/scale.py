@@ -114,7 +114,7 @@ def train(words):
         trainer = build_trainer(name, os.path.join(root, "audio"), options, world)
         trainer.network = world.wrap(trainer.step)
         trainer.step.train()
-        batches = all_batches(trainer.train_loader)
+        batches = all_batches(trainer)
         windows, step_ms = time_steps(trainer, batches, int(steps))
         gradient_mb = sum(p.numel() for p in trainer.step.parameters()) * 4 / 1e6
         figures = {

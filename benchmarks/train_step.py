@@ -33,6 +33,7 @@ import torch
 
 from benchmarks.data import in_new_process, write_corpus
 from criterion import soft_align
+from dataset import on_device
 from model import CPCEncoder
 from train import Data, build_step, find_audio, prepare_machine, settle_arguments
 from trainer import Trainer
@@ -140,7 +141,7 @@ def measure(name, root, options):
     device, watch = trainer.device, Stopwatch(trainer.device)
     time_parts(trainer, watch)
     trainer.train_loader.dataset.only_pack()  # decoding isn't part of a step
-    batches = all_batches(trainer.train_loader)
+    batches = all_batches(trainer)
     trainer.step.train()
     level = memory(device)
     steps = [timed_step(trainer, batches, watch) for _ in range(options.warm_up + options.steps)]
@@ -180,9 +181,10 @@ def build_trainer(name, root, options, world):
     return Trainer(args, step.to(device), *sets, hooks=[], device=device, world=world)
 
 
-def all_batches(loader):
+def all_batches(trainer):
     """Batches without end, epoch after epoch."""
-    return itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+    epochs = map(trainer.train_loader.epoch, itertools.count())
+    return on_device(itertools.chain.from_iterable(epochs), trainer.device)
 
 
 def time_parts(trainer, watch):
