@@ -1,9 +1,12 @@
-"""Tests of training on a GPU; they are skipped where there is none."""
+"""Tests on a GPU, skipped where there is none. cuda_unit_tests.py imitates some of it."""
 
 import pytest
 import torch
 
+import trainer
+from criterion.prediction import PredictionNetwork
 from unit_tests import EXAMPLE, trained
+from utils.testing import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 GPU = ["--device", "cuda", "--nGPU", "1"]
@@ -31,3 +34,43 @@ def test_a_gpu_goes_on_where_it_stopped(words, tiny_corpus, tmp_path):
     parts = trained(tiny_corpus, tmp_path / "parts", *GPU, *words, epochs=2)
     for key in ("locLoss_train", "locLoss_val"):
         assert sum(parts["logs"][key][1]) == pytest.approx(sum(whole["logs"][key][1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("words", [[], EXAMPLE, ["--rnnMode", "transformer", "--dropout"]])
+def test_compiled_and_recorded_steps_train_alike(words, tiny_corpus, tmp_path, capsys):
+    """As steps that are launched kernel by kernel, draws and all."""
+    plain = trained(tiny_corpus, tmp_path / "plain", *GPU, *words)
+    replayed = trained(tiny_corpus, tmp_path / "replayed", *GPU, *words, "--compile")
+    assert "can't be recorded" not in capsys.readouterr().out
+    for key in ("locLoss_train", "locLoss_val", "gradNorm_train"):
+        for expected, found in zip(plain["logs"][key], replayed["logs"][key], strict=True):
+            assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("rnn_mode", ["transformer", "linear", "ffd", "conv4", "RNN", "LSTM"])
+def test_heads_on_a_gpu(rnn_mode):
+    """All in one go, with the values and gradients of one by one on the CPU."""
+    network = PredictionNetwork(3, 64, 64, 30, rnn_mode=rnn_mode).eval()
+    context = torch.randn(4, 30, 64)
+    results = {}
+    for device in ("cpu", "cuda"):
+        given = context.to(device).requires_grad_()
+        leaves = given, *network.to(device).parameters()
+        predictions = network(given)
+        results[device] = predictions, *torch.autograd.grad(predictions.sin().sum(), leaves)
+    for on_gpu, on_cpu in zip(results["cuda"], results["cpu"], strict=True):
+        assert_close(on_gpu, on_cpu.detach(), 1e-3, rnn_mode)
+
+
+def test_a_step_waits_for_the_device_only_to_log(tiny_corpus, tmp_path, monkeypatch):
+    train_on = trainer.Trainer.train_on
+
+    def without_waiting(self, *item):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_on(self, *item)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", without_waiting)
+    trained(tiny_corpus, tmp_path, *GPU, *EXAMPLE, "--logging_step", "1000")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import BatchLoader, Position
+from dataset import BatchLoader, Position, on_device
 from utils.checkpoint import (
     check_resumable,
     copy_to_cpu,
@@ -19,6 +19,7 @@ from utils.checkpoint import (
     save_checkpoint,
     saved_checkpoints,
 )
+from utils.cuda_graph import RecordedPasses
 from utils.files import save_json
 from utils.hooks import untouched
 from utils.logs import (
@@ -102,6 +103,9 @@ class Trainer:
             fused=True,
         )
         self.network = step  # or what averages its gradients over the processes
+        self.passes = self.forward_and_backward  # or what replays its kernels
+        if self.can_be_recorded():
+            self.passes = RecordedPasses(self.passes, step.parameters(), args.batchSizeGPU)
         self.position = Position(0, 0, 0)  # where training goes on
         self.saved = None  # the position that was saved last
         self.running = RunningMeans(world)  # of the epoch in progress
@@ -223,7 +227,7 @@ class Trainer:
         if self.position == (epoch, 0, 0):
             self.step.model.reset_hidden()
         clock = self.clock = Clock()
-        batches = self.train_loader.epoch(epoch, self.position)
+        batches = on_device(self.train_loader.epoch(epoch, self.position), self.device)
         left = self.train_loader.n_batches(epoch, self.position) // self.world.size
         total = self.running.batches + left
         with progress(what=f"epoch {epoch}", unit=" batches", total=total) as bar:
@@ -241,13 +245,12 @@ class Trainer:
         clock.stop()
 
     def train_on(self, position, batch):
-        """One step of the optimiser; `self.position` then says where training goes on."""
+        """One step of the optimiser on a batch that is on the device.
+
+        `self.position` then says where training goes on.
+        """
         torch.manual_seed(seed_from(self.args.random_seed, *position))
-        with self.autocast():
-            losses, accuracies = self.network(batch.to(self.device))
-        loss = losses.sum()
-        # The gradients of a loss that isn't finite are nan: so all processes see it.
-        loss.backward(torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
+        losses, accuracies = self.passes(batch)
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.step.parameters() if p.grad is not None]
         )
@@ -263,12 +266,30 @@ class Trainer:
         # Past the batches that the processes of higher rank have in this step.
         done = position.batch + self.world.size - self.world.rank
         self.position = position._replace(batch=done)
-        self.unchecked.append((position, batch.window, self.optimizer.found_inf, loss.detach()))
+        self.unchecked.append((position, batch.window, self.optimizer.found_inf, losses))
         self.steps_since_save += 1
         if self.device.type == "cpu" or self.running.batches % self.args.logging_step == 0:
             self.check_finite()
         if self.args.resume_every and self.steps_since_save >= self.args.resume_every:
             self.save()
+
+    def forward_and_backward(self, batch):
+        """Losses and accuracies, (1, n) each; leaves the gradients of the losses' sum."""
+        with self.autocast():
+            losses, accuracies = self.network(batch)
+        loss = losses.sum()
+        # The gradients of a loss that isn't finite are nan: so all processes see it.
+        loss.backward(torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
+        return losses.detach(), accuracies.detach()
+
+    def can_be_recorded(self):
+        """Whether --compile may record the passes: alone on a GPU, each step like the others.
+
+        Not so where hidden state is kept, or where a loss (CTC) waits for the device.
+        """
+        args = self.args
+        alike = args.samplingType != "sequential" and not args.supervised
+        return args.compile and self.device.type == "cuda" and self.world.size == 1 and alike
 
     def check_finite(self):
         """Stop at the first step whose loss or gradient wasn't finite; it changed no weight.
@@ -277,10 +298,10 @@ class Trainer:
         """
         steps, self.unchecked = self.unchecked, []
         bad = torch.stack([found for *_, found, _ in steps]).tolist() if steps else []
-        for (position, windows, _, loss), is_bad in zip(steps, bad, strict=True):
+        for (position, windows, _, losses), is_bad in zip(steps, bad, strict=True):
             if is_bad:
                 files = {self.train_loader.locate(w)[0] for w in windows.tolist()}
-                culprits = self.world.gather(None if torch.isfinite(loss) else files)
+                culprits = self.world.gather(None if losses.isfinite().all() else files)
                 found = [own for own in culprits if own] or self.world.gather(files)
                 self.world.agree(self.not_finite(position, sorted(set().union(*found))))
 
@@ -315,12 +336,12 @@ class Trainer:
     def validation_means(self, epoch, what):
         """RunningMeans of this process's share of the validation set."""
         running = RunningMeans(self.world)
-        batches = self.val_loader.epoch(epoch)
+        batches = on_device(self.val_loader.epoch(epoch), self.device)
         total = len(self.val_loader)
         for position, batch in progress(batches, what=what, unit=" batches", total=total):
             seed = (self.args.random_seed, epoch, "validation", *position[1:])
             with self.autocast():
-                losses, accuracies = self.step(batch.to(self.device), generator_from(*seed))
+                losses, accuracies = self.step(batch, generator_from(*seed))
             running.add(losses, accuracies, len(batch.window))
         return running
 

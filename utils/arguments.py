@@ -303,7 +303,8 @@ def add_machine_flags(group):
         "of the CPU (default: one for each GPU). Under torchrun: as many as that started")
     add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"],
         help="arithmetic of the products; tf32 and bf16 need CUDA")
-    add("--compile", action="store_true", help="compile encoder and criterion (slower start)")
+    add("--compile", action="store_true", help="compile encoder and criterion and, on "
+        "a single GPU, record a step's kernels and replay them (slower start)")
     add("--threads", type=int, default=0, metavar="N",
         help="CPU threads of each process for computing (default: PyTorch's choice, shared out)")
     add("--n_process_loader", type=int, default=8, metavar="N", help="threads that decode audio")

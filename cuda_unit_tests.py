@@ -1,0 +1,168 @@
+"""Tests, without a GPU, of what only a GPU does: stand-ins take the place of CUDA.
+
+gpu_unit_tests.py tests the same things on a GPU.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import trainer
+from dataset import Batch, on_device
+from unit_tests import EXAMPLE, assert_same, trained
+from utils.arguments import build_parser
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph for the CPU: notes operations, and does them again on the same memory.
+
+    It has to do them also while it notes them, and so takes back afterwards what that changed.
+    """
+
+    def __enter__(self):
+        self.operations, self.replays, self.changed = [], 0, []
+        self.random_state = torch.get_rng_state()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for place, argument in enumerate(function._schema.arguments):
+            tensor = args[place] if place < len(args) else kwargs.get(argument.name)
+            written = argument.alias_info and argument.alias_info.is_write
+            if torch.is_tensor(tensor) and (written or argument.name.startswith("running_")):
+                self.changed.append((tensor, tensor.clone()))
+        result = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, result))
+        return result
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for tensor, before in reversed(self.changed):
+            tensor.detach().copy_(before)
+        torch.set_rng_state(self.random_state)
+
+    def replay(self):
+        self.replays += 1
+        with torch._C._AutoDispatchBelowAutograd():
+            for function, args, kwargs, result in self.operations:
+                again = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if torch.is_tensor(old):
+                        old.copy_(new)
+
+
+class Stream:
+    """Notes who waits for whom."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        return f"what {self.name} was told"
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """What streams did, with stand-ins for CUDA's."""
+    log = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(log, "other"))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(log, "own"))
+    return log
+
+
+@pytest.fixture
+def graphs(monkeypatch, streams):
+    """The graphs that a run makes with stand-ins for CUDA's."""
+    made = []
+
+    def graph():
+        made.append(Recording())
+        return made[-1]
+
+    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    return made
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dropout", "--rnnMode", "transformer"],
+        EXAMPLE,
+        ["--samplingType", "samespeaker"],
+        ["--normMode", "batchNorm", "--clip_grad_norm", "0.1"],
+    ],
+)
+def test_replayed_steps_are_the_steps(words, tiny_corpus, tmp_path, request):
+    """To the last bit: in weights, in moments, in logs; also where some batches are smaller."""
+    plain = trained(tiny_corpus, tmp_path / "plain", *words, epochs=3)
+    graphs = request.getfixturevalue("graphs")
+    replayed = trained(tiny_corpus, tmp_path / "replayed", *words, epochs=3)
+    assert [graph.replays > 3 for graph in graphs] == [True]
+    assert_same(plain, replayed)
+
+
+def test_a_device_that_refuses_to_record(tiny_corpus, tmp_path, graphs, monkeypatch, capsys):
+    """The run goes on as it does without recording, and says so once."""
+
+    def refuse(graph):
+        raise RuntimeError("capture failed\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    refused = trained(tiny_corpus, tmp_path / "refused")
+    assert capsys.readouterr().out.count("can't be recorded (capture failed)") == 1
+    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: False)
+    assert_same(trained(tiny_corpus, tmp_path / "plain"), refused)
+
+
+def test_a_recorded_run_that_was_stopped_goes_on(tiny_corpus, tmp_path, graphs):
+    whole = trained(tiny_corpus, tmp_path / "whole", epochs=3)
+    trained(tiny_corpus, tmp_path / "parts", epochs=1)
+    assert_same(whole, trained(tiny_corpus, tmp_path / "parts", epochs=3))
+
+
+def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypatch):
+    """And each is waited for on its own, not with the next one."""
+    monkeypatch.setattr(Batch, "to", lambda self, device: streams.append("copy") or self)
+    batches = [(i, Batch(*[torch.zeros(1)] * 5)) for i in range(3)]
+    handed_out = on_device(batches, torch.device("cuda"))
+    for i in range(3):
+        position, batch = next(handed_out)
+        assert (position, batch) == batches[i]
+        streams.append(f"use {i}")
+    assert list(handed_out) == []
+    copy, wait = ["other waits for own", "copy"], ["own waits for what other was told"]
+    assert streams == [
+        *copy, *copy, *wait, "use 0", *copy, *wait, "use 1", *wait, "use 2"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], True),
+        (["--samplingType", "sequential"], False),
+        (["--supervised", "--path_phone_data", "x", "--CTC"], False),
+    ],
+)
+def test_what_can_be_recorded(words, expected):
+    args = build_parser().parse_args(["--compile", *words])
+    one = SimpleNamespace(args=args, device=torch.device("cuda"), world=SimpleNamespace(size=1))
+    assert trainer.Trainer.can_be_recorded(one) is expected
+    for change in ({"device": torch.device("cpu")}, {"world": SimpleNamespace(size=2)}):
+        other = SimpleNamespace(**{**vars(one), **change})
+        assert trainer.Trainer.can_be_recorded(other) is False
+    args.compile = False
+    assert trainer.Trainer.can_be_recorded(one) is False
