@@ -60,6 +60,7 @@ def parse_arguments(argv):
     add("--threads", type=int, default=os.cpu_count(), help="of all processes together")
     add("--steps", type=int, default=10, help="timed steps")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"])
     add("--simulate", action="store_true", help="calculate for other corpora and machines")
     add("--step_ms", type=float, help="of a step of one process")
     add("--windows_per_step", type=float, help="of one process, 1.28 s each")
@@ -99,7 +100,7 @@ def measure(args, root):
 def trained(args, root, processes, threads):
     """Figures of a training with so many processes."""
     result = os.path.join(root, "result.json")
-    words = [args.configuration, root, result, args.device, threads, args.steps]
+    words = [args.configuration, root, result, args.device, args.precision, threads, args.steps]
     status = launch(processes, train, [str(word) for word in words])
     if status:
         sys.exit(status)
@@ -108,8 +109,10 @@ def trained(args, root, processes, threads):
 
 def train(words):
     """What each process does; the first one writes the figures."""
-    name, root, result, device, threads, steps = words
-    options = argparse.Namespace(device=device, threads=int(threads))
+    name, root, result, device, precision, threads, steps = words
+    options = argparse.Namespace(
+        device=device, precision=precision, threads=int(threads), compile=False
+    )
     with StopSignals() as stop, joined_world(stop, device_from(device)) as world:
         trainer = build_trainer(name, os.path.join(root, "audio"), options, world)
         trainer.network = world.wrap(trainer.step)

@@ -1,18 +1,22 @@
 """The time and the memory of a training step, part by part, beside what its arithmetic must take.
 
     python benchmarks/train_step.py [--configurations cpc,cpcctc] [--threads 2] [--json FILE]
+    python benchmarks/train_step.py --configurations cpcctc-paper,no-ar --precision bf16 --compile
 
 The steps are those of train.py, on noise from a small corpus in a temporary directory. Each
 configuration runs in a new process; after a few steps to warm up, the figures are medians over
 steps. The parts of a step add up to it (`heads and negatives`: predictions, drawing and scoring;
-`optimiser`: with the gradient's norm; `rest`: seeding, running means and the like). `processors`
-is the time that all threads together were busy, which other work on the machine disturbs less.
+`optimiser`: with the gradient's norm; `rest`: seeding, running means and the like). With --compile
+the model and the criterion, forward and backward, are one part, `passes`. `processors` is the time
+that all threads together were busy, which other work on the machine disturbs less.
 
 The floor is the time that the matrix products of a step take at the rate of one large product,
-measured in the same process; see `floating_point_operations`. It depends on the configuration and
-the machine, and on nothing in this program. Memory is that of the process (on a GPU: of the tensors
-there), at its peak and how much of that the steps added. Go by ratios: times depend on what else
-the machine does.
+measured in the same process and precision; see `floating_point_operations`. It depends on the
+configuration and the machine, and on nothing in this program. A recurrent network, whose steps wait
+for each other, can't come near it: so `AR alone` is the time of its own forward and backward pass,
+and `the rest / its floor` compares what else the step takes with the floor without it. Memory is
+that of the process (on a GPU: of the tensors there), at its peak and how much of that the steps
+added. Go by ratios: times depend on what else the machine does.
 """
 
 import argparse
@@ -57,12 +61,17 @@ CONFIGURATIONS = {  # the flags of train.py, beyond its defaults
     # Chorowski et al., "Aligned contrastive predictive coding" (2021)
     "cpcctc-paper": "--nPredicts 6 --CPCCTC --CPCCTCNumMatched 12 --nLevelsGRU 2 --dropout "
     "--limitNegsInBatch 8 --batchSizeGPU 32",
+    # the same without a recurrent network, in batches that fill a GPU
+    "no-ar": "--nPredicts 6 --CPCCTC --CPCCTCNumMatched 12 --arMode no_ar --dropout "
+    "--limitNegsInBatch 8 --batchSizeGPU 256",
     # what `make demo` trains
     "demo": f"{EXAMPLE} --rnnMode linear --hiddenEncoder 64 --hiddenGar 96 --arMode GRU "
     "--sizeWindow 10240",
 }
+ON_REQUEST = ("no-ar", "demo")  # configurations that are measured if they are asked for
 PARTS = (
     "data",
+    "passes",
     "encoder",
     "AR",
     "heads and negatives",
@@ -76,6 +85,8 @@ ROWS = {  # key of a figure -> how the table calls it
     "processors_ms": "processors, ms",
     "floor_ms": "floor, ms",
     "ratio": "step / floor",
+    "ar_alone_ms": "AR alone, ms",
+    "ratio_of_rest": "the rest / its floor",
     "windows_per_s": "windows/s",
     "peak_mb": "peak memory, MB",
     "step_mb": "of which steps, MB",
@@ -100,14 +111,17 @@ def parse_arguments(argv):
     parser.add_argument(
         "--configurations",
         type=configuration_names,
-        default=[name for name in CONFIGURATIONS if name != "demo"],
+        default=[name for name in CONFIGURATIONS if name not in ON_REQUEST],
         metavar="NAME,NAME",
-        help=f"which of {', '.join(CONFIGURATIONS)} to measure (default: all but demo)",
+        help=f"which of {', '.join(CONFIGURATIONS)} to measure (default: all but "
+        f"{' and '.join(ON_REQUEST)})",
     )
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each")
-    parser.add_argument("--warm_up", type=int, default=2, help="steps before these")
+    parser.add_argument("--warm_up", type=int, default=5, help="steps before these")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "tf32", "bf16"])
+    parser.add_argument("--compile", action="store_true", help="as of train.py")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser.parse_args(argv)
 
@@ -122,14 +136,16 @@ def configuration_names(text):
 
 def print_table(results, args):
     device = next(iter(results.values()))["device"]
-    print(f"torch {torch.__version__}, {args.threads} threads, {device}")
+    how = f"{args.precision}{', compiled' * args.compile}"
+    print(f"torch {torch.__version__}, {args.threads} threads, {device}, {how}")
     print(f"{'':22}" + "".join(f"{name:>15}" for name in results))
     for key, title in ROWS.items():
         values = [result[key] for result in results.values()]
         print(f"{title:22}" + "".join(f"{v:15.2f}" if v < 10 else f"{v:15.0f}" for v in values))
     for part in PARTS:
         values = [result["parts"][part] for result in results.values()]
-        print(f"{'  ' + part + ', ms':22}" + "".join(f"{value:15.1f}" for value in values))
+        if any(values):
+            print(f"{'  ' + part + ', ms':22}" + "".join(f"{value:15.1f}" for value in values))
 
 
 # ---------------------------------------------------------------- one configuration, in its process
@@ -139,6 +155,7 @@ def measure(name, root, options):
     """The figures of a configuration."""
     trainer = build_trainer(name, root, options, World(stop=StopSignals()))
     device, watch = trainer.device, Stopwatch(trainer.device)
+    ar_alone_ms = time_ar(trainer, watch)
     time_parts(trainer, watch)
     trainer.train_loader.dataset.only_pack()  # decoding isn't part of a step
     batches = all_batches(trainer)
@@ -148,18 +165,22 @@ def measure(name, root, options):
     peak = memory(device, peak=True)
     parts, busy = zip(*steps[options.warm_up :], strict=True)
     step_ms = statistics.median(sum(times.values()) for times in parts)
-    operations, rate = floating_point_operations(trainer.args), matrix_rate(device)
-    floor_ms = 1000 * operations / rate
+    operations = floating_point_operations(trainer.args)
+    rate = matrix_rate(device, trainer.args.precision)
+    floors = {part: 1000 * number / rate for part, number in operations.items()}
+    floor_ms = sum(floors.values())
     return {
         "step_ms": step_ms,
         "processors_ms": statistics.median(busy),
         "floor_ms": floor_ms,
         "ratio": step_ms / floor_ms,
+        "ar_alone_ms": ar_alone_ms,
+        "ratio_of_rest": (step_ms - ar_alone_ms) / (floor_ms - floors["AR"]),
         "windows_per_s": 1000 * trainer.args.batchSizeGPU / step_ms,
         "peak_mb": peak,
         "step_mb": peak - level,
         "parts": {part: statistics.median(times[part] for times in parts) for part in PARTS},
-        "gflop": operations / 1e9,
+        "gflop": sum(operations.values()) / 1e9,
         "gflop_per_s": rate / 1e9,
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -172,6 +193,7 @@ def build_trainer(name, root, options, world):
     flags += ["--pathDB", root, "--pathCheckpoint", os.path.join(root, "run")]
     flags += ["--device", options.device, "--threads", str(options.threads), "--random_seed", "0"]
     flags += ["--samplingType", "uniform"]  # every batch is full
+    flags += ["--precision", options.precision] + ["--compile"] * options.compile
     with contextlib.redirect_stdout(io.StringIO()):
         args, _, _ = settle_arguments(*arguments.parse_arguments(flags))
         device = prepare_machine(args, world)
@@ -187,14 +209,31 @@ def all_batches(trainer):
     return on_device(itertools.chain.from_iterable(epochs), trainer.device)
 
 
+def time_ar(trainer, watch, repeat=5):
+    """Milliseconds of forward and backward pass of the context network alone, the median."""
+    args, ar = trainer.args, trainer.step.model.gAR
+    shape = args.batchSizeGPU, args.sizeWindow // SAMPLES_PER_FRAME, args.hiddenEncoder
+    encoded = torch.randn(shape, device=trainer.device, requires_grad=True)
+    times = []
+    for _ in range(repeat):
+        with watch.span("AR"), trainer.autocast():
+            ar(encoded).sum().backward()
+        times.append(watch.read()["AR"])
+    trainer.optimizer.zero_grad()
+    return statistics.median(times)
+
+
 def time_parts(trainer, watch):
     """Let the watch time the functions that a step is made of."""
     model, criterion = trainer.step.model, trainer.step.criterion
-    watch.time("encoder", model.gEncoder, "forward")
-    watch.time("AR", model.gAR, "forward")
-    watch.time("heads and negatives", criterion, "forward")
-    watch.time("alignment", soft_align, "soft_align")
-    watch.time("backward", torch.Tensor, "backward")
+    if trainer.args.compile:  # nothing may come between what is compiled and recorded
+        watch.time("passes", trainer, "passes")
+    else:
+        watch.time("encoder", model.gEncoder, "forward")
+        watch.time("AR", model.gAR, "forward")
+        watch.time("heads and negatives", criterion, "forward")
+        watch.time("alignment", soft_align, "soft_align")
+        watch.time("backward", torch.Tensor, "backward")
     watch.time("optimiser", torch.nn.utils, "get_total_norm")
     watch.time("optimiser", trainer.optimizer, "step")
     watch.time("optimiser", trainer.optimizer, "zero_grad")
@@ -269,13 +308,14 @@ def memory(device, peak=False):
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
-def matrix_rate(device, repeat=10):
-    """Floating-point operations a second of a large product of float32 matrices, the best of some.
+def matrix_rate(device, precision, repeat=10):
+    """Floating-point operations a second of a large product of matrices, the best of some.
 
     Best and not median, since what is wanted is what the machine can do.
     """
     size = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
     watch, times = Stopwatch(device), []
     for _ in range(repeat):
         with watch.span("product"):
@@ -285,11 +325,11 @@ def matrix_rate(device, repeat=10):
 
 
 def floating_point_operations(args):
-    """Of the matrix products that a step needs by its definition: a product and a sum are two.
+    """Of the matrix products that a step needs by its definition, by part of it.
 
-    Backward takes twice those of forward, but for the waveform, of which no gradient is needed. A
-    prediction is scored with its negatives and, in plain CPC, with its frame; in CPC-CTC, with
-    every matched frame. Norms, activations and the like aren't counted.
+    A product and a sum are two. Backward takes twice those of forward, but for the waveform, of
+    which no gradient is needed. A prediction is scored with its negatives and, in plain CPC, with
+    its frame; in CPC-CTC, with every matched frame. Norms, activations and the like aren't counted.
     """
     dim, size_window, batch = args.hiddenEncoder, args.sizeWindow, args.batchSizeGPU
     n_frames, channels, convolutions = size_window, 1, []
@@ -298,7 +338,7 @@ def floating_point_operations(args):
         convolutions.append(n_frames * 2 * stride * channels * dim)
         channels = dim
     assert n_frames == size_window // SAMPLES_PER_FRAME
-    n_gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[args.arMode]
+    n_gates = {"LSTM": 4, "GRU": 3, "RNN": 1, "no_ar": 0}[args.arMode]
     widths = [dim] + [args.hiddenGar] * args.nLevelsGRU
     ar = n_frames * sum(n_gates * args.hiddenGar * (w + args.hiddenGar) for w in widths[:-1])
     n_future = args.CPCCTCNumMatched if args.CPCCTC else args.nPredicts
@@ -309,8 +349,11 @@ def floating_point_operations(args):
     n_predictions = args.nPredicts + args.CPCCTCSelfLoop
     n_candidates = args.negativeSamplingExt + (n_future if args.CPCCTC else 1)
     scores = n_windows * n_predictions * n_candidates * dim
-    forward = sum(convolutions) + ar + args.nPredicts * head + scores
-    return 2 * batch * (3 * forward - convolutions[0])
+    return {
+        "encoder": 2 * batch * (3 * sum(convolutions) - convolutions[0]),
+        "AR": 2 * batch * 3 * ar,
+        "heads and negatives": 2 * batch * 3 * (args.nPredicts * head + scores),
+    }
 
 
 if __name__ == "__main__":
