@@ -107,7 +107,8 @@ def print_table(results, args):
 
 
 def in_words(values):
-    return f"{statistics.mean(values):.3f} +- {deviation(values):.3f}"
+    spread = f" +- {deviation(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def deviation(values):
