@@ -63,12 +63,21 @@ class HalfOverlapConv(nn.Conv1d):
 
     def forward(self, x):
         """x: (B, T, channels_in) -> (B, T', channels_out)."""
+        x, weight, bias = _in_autocast_dtype(x, self.weight, self.bias)
         (stride,), (padding,) = self.stride, self.padding
         padded = F.pad(x, (0, 0, padding, padding))
         n_blocks = padded.size(1) // stride
         blocks = padded[:, : n_blocks * stride].unflatten(1, (n_blocks, stride)).flatten(2)
-        halves = self.weight.permute(2, 1, 0).reshape(2, blocks.size(2), -1)
-        return _BlockPairs.apply(blocks, halves, self.bias)
+        halves = weight.permute(2, 1, 0).reshape(2, blocks.size(2), -1)
+        return _BlockPairs.apply(blocks, halves, bias)
+
+
+def _in_autocast_dtype(*tensors):
+    """The tensors as autocast would turn them for a product. Once, before they are expanded."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 class _BlockPairs(torch.autograd.Function):
@@ -89,7 +98,7 @@ class _BlockPairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        blocks, halves = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)
+        blocks, halves = ctx.saved_tensors
         # With a row of zeros after each waveform's, one product takes in all waveforms.
         rows, gradients = blocks.flatten(0, 1), F.pad(gradient, (0, 0, 0, 1)).flatten(0, 1)
         halves_gradient = torch.stack([rows.T @ gradients, rows[1:].T @ gradients[:-1]])
@@ -105,6 +114,9 @@ class ChannelNorm(nn.Module):
     """Each frame's channels to zero mean and unit variance, then scaled and shifted by channel.
 
     The variance is the unbiased one, of which F.layer_norm's is (C - 1) / C: hence the factors.
+    Its output has the precision of its input, other than that of F.layer_norm under CUDA's
+    autocast: the next convolution would round it anyway, and in float32 it would take twice the
+    memory and time. Mean and variance are computed in float32 all the same.
     """
 
     EPSILON = 1e-5
@@ -118,9 +130,10 @@ class ChannelNorm(nn.Module):
         """x: (B, T, C) -> (B, T, C)."""
         dim = x.size(2)
         bias_of_variance = (dim - 1) / dim
-        weight = self.weight.flatten() * math.sqrt(bias_of_variance)
-        epsilon = self.EPSILON * bias_of_variance
-        return F.layer_norm(x, (dim,), weight, self.bias.flatten(), epsilon)
+        weight = (self.weight.flatten() * math.sqrt(bias_of_variance)).to(x.dtype)
+        bias, epsilon = self.bias.flatten().to(x.dtype), self.EPSILON * bias_of_variance
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, (dim,), weight, bias, epsilon)
 
 
 class BatchNorm(nn.BatchNorm1d):

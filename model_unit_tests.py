@@ -28,7 +28,7 @@ from model import (
     build_model,
 )
 from transformers import CausalAttention, build_transformer, dropout_
-from utils.misc import SAMPLES_PER_FRAME, UserError
+from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
 from utils.testing import (
     ROOT,
     assert_close,
@@ -208,6 +208,37 @@ def test_encoder_equals_plain_convolutions_at_any_length(norm):
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             # A bias before a norm over time has no effect: rounding errors only.
             assert (gradient - expected_gradient).abs().max() < 1e-9 * (1 + gradient.abs().max())
+
+
+def test_encoder_in_half_precision():
+    """Near the values and gradients in float32, with nothing large kept in float32."""
+    torch.manual_seed(0)
+    encoder, waveform = CPCEncoder(32), torch.randn(2, 1, 20480)
+    norms = [getattr(encoder, f"batchNorm{i}") for i in range(5)]
+    for norm in norms:
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias, 0, 0.3)
+    results, kept = [], []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    for half in (False, True):
+        kept.clear()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            encoded = encoder(waveform)
+        weight = torch.randn(encoded.shape, generator=generator_from(5))
+        gradients = torch.autograd.grad((encoded.float() * weight).sum(), encoder.parameters())
+        results.append((encoded.float(), *gradients))
+    largest_parameter = max(parameter.numel() for parameter in encoder.parameters())
+    assert {t.dtype for t in kept if t.numel() > largest_parameter} == {torch.bfloat16}
+    for in_float, in_half in zip(*results, strict=True):
+        assert torch.norm(in_half - in_float) < 0.25 * torch.norm(in_float)  # ReLUs that flip
+    assert torch.norm(results[1][0] - results[0][0]) < 0.01 * torch.norm(results[0][0])
 
 
 def test_encoder_starts_as_convolutions_do():
