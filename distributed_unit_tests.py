@@ -205,6 +205,23 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny_corpus, tmp_path, un
         assert_equal_trees(series, expected["logs"][key], key)
 
 
+def asked_to_stop_at_the_start(words):
+    """`train.main` where the signal comes before process 0 has looked at the command line."""
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+        signal.sigwait([signal.SIGTERM])  # the launching process passes it on
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train.main(words)
+
+
+def test_processes_that_have_not_met_stop_together(tiny_corpus, tmp_path, capfd):
+    words = words_of(tiny_corpus, tmp_path)
+    assert launch(2, asked_to_stop_at_the_start, words) == 143
+    printed = capfd.readouterr()
+    assert printed.out.count("stopped by SIGTERM") == 1
+    assert printed.err == ""
+
+
 def checkpoint_resume(directory):
     return torch.load(directory / "checkpoint_resume.pt", weights_only=True)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.misc import Muted, ToldElsewhere, UserError, first_few
-from utils.stopping import Stopped
+from utils.stopping import Stopped, let_signals_in
 
 PATIENCE = timedelta(days=30)  # of processes that wait for one that trains a probe
 # Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
@@ -200,10 +200,11 @@ def joined_world(stop, device):
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     if rank:
         sys.stdout = Muted()
     with stop.deferred():  # of several processes none stops before they agree on it
+        dist.init_process_group("nccl" if cuda else "gloo")
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        let_signals_in()
         yield World(rank, size, local_rank, local_size, stop, group)
     dist.destroy_process_group()  # after an error it might wait for a process that is gone

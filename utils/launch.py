@@ -7,13 +7,14 @@ import sys
 import threading
 import time
 import traceback
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 import torch
 from torch.distributed import TCPStore
 
 from utils.misc import UNREAD, UserError
-from utils.stopping import SIGNALS
+from utils.stopping import SIGNALS, signals_held_back
 
 DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
 
@@ -45,14 +46,24 @@ def launch(size, main, words):
     ]
     with _forwarded_signals(processes):
         try:
-            for process in processes:
-                process.start()
+            _start(processes)
             return _wait_for(processes)
         finally:
             for process in processes:
                 if process.pid:
                     process.kill()
                     process.join()
+
+
+def _start(processes):
+    """Start them all. They take stop signals from when they have met (`joined_world`) on.
+
+    One that stopped before would leave the others waiting for it.
+    """
+    resource_tracker.ensure_running()  # which, if it came with the first, would let signals in
+    with signals_held_back():
+        for process in processes:
+            process.start()
 
 
 class _forwarded_signals:
