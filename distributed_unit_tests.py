@@ -26,6 +26,7 @@ from unit_tests import (
     run,
 )
 from utils.arguments import build_parser
+from utils.capture import CaptureWriter
 from utils.distributed import World, joined_world
 from utils.launch import launch
 from utils.misc import UserError, command
@@ -271,6 +272,45 @@ def test_probes_and_stats_of_two_processes_are_logged(undisturbed):
     assert logs["reprDiff_ctx_repr_cosine_by0.05_mean"][1] > 0
     assert (undisturbed / "probes" / "1" / "speaker" / "logs.json").is_file()
     assert (undisturbed / "probes" / "1" / "phone" / "logs.json").is_file()
+
+
+def told_of_an_error(words):
+    """Process 1 ends with an error; then the other one has something to tidy up yet."""
+    pipe, tidy = words
+    if os.environ["RANK"] == "1":
+        os.open(pipe, os.O_WRONLY)
+    else:
+        Path(pipe).read_bytes()  # ends with the process that has it open
+        Path(tidy).touch()
+    return 2
+
+
+def test_a_process_that_ends_with_an_error_lets_the_other_tidy_up(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert launch(2, told_of_an_error, [str(tmp_path / name) for name in ("pipe", "tidy")]) == 2
+    assert (tmp_path / "tidy").exists()
+
+
+def failing_capture(words):
+    """`train.main` in which process 1 can't write; each notes at its end what was saved then."""
+    rank = os.environ["RANK"]
+    if rank == "1":
+        CaptureWriter.write = refuse
+    status = run(*words)
+    Path(words[-1], rank).write_text(str(Path(words[-1], "checkpoint_0.pt").exists()))
+    return status
+
+
+def refuse(*_):
+    raise UserError("a full disk")
+
+
+def test_a_failed_capture_of_one_process_ends_all_after_the_save(tiny_corpus, tmp_path, capfd):
+    capture = capture_flags(tiny_corpus, tmp_path / "captures")
+    words = words_of(tiny_corpus, tmp_path, "--captureConvRepr", *capture)
+    assert launch(2, failing_capture, [*words, "--pathCheckpoint", str(tmp_path)]) == 2
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
+    assert capfd.readouterr().err == "error: a full disk\n"
 
 
 def test_a_process_that_dies_ends_the_run(tiny_corpus, tmp_path):

@@ -194,8 +194,9 @@ class Trainer:
             saved = self.save(epoch)
         if self.world.is_first:
             self.write_record(epoch_speed(self.clock, self.device, self.world.size))
-        if last and not saved:
-            raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
+        lost = f"{self.directory}: the last epoch's checkpoint couldn't be written"
+        # Here all wait for the first: one that ended now, after an error, would end it as well.
+        self.world.agree(UserError(lost) if last and not saved else None)
 
     def write_record(self, speed=None):
         """Logs, curves and report of the epochs so far; speed: the `epoch_speed` of the last."""
