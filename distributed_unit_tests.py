@@ -319,11 +319,38 @@ def test_a_process_that_dies_ends_the_run(tiny_corpus, tmp_path):
     assert multiprocessing.active_children() == []
 
 
-def test_half_an_environment_of_torchrun_is_refused(tiny_corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with ends_refused(capsys, "'RANK' isn't as torchrun sets it"):
-        train.main(words_of(tiny_corpus, tmp_path))
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_half_an_environment_of_torchrun_is_refused(name, monkeypatch):
+    """Without one of its variables, or with a size that is no number."""
+    rest = {other: value for other, value in TORCHRUN.items() if other != name}
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "two"} | rest)
+    with pytest.raises(UserError, match="isn't as torchrun sets it"):
+        meet_on("cpu")
+
+
+def test_a_process_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "environ", TORCHRUN)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 1 of this machine has no GPU, it sees 1"):
+        meet_on("cuda")
+
+
+def meet_on(device):
+    with StopSignals() as stop, joined_world(stop, torch.device(device)):
+        raise AssertionError("has met")
+
+
+def test_what_the_machine_lacks_is_told_once(tiny_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(train, "launch", None)  # refused before
+    words = words_of(tiny_corpus, tmp_path / "run", "--nGPU", 2, "--device", "cuda")
+    with ends_refused(capsys, "there are 1 GPUs here"):
+        train.main(words)
 
 
 def test_an_error_of_all_is_told_once(tiny_corpus, tmp_path, capfd):

@@ -24,6 +24,7 @@ PATIENCE = timedelta(days=30)  # of processes that wait for one that trains a pr
 # group, which may itself wait for the lock to free the last gradients.
 _never_freed = []
 SHARED_MEMORY = "/dev/shm"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World:
@@ -184,27 +185,44 @@ def joined_world(stop, device):
     environment of torchrun) joins the others; all but the first are silent. stop: the StopSignals
     in force; device: of what type each process of a machine has one.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    place = _place()
+    rank, size, local_rank, _ = place
     if size == 1:
         yield World(stop=stop)
         return
-    try:
-        rank, local_rank, local_size = (
-            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        )
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"WORLD_SIZE is {size} in the environment, but {error} isn't as torchrun sets it; use "
-            "torchrun, or unset WORLD_SIZE"
-        ) from error
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(local_rank)
+        _take_gpu(local_rank)
     if rank:
         sys.stdout = Muted()
     with stop.deferred():  # of several processes none stops before they agree on it
         dist.init_process_group("nccl" if cuda else "gloo")
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         let_signals_in()
-        yield World(rank, size, local_rank, local_size, stop, group)
+        yield World(*place, stop, group)
     dist.destroy_process_group()  # after an error it might wait for a process that is gone
+
+
+def _place():
+    """Rank, size, local rank and local size of this process, by the environment of torchrun."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 0, 1, 0, 1
+    try:
+        values = [os.environ[name] for name in TORCHRUN]
+        return tuple(map(int, values[:4]))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"WORLD_SIZE is {size} in the environment, but {error} isn't as torchrun sets it; use "
+            "torchrun, or unset WORLD_SIZE"
+        ) from error
+
+
+def _take_gpu(local_rank):
+    n_gpus = torch.cuda.device_count()
+    if local_rank >= n_gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, it sees {n_gpus}: start fewer, or "
+            "let each process see all GPUs of its machine"
+        )
+    torch.cuda.set_device(local_rank)
