@@ -134,6 +134,28 @@ def test_processes_decode_one_pack_together(met):
         assert seen["same memory"] == 77
 
 
+@command
+def meet_on_two_machines(words):
+    """Two processes on the first, one on the second; each saves the pack that it sees."""
+    directory, corpus = words
+    rank = os.environ["RANK"]
+    if rank == "2":
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    else:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+    with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
+        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).sequences, 1600)
+        torch.save(audio.only_pack(world).audio, Path(directory, f"{rank}.pt"))
+
+
+def test_machines_may_have_different_numbers_of_processes(tiny_corpus, tmp_path):
+    assert launch(3, meet_on_two_machines, [str(tmp_path), str(tiny_corpus / "audio")]) == 0
+    corpus = scan_corpus(tiny_corpus / "audio")
+    alone = AudioDataset(corpus, corpus.sequences, 1600).only_pack()
+    for rank in range(3):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone.audio)
+
+
 def test_one_that_is_alone_needs_no_one():
     world = World()
     assert world.gather(3) == [3]
