@@ -375,6 +375,26 @@ def test_what_the_machine_lacks_is_told_once(tiny_corpus, tmp_path, monkeypatch,
         train.main(words)
 
 
+def with_words_of_its_own(words):
+    """`train.main` of which process 1 has another directory or list."""
+    *words, flag, value = words
+    return train.main([*words, flag, value] if os.environ["RANK"] == "1" else words)
+
+
+def test_machines_without_a_shared_directory_are_refused(tiny_corpus, tmp_path, capfd):
+    words = words_of(tiny_corpus, tmp_path / "run")
+    assert run(*words, "--nEpoch", 1) == 0
+    elsewhere = ["--pathCheckpoint", str(tmp_path / "elsewhere")]
+    assert launch(2, with_words_of_its_own, words + elsewhere) == 2
+    assert "not all processes find the same checkpoint" in capfd.readouterr().err
+
+
+def test_machines_with_different_lists_are_refused(tiny_corpus, tmp_path, capfd):
+    words = words_of(tiny_corpus, tmp_path, "--pathVal", tiny_corpus / "train.txt")
+    assert launch(2, with_words_of_its_own, words) == 2
+    assert "not all processes have the same training and validation" in capfd.readouterr().err
+
+
 def test_an_error_of_all_is_told_once(tiny_corpus, tmp_path, capfd):
     (tmp_path / "list.txt").write_text("nothing-like-it\n")
     words = words_of(tiny_corpus, tmp_path / "run", "--pathVal", tmp_path / "list.txt")

@@ -118,6 +118,11 @@ class Trainer:
     def run(self):
         """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
         done = self.position.epoch
+        self.world.agree_on(
+            self.fingerprint,
+            "not all processes have the same training and validation set: are the lists the same "
+            "on all machines?",
+        )
         self.world.from_first(self.complete_record)
         if done >= self.args.nEpoch:
             say_finished(done)

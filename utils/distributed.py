@@ -69,6 +69,11 @@ class World:
             if found is not None:
                 raise error if rank == self.rank else _as_error(found)
 
+    def agree_on(self, value, reason):
+        """Raise a UserError with this reason on all processes unless all bring the same value."""
+        values = self.gather(value)
+        self.agree(UserError(reason) if any(other != value for other in values) else None)
+
     def stop_if_asked(self):
         """Raise Stopped on all processes if one of several was asked to stop."""
         if self.group is not None:
