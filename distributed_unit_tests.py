@@ -25,6 +25,7 @@ from unit_tests import (
     on,
     run,
 )
+from utils import distributed
 from utils.arguments import build_parser
 from utils.capture import CaptureWriter
 from utils.distributed import World, joined_world
@@ -154,6 +155,34 @@ def test_machines_may_have_different_numbers_of_processes(tiny_corpus, tmp_path)
     alone = AudioDataset(corpus, corpus.sequences, 1600).only_pack()
     for rank in range(3):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone.audio)
+
+
+class Deserted(World):
+    """One that is alone after so many messages."""
+
+    def __init__(self, messages):
+        super().__init__(size=2, local_size=2)
+        self.messages = messages
+
+    def gather(self, value):
+        self.messages -= 1
+        if self.messages < 0:
+            raise RuntimeError("Connection closed by peer")
+        return [value, value]
+
+
+@pytest.mark.parametrize("messages", range(4))
+def test_shared_memory_is_free_when_a_process_is_gone(messages, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SHARED_MEMORY", str(tmp_path))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        Deserted(messages).shared_tensor(1000, torch.int16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_waits_for_others_holds_no_shared_memory(monkeypatch):
+    monkeypatch.setattr(distributed, "_reserve", None)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        Deserted(0).shared_tensor(1000, torch.int16)
 
 
 def test_one_that_is_alone_needs_no_one():

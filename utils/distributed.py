@@ -131,19 +131,22 @@ class World:
         Its file has no name any more once this returns: the memory is free as soon as no process
         uses it, however they end. Raises UserError where there is no room.
         """
+        self.gather(None)  # all are here: none waits while the file has a name
         path = error = None
-        if self.local_rank == 0:
-            try:
-                path = _reserve(size * dtype.itemsize)
-            except UserError as raised:
-                error = raised
-        self.agree(error)
-        own = self.gather(path)[self.rank - self.local_rank]
-        tensor = torch.from_file(own, shared=True, size=size, dtype=dtype)
-        self.gather(None)  # all have opened it
-        if path:
-            os.unlink(path)
-        return tensor
+        try:
+            if self.local_rank == 0:
+                try:
+                    path = _reserve(size * dtype.itemsize)
+                except UserError as raised:
+                    error = raised
+            self.agree(error)
+            own = self.gather(path)[self.rank - self.local_rank]
+            tensor = torch.from_file(own, shared=True, size=size, dtype=dtype)
+            self.gather(None)  # all have opened it
+            return tensor
+        finally:
+            if path:
+                os.unlink(path)
 
 
 def _as_message(error):
