@@ -301,6 +301,22 @@ def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, 
     assert "won't be the same to the last bit" in printed
 
 
+def test_one_process_forgets_the_hidden_state_of_two(tiny_corpus, tmp_path, monkeypatch):
+    """That of the first isn't where the rows of the last batch ended, which another one had."""
+    words = words_of(tiny_corpus, tmp_path, "--samplingType", "sequential")
+    assert launch(2, asked_to_stop, words) == 143
+    train_on, seen = trainer.Trainer.train_on, []
+
+    def step(self, position, batch):
+        seen.append((batch.continues.any(), self.step.model.hidden_state()))
+        train_on(self, position, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", step)
+    assert run(*words) == 0
+    assert seen[0] == (True, None)
+    assert seen[1][1] is not None
+
+
 def test_two_processes_capture_what_one_does(tiny_corpus, undisturbed, tmp_path):
     words = ["--onlyCapture", "--pathCheckpoint", undisturbed, "--pathDB", tiny_corpus / "audio"]
     words += ["--batchSizeGPU", 4, "--captureEverything", *capture_flags(tiny_corpus, tmp_path)]

@@ -414,7 +414,9 @@ class Trainer:
         self.best_accuracy = state["best_accuracy"]
         self.running.restore(state["running"], self.device)
         try:
-            self.step.model.set_hidden_state(state["hidden"])
+            # Of several processes each kept that of its own batches, and nothing goes on in it.
+            if state["machine"].get("processes", 1) == 1:
+                self.step.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
         machine = self.describe_machine()
