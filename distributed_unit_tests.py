@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -272,6 +273,28 @@ def test_processes_that_have_not_met_stop_together(tiny_corpus, tmp_path, capfd)
     printed = capfd.readouterr()
     assert printed.out.count("stopped by SIGTERM") == 1
     assert printed.err == ""
+
+
+def orphaned(words):
+    """Process 0 kills the launching process before it meets the other one."""
+    os.open(words[0], os.O_WRONLY)  # until this process ends
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGKILL)
+    with StopSignals() as stop, joined_world(stop, torch.device("cpu")):
+        pass
+
+
+def test_processes_end_with_the_one_that_launched_them(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    context = multiprocessing.get_context("spawn")
+    launching = context.Process(target=launch, args=(2, orphaned, [str(pipe)]))
+    launching.start()
+    reading = os.open(pipe, os.O_RDONLY)
+    assert select.select([reading], [], [], 60)[0]
+    assert os.read(reading, 1) == b""  # no process has it open any more
+    os.close(reading)
+    launching.join()
 
 
 def checkpoint_resume(directory):

@@ -150,4 +150,6 @@ def _run(main, words, rank, size, port):
 
 def _stop_with_parent():
     wait([multiprocessing.parent_process().sentinel])
+    if not torch.distributed.is_initialized():  # nor will it be: the others can't be found now
+        os._exit(128 + signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
