@@ -248,7 +248,8 @@ class PackDecoding:
         self.dataset, self.world = dataset, world
         self.layout = Layout.of(files, dataset.samples)
         size = int(self.layout.boundaries[-1])
-        allocate = world.shared_tensor if world.local_size > 1 else allocate_audio
+        # Also where a machine has one process only: others may have more, and all must call this.
+        allocate = world.shared_tensor if world.group is not None else allocate_audio
         self.audio = allocate(size, dataset.dtype)
         parts = np.split(self.audio.numpy(), self.layout.boundaries[1:-1])
         sequences = [dataset.sequences[i] for i in files]

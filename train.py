@@ -118,6 +118,11 @@ def run(args, given, words, world):
     args, given: what it says, and the names of the flags on it; words: itself.
     """
     args, checkpoint, stats = world.together(lambda: settle_arguments(args, given))
+    world.agree_on(
+        checkpoint and checkpoint.state["position"],
+        f"--pathCheckpoint {args.pathCheckpoint}: not all processes find the same checkpoint; "
+        "several machines must share this directory",
+    )
     once = args.onlyCapture or args.only_classif_metric
     if not once:
         world.from_first(lambda: remove_stale(args.pathCheckpoint, checkpoint))

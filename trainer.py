@@ -122,6 +122,11 @@ class Trainer:
     def run(self):
         """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
         done = self.position.epoch
+        self.world.agree_on(
+            self.fingerprint,
+            "not all processes have the same training and validation set: are the lists the same "
+            "on all machines?",
+        )
         self.world.from_first(self.complete_record)
         if done >= self.args.nEpoch:
             say_finished(done)
@@ -198,8 +203,9 @@ class Trainer:
             saved = self.save(epoch)
         if self.world.is_first:
             self.write_record(epoch_speed(self.clock, self.device, self.world.size))
-        if last and not saved:
-            raise UserError(f"{self.directory}: the last epoch's checkpoint couldn't be written")
+        lost = f"{self.directory}: the last epoch's checkpoint couldn't be written"
+        # Here all wait for the first: one that ended now, after an error, would end it as well.
+        self.world.agree(UserError(lost) if last and not saved else None)
 
     def write_record(self, speed=None):
         """Logs, curves and report of the epochs so far; speed: the `epoch_speed` of the last."""
@@ -429,7 +435,9 @@ class Trainer:
         self.best_accuracy = state["best_accuracy"]
         self.running.restore(state["running"], self.device)
         try:
-            self.step.model.set_hidden_state(state["hidden"])
+            # Of several processes each kept that of its own batches, and nothing goes on in it.
+            if state["machine"].get("processes", 1) == 1:
+                self.step.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
         machine = self.describe_machine()

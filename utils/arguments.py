@@ -330,6 +330,7 @@ def parse_arguments(argv):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     args.load = [os.path.abspath(path) for path in args.load] if args.load else None
     check_mode(args, given)
+    check_machine(args)
     return args, given
 
 
@@ -439,7 +440,6 @@ def check_arguments(args, given, resumed=False):
     check_supervised(args, given)
     check_probes(args, given)
     check_capture(args, given)
-    check_machine(args)
     check_paths(args, resumed)
 
 

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.misc import Muted, ToldElsewhere, UserError, first_few
-from utils.stopping import Stopped
+from utils.stopping import Stopped, let_signals_in
 
 PATIENCE = timedelta(days=30)  # of processes that wait for one that trains a probe
 # Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
 # group, which may itself wait for the lock to free the last gradients.
 _never_freed = []
 SHARED_MEMORY = "/dev/shm"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World:
@@ -67,6 +68,11 @@ class World:
         for rank, found in enumerate(self.gather(error and _as_message(error))):
             if found is not None:
                 raise error if rank == self.rank else _as_error(found)
+
+    def agree_on(self, value, reason):
+        """Raise a UserError with this reason on all processes unless all bring the same value."""
+        values = self.gather(value)
+        self.agree(UserError(reason) if any(other != value for other in values) else None)
 
     def stop_if_asked(self):
         """Raise Stopped on all processes if one of several was asked to stop."""
@@ -125,19 +131,22 @@ class World:
         Its file has no name any more once this returns: the memory is free as soon as no process
         uses it, however they end. Raises UserError where there is no room.
         """
+        self.gather(None)  # all are here: none waits while the file has a name
         path = error = None
-        if self.local_rank == 0:
-            try:
-                path = _reserve(size * dtype.itemsize)
-            except UserError as raised:
-                error = raised
-        self.agree(error)
-        own = self.gather(path)[self.rank - self.local_rank]
-        tensor = torch.from_file(own, shared=True, size=size, dtype=dtype)
-        self.gather(None)  # all have opened it
-        if path:
-            os.unlink(path)
-        return tensor
+        try:
+            if self.local_rank == 0:
+                try:
+                    path = _reserve(size * dtype.itemsize)
+                except UserError as raised:
+                    error = raised
+            self.agree(error)
+            own = self.gather(path)[self.rank - self.local_rank]
+            tensor = torch.from_file(own, shared=True, size=size, dtype=dtype)
+            self.gather(None)  # all have opened it
+            return tensor
+        finally:
+            if path:
+                os.unlink(path)
 
 
 def _as_message(error):
@@ -184,26 +193,44 @@ def joined_world(stop, device):
     environment of torchrun) joins the others; all but the first are silent. stop: the StopSignals
     in force; device: of what type each process of a machine has one.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    place = _place()
+    rank, size, local_rank, _ = place
     if size == 1:
         yield World(stop=stop)
         return
+    cuda = device.type == "cuda"
+    if cuda:
+        _take_gpu(local_rank)
+    if rank:
+        sys.stdout = Muted()
+    with stop.deferred():  # of several processes none stops before they agree on it
+        dist.init_process_group("nccl" if cuda else "gloo")
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        let_signals_in()
+        yield World(*place, stop, group)
+    dist.destroy_process_group()  # after an error it might wait for a process that is gone
+
+
+def _place():
+    """Rank, size, local rank and local size of this process, by the environment of torchrun."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 0, 1, 0, 1
     try:
-        rank, local_rank, local_size = (
-            int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        )
+        values = [os.environ[name] for name in TORCHRUN]
+        return tuple(map(int, values[:4]))
     except (KeyError, ValueError) as error:
         raise UserError(
             f"WORLD_SIZE is {size} in the environment, but {error} isn't as torchrun sets it; use "
             "torchrun, or unset WORLD_SIZE"
         ) from error
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    if rank:
-        sys.stdout = Muted()
-    with stop.deferred():  # of several processes none stops before they agree on it
-        yield World(rank, size, local_rank, local_size, stop, group)
-    dist.destroy_process_group()  # after an error it might wait for a process that is gone
+
+
+def _take_gpu(local_rank):
+    n_gpus = torch.cuda.device_count()
+    if local_rank >= n_gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, it sees {n_gpus}: start fewer, or "
+            "let each process see all GPUs of its machine"
+        )
+    torch.cuda.set_device(local_rank)

@@ -7,15 +7,17 @@ import sys
 import threading
 import time
 import traceback
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 import torch
 from torch.distributed import TCPStore
 
-from utils.misc import UNREAD, UserError
-from utils.stopping import SIGNALS
+from utils.misc import REFUSED, UNREAD, UserError
+from utils.stopping import SIGNALS, signals_held_back
 
 DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
+FAREWELL = 1.5  # seconds for those that know of another's error to tell the user and to tidy up
 
 
 def processes_to_start(args):
@@ -35,7 +37,8 @@ def launch(size, main, words):
     """Run `main(words)` in `size` processes; returns the exit status.
 
     Stop signals are passed on. When a process dies, the others are ended at once, since they
-    couldn't go on. Raises UserError if one was killed, naming it and the signal.
+    couldn't go on; after an error they have a moment to end by themselves. Raises UserError if one
+    was killed, naming it and the signal.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -45,14 +48,24 @@ def launch(size, main, words):
     ]
     with _forwarded_signals(processes):
         try:
-            for process in processes:
-                process.start()
+            _start(processes)
             return _wait_for(processes)
         finally:
             for process in processes:
                 if process.pid:
                     process.kill()
                     process.join()
+
+
+def _start(processes):
+    """Start them all. They take stop signals from when they have met (`joined_world`) on.
+
+    One that stopped before would leave the others waiting for it.
+    """
+    resource_tracker.ensure_running()  # which, if it came with the first, would let signals in
+    with signals_held_back():
+        for process in processes:
+            process.start()
 
 
 class _forwarded_signals:
@@ -92,10 +105,18 @@ def _wait_for(processes):
                     "how the system ends what takes too much memory); the same command goes on "
                     "from the last save"
                 )
+            if process.exitcode == REFUSED:
+                _let_end(left)
             if 0 < process.exitcode < 128 or process.exitcode == UNREAD:
                 return process.exitcode
             status = max(status, process.exitcode)  # above 128: asked to stop, as all others are
     return status
+
+
+def _let_end(processes):
+    end = time.monotonic() + FAREWELL
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
 
 
 def _run(main, words, rank, size, port):
@@ -129,4 +150,6 @@ def _run(main, words, rank, size, port):
 
 def _stop_with_parent():
     wait([multiprocessing.parent_process().sentinel])
+    if not torch.distributed.is_initialized():  # nor will it be: the others can't be found now
+        os._exit(128 + signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -14,6 +14,7 @@ import torch
 
 SAMPLE_RATE = 16_000  # Hz; the only rate the encoders are made for
 SAMPLES_PER_FRAME = 160  # one frame (encoder output, phone label) is 10 ms
+REFUSED = 2  # exit status after a UserError
 UNREAD = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
 
 
@@ -173,7 +174,7 @@ def command(main):
             with flushed_output():
                 return main(argv)
         except ToldElsewhere:
-            sys.exit(2)
+            sys.exit(REFUSED)
         except BrokenPipeError:  # whoever read what is printed has gone, as in `| head`
             discard_output()
             sys.exit(UNREAD)
@@ -181,7 +182,7 @@ def command(main):
             with contextlib.suppress(OSError):  # what it says on stderr must be said
                 sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(REFUSED)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)

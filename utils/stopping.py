@@ -21,6 +21,21 @@ class Stopped(BaseException):
         self.status = 128 + signal_number
 
 
+@contextlib.contextmanager
+def signals_held_back():
+    """A block in which stop signals wait; processes started in it hold them back from then on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_signals_in():
+    """Take the stop signals from now on, and those that were held back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 class StopSignals:
     """Turns the first stop signal into a `Stopped`, raised where nothing is left half done.
 
