@@ -439,7 +439,7 @@ def test_what_the_machine_lacks_is_told_once(tiny_corpus, tmp_path, monkeypatch,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(train, "launch", None)  # refused before
     words = words_of(tiny_corpus, tmp_path / "run", "--nGPU", 2, "--device", "cuda")
-    with ends_refused(capsys, "there are 1 GPUs here"):
+    with ends_refused(capsys, "PyTorch sees 1 GPU here"):
         train.main(words)
 
 

@@ -15,7 +15,7 @@ import os
 import torch
 
 from utils.files import check_writable
-from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError
+from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError, counted
 
 
 def names(text):
@@ -676,7 +676,7 @@ def check_machine(args):
     )
     refuse_if(args.nGPU == 0 or args.nGPU < -1, f"--nGPU {args.nGPU}: -1 (all) or a number from 1")
     n_gpus = torch.cuda.device_count() if cuda else args.nGPU
-    refuse_if(args.nGPU > n_gpus, f"--nGPU {args.nGPU}: there are {n_gpus} GPUs here")
+    refuse_if(args.nGPU > n_gpus, f"--nGPU {args.nGPU}: PyTorch sees {counted(n_gpus, 'GPU')} here")
     refuse_if(
         args.nGPU > 1 and args.only_classif_metric,
         f"--nGPU {args.nGPU}: probes of a checkpoint are trained in one process; leave it out",
