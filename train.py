@@ -38,6 +38,7 @@ from dataset import (
     select_sequences,
     warn_of_shared_files,
     warn_of_single_speaker,
+    warn_of_subsets,
 )
 from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
@@ -272,6 +273,7 @@ def find_audio(args):
         n_threads=args.n_process_loader,
     )
     warn_of_single_speaker(corpus)
+    warn_of_subsets(corpus)
     return corpus
 
 

@@ -648,6 +648,18 @@ def test_bad_files_among_good_ones_are_skipped_and_named(tmp_path, capsys):
     assert "10-0-0000.flac" in capsys.readouterr().out
 
 
+def test_subsets_below_the_database_are_warned_of_once(tiny_corpus, tmp_path, capsys):
+    for speaker, subset in (("10", "clean"), ("11", "clean"), ("12", "other")):
+        link = tmp_path / "db" / subset / speaker
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tiny_corpus / "audio" / speaker)
+    words = ["--pathCheckpoint", tmp_path / "run", *SMALL, "--nEpoch", 1]
+    assert run(*on(tiny_corpus), "--pathDB", tmp_path / "db", *words) == 0
+    assert capsys.readouterr().out.count("clean, other count as one speaker each") == 1
+    assert run(*on(tiny_corpus), "--pathDB", tmp_path / "db" / "clean", *words, "--restart") == 0
+    assert "as one speaker" not in capsys.readouterr().out
+
+
 def written(path, text):
     path.write_text(text)
     return path
