@@ -1033,3 +1033,15 @@ def test_a_summary_compares_with_random_weights_alone(reported_run, tmp_path, ca
     save_json(tmp_path / "checkpoint_args.json", {**flags, "no_pretraining": True})
     summary.main(words)
     assert re.search(r"speakers told apart by a linear probe +25\.0 %", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("by_ctc", "shown"), [(False, True), (True, False)])
+def test_a_summary_has_accuracies_only_where_they_mean_anything(by_ctc, shown, tmp_path, capsys):
+    args = arguments(tmp_path, supervised=True, CTC=by_ctc)
+    save_json(tmp_path / "checkpoint_args.json", vars(args))
+    save_json(tmp_path / "checkpoint_logs.json", invented_logs(3))
+    summary.main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert re.search(r"validation loss +5\.500 +3\.767\n", said)
+    assert ("validation accuracy" in said) == shown
+    assert "phones told apart by a linear probe" in said
