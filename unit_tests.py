@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -976,6 +977,26 @@ def test_pictures_of_stats_stay_where_they_were_when_a_run_goes_on_from_elsewher
     what = ("ctx_repr_cosine_by0.05", "conv_repr_euclid_by0.5")
     assert names == {f"reprDiff_{name}_{epoch}.png" for name in what for epoch in (0, 1)}
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["below"]
+
+
+def test_a_picture_that_a_killed_run_left_unfinished_goes(tiny_corpus, tmp_path):
+    words = ["--pathCheckpoint", tmp_path / "run", "--nEpoch", 1, *on(tiny_corpus), *SMALL]
+    specs = f"reprDiff:cosine,ctx_repr,0.05,{tmp_path / 'pictures'}"
+    stats = ["--captureSetStats", specs, "--pathCaptureDS", tiny_corpus / "test.txt"]
+    kill = textwrap.dedent("""\
+        import os, signal, sys
+        import train
+        from matplotlib.figure import Figure
+
+        Figure.savefig = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        train.main(sys.argv[1:])
+        """)
+    command = [sys.executable, "-c", kill, *map(str, [*words, *stats])]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert [path.name[:9] for path in (tmp_path / "pictures").iterdir()] == [".writing-"]
+    assert run(*words, *stats) == 0
+    names = [path.name for path in (tmp_path / "pictures").iterdir()]
+    assert names == ["reprDiff_ctx_repr_cosine_by0.05_0.png"]
 
 
 def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tmp_path, capsys):
