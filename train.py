@@ -80,7 +80,7 @@ from utils.misc import (
     seed_from,
 )
 from utils.report.page import RunReport
-from utils.report.run_record import RunRecord
+from utils.report.run_record import RunRecord, machine_in_words
 from utils.stopping import Stopped, StopSignals
 
 
@@ -163,6 +163,7 @@ def prepare_training(job, words):
         data.training_sets,
         data.labels,
         {name: stat.directory for name, stat in stats.stats.items() if hasattr(stat, "directory")},
+        machine_in_words(job.device, job.world.size),
     )
     trainer = Trainer(
         args,
