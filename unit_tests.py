@@ -584,6 +584,9 @@ MUTATIONS = {
     "a machine of tensors": put("machine", "threads", value=torch.zeros(2)),
     "a fingerprint of tensors": put("fingerprint", value=torch.zeros(2)),
     "a format that is no number": put("format", value=torch.zeros(2)),
+    "a clock of text": put("clock", "seconds", value="long"),
+    "a clock that goes back": put("clock", "waited", value=-1.0),
+    "a clock without windows": put("clock", value={"seconds": 1.0, "waited": 0.0}),
     "groups of a tensor": put("optimizer", "param_groups", value=torch.zeros(1, 4, 8)),
     "no groups": put("optimizer", "param_groups", value=[]),
 }
@@ -603,6 +606,31 @@ def test_an_unmutated_checkpoint_goes_on(inside_an_epoch, tmp_path):
     shutil.copy(inside_an_epoch, tmp_path)
     assert run("--pathCheckpoint", tmp_path) == 0
     assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
+
+
+def reported(directory):
+    """The rows of epochs in the record of a run's report."""
+    return json.loads((directory / "report_data.json").read_text())["epochs"]
+
+
+def test_the_time_of_an_interrupted_epoch_is_that_of_all_its_parts(inside_an_epoch, tmp_path):
+    state = torch.load(inside_an_epoch, weights_only=True)
+    assert state["clock"]["windows"] == state["running"]["windows"] > 0
+    state["clock"] |= {"seconds": 1e6, "waited": 5e5}
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 3) == 0
+    parts, whole = reported(tmp_path)
+    assert parts["windows"] == whole["windows"] == state["running"]["windows"]
+    assert parts["seconds"] >= 1e6 > whole["seconds"]
+    assert parts["waited"] >= 5e5 > whole["waited"]
+
+
+def test_a_checkpoint_without_the_time_of_its_epoch_goes_on(inside_an_epoch, tmp_path):
+    state = torch.load(inside_an_epoch, weights_only=True)
+    del state["clock"]
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert "clock" not in checkpoint(tmp_path, 1)
 
 
 def test_a_place_that_can_not_be_made_is_refused(tiny_corpus, tmp_path, capsys):

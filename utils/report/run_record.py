@@ -21,9 +21,8 @@ RECORD = "report_data.json"
 def epoch_speed(clock, device, processes=1):
     """How an epoch went, for `RunRecord.add`: a dict of plain values.
 
-    clock: the `utils.logs.Clock` of its training, stopped. Seconds and windows are those of this
-    call, less than the epoch's if it was begun by an earlier one; windows are those of all its
-    processes. Memory is in bytes, the largest amount that this process has held so far.
+    clock: the `utils.logs.Clock` of its training, stopped; its windows are those of all processes.
+    Memory is in bytes, the largest amount that this process has held so far.
     """
     on_cuda = device.type == "cuda"
     kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
