@@ -9,6 +9,7 @@ batch, `L` the samples in a window.
 import hashlib
 import mmap
 import os
+import re
 from bisect import bisect_right
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ from utils.workers import Workers
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
 LIBRISPEECH_FOLDERS = 2  # above a file: the speaker's, the chapter's
+# As files of LibriSpeech are named after their speaker and chapter, with a folder above both.
+BELOW_A_SUBSET = re.compile(r".+/([^/]+)/([^/]+)/\1[-_]\2[-_][^/]+")
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
@@ -100,6 +103,22 @@ def warn_of_single_speaker(corpus):
     if all(sequence.path.count("/") > LIBRISPEECH_FOLDERS for sequence in corpus.sequences):
         inner = os.path.join(corpus.root, speaker)
         print(f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}")
+
+
+def warn_of_subsets(corpus):
+    """Say so where each of several subsets counts as one speaker: --pathDB is a folder too high.
+
+    Only the names of the files can tell: they begin with the speaker and the chapter.
+    """
+    matches = [BELOW_A_SUBSET.fullmatch(sequence.path) for sequence in corpus.sequences]
+    if len(corpus.speakers) > 1 and all(matches):
+        n_speakers = len({match[1] for match in matches})
+        print(
+            f"warning: {corpus.root}: {first_few(corpus.speakers)} count as one speaker each: the "
+            f"speaker of a file is the first folder below --pathDB. By the files' names there are "
+            f"{counted(n_speakers, 'speaker')}: give --pathDB one of these folders, or one with "
+            "links to the speakers in all of them"
+        )
 
 
 def read_sequence_list(path):

@@ -34,6 +34,7 @@ from dataset import (
     scan_corpus,
     select_sequences,
     warn_of_single_speaker,
+    warn_of_subsets,
 )
 from utils import listing, workers
 from utils.distributed import World
@@ -278,6 +279,44 @@ def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, ca
     assert "if the folders in" not in said
     warn_of_single_speaker(scan_corpus(tmp_path / "train" / "19" / "1"))
     assert "that is none for every file" in capsys.readouterr().out
+
+
+LIBRISPEECH = ["clean/19/1/19-1-0.flac", "clean/26/1/26-1-0.flac", "other/30/2/30-2-0.flac"]
+
+
+def listed(paths):
+    """A Corpus of files of these names, of which none is there."""
+    speakers = sorted({path.partition("/")[0] for path in paths})
+    numbers = (speakers.index(path.partition("/")[0]) for path in paths)
+    return Corpus("db", tuple(map(Sequence, numbers, paths, [WINDOW] * len(paths))), speakers)
+
+
+@pytest.mark.parametrize("sign", ["-", "_"])
+@pytest.mark.parametrize("between", ["", "audio/"])
+def test_subsets_that_count_as_speakers_are_warned_of(sign, between, capsys):
+    subsets = [path.replace("-", sign).replace("/", f"/{between}", 1) for path in LIBRISPEECH]
+    warn_of_subsets(listed(subsets))
+    said = capsys.readouterr().out
+    assert "warning: db: clean, other count as one speaker each" in said
+    assert "there are 3 speakers: give --pathDB one of these folders" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [path.partition("/")[2] for path in LIBRISPEECH],  # a subset by itself
+        LIBRISPEECH[:2],  # a single one has its own warning
+        [*LIBRISPEECH, "mine/hello.flac"],
+        ["19/1/x/a.flac", "26/1/x/a.flac"],
+        ["19/book/1/19-book-1.flac", "26/book/1/26-book-1.flac"],
+        ["19/book/book-1.flac", "26/book/book-1.flac"],
+        ["19/hello.flac", "26/hello.flac", "27.flac"],
+    ],
+)
+def test_an_ordinary_corpus_is_not_taken_for_subsets(paths, capsys):
+    warn_of_subsets(listed(paths))
+    assert capsys.readouterr().out == ""
 
 
 def test_listing_spares_opening_the_files(own_corpus, monkeypatch):

@@ -38,6 +38,7 @@ from dataset import (
     select_sequences,
     warn_of_shared_files,
     warn_of_single_speaker,
+    warn_of_subsets,
 )
 from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
@@ -79,7 +80,7 @@ from utils.misc import (
     seed_from,
 )
 from utils.report.page import RunReport
-from utils.report.run_record import RunRecord
+from utils.report.run_record import RunRecord, machine_in_words
 from utils.stopping import Stopped, StopSignals
 
 
@@ -167,6 +168,7 @@ def prepare_training(job, words):
         data.training_sets,
         data.labels,
         {name: stat.directory for name, stat in stats.stats.items() if hasattr(stat, "directory")},
+        machine_in_words(job.device, job.world.size),
     )
     trainer = Trainer(
         args,
@@ -277,6 +279,7 @@ def find_audio(args):
         n_threads=args.n_process_loader,
     )
     warn_of_single_speaker(corpus)
+    warn_of_subsets(corpus)
     return corpus
 
 

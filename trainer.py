@@ -115,7 +115,7 @@ class Trainer:
         self.unchecked = []  # steps whose finiteness wasn't looked at yet
         self.steps_since_save = 0
         self.superseded = saved_checkpoints(self.directory) if args.restart else []
-        self.clock = Clock()
+        self.clock = Clock()  # of the epoch in progress, or the last one
 
     # -------------------------------------------------------------------------------- the epochs
 
@@ -232,7 +232,9 @@ class Trainer:
         self.step.train()
         if self.position == (epoch, 0, 0):
             self.step.model.reset_hidden()
-        clock = self.clock = Clock()
+            self.clock = Clock()
+        clock = self.clock
+        clock.start()
         batches = on_device(self.train_loader.epoch(epoch, self.position), self.device)
         left = self.train_loader.n_batches(epoch, self.position) // self.world.size
         total = self.running.batches + left
@@ -240,8 +242,8 @@ class Trainer:
             bar.update(self.running.batches)
             while (item := clock.wait_for(next, batches, None)) is not None:
                 with self.stop.deferred():
+                    clock.windows += self.world.size * len(item[1].window)
                     self.train_on(*item)
-                clock.windows += self.world.size * len(item[1].window)
                 bar.update()
                 if self.running.batches % self.args.logging_step == 0:
                     bar.write(self.progress_line(epoch, total))
@@ -417,6 +419,8 @@ class Trainer:
             "fingerprint": self.fingerprint,
             "machine": self.describe_machine(),
         }
+        if self.running.batches:  # between epochs a checkpoint holds nothing but what was computed
+            state["clock"] = self.clock.state()
         return state | ({"models": self.models} if self.models else {})
 
     def restore(self, checkpoint):
@@ -434,6 +438,7 @@ class Trainer:
             return
         self.best_accuracy = state["best_accuracy"]
         self.running.restore(state["running"], self.device)
+        self.clock = Clock(**state.get("clock", {}))  # older checkpoints have none
         try:
             # Of several processes each kept that of its own batches, and nothing goes on in it.
             if state["machine"].get("processes", 1) == 1:

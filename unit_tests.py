@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -583,6 +584,9 @@ MUTATIONS = {
     "a machine of tensors": put("machine", "threads", value=torch.zeros(2)),
     "a fingerprint of tensors": put("fingerprint", value=torch.zeros(2)),
     "a format that is no number": put("format", value=torch.zeros(2)),
+    "a clock of text": put("clock", "seconds", value="long"),
+    "a clock that goes back": put("clock", "waited", value=-1.0),
+    "a clock without windows": put("clock", value={"seconds": 1.0, "waited": 0.0}),
     "groups of a tensor": put("optimizer", "param_groups", value=torch.zeros(1, 4, 8)),
     "no groups": put("optimizer", "param_groups", value=[]),
 }
@@ -602,6 +606,31 @@ def test_an_unmutated_checkpoint_goes_on(inside_an_epoch, tmp_path):
     shutil.copy(inside_an_epoch, tmp_path)
     assert run("--pathCheckpoint", tmp_path) == 0
     assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
+
+
+def reported(directory):
+    """The rows of epochs in the record of a run's report."""
+    return json.loads((directory / "report_data.json").read_text())["epochs"]
+
+
+def test_the_time_of_an_interrupted_epoch_is_that_of_all_its_parts(inside_an_epoch, tmp_path):
+    state = torch.load(inside_an_epoch, weights_only=True)
+    assert state["clock"]["windows"] == state["running"]["windows"] > 0
+    state["clock"] |= {"seconds": 1e6, "waited": 5e5}
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    assert run("--pathCheckpoint", tmp_path, "--nEpoch", 3) == 0
+    parts, whole = reported(tmp_path)
+    assert parts["windows"] == whole["windows"] == state["running"]["windows"]
+    assert parts["seconds"] >= 1e6 > whole["seconds"]
+    assert parts["waited"] >= 5e5 > whole["waited"]
+
+
+def test_a_checkpoint_without_the_time_of_its_epoch_goes_on(inside_an_epoch, tmp_path):
+    state = torch.load(inside_an_epoch, weights_only=True)
+    del state["clock"]
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert "clock" not in checkpoint(tmp_path, 1)
 
 
 def test_a_place_that_can_not_be_made_is_refused(tiny_corpus, tmp_path, capsys):
@@ -646,6 +675,18 @@ def test_bad_files_among_good_ones_are_skipped_and_named(tmp_path, capsys):
     (corpus / "audio" / "10" / "0" / "10-0-0000.flac").write_bytes(b"not audio")
     trained(corpus, tmp_path / "run", epochs=1)
     assert "10-0-0000.flac" in capsys.readouterr().out
+
+
+def test_subsets_below_the_database_are_warned_of_once(tiny_corpus, tmp_path, capsys):
+    for speaker, subset in (("10", "clean"), ("11", "clean"), ("12", "other")):
+        link = tmp_path / "db" / subset / speaker
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tiny_corpus / "audio" / speaker)
+    words = ["--pathCheckpoint", tmp_path / "run", *SMALL, "--nEpoch", 1]
+    assert run(*on(tiny_corpus), "--pathDB", tmp_path / "db", *words) == 0
+    assert capsys.readouterr().out.count("clean, other count as one speaker each") == 1
+    assert run(*on(tiny_corpus), "--pathDB", tmp_path / "db" / "clean", *words, "--restart") == 0
+    assert "as one speaker" not in capsys.readouterr().out
 
 
 def written(path, text):
@@ -964,6 +1005,26 @@ def test_pictures_of_stats_stay_where_they_were_when_a_run_goes_on_from_elsewher
     what = ("ctx_repr_cosine_by0.05", "conv_repr_euclid_by0.5")
     assert names == {f"reprDiff_{name}_{epoch}.png" for name in what for epoch in (0, 1)}
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["below"]
+
+
+def test_a_picture_that_a_killed_run_left_unfinished_goes(tiny_corpus, tmp_path):
+    words = ["--pathCheckpoint", tmp_path / "run", "--nEpoch", 1, *on(tiny_corpus), *SMALL]
+    specs = f"reprDiff:cosine,ctx_repr,0.05,{tmp_path / 'pictures'}"
+    stats = ["--captureSetStats", specs, "--pathCaptureDS", tiny_corpus / "test.txt"]
+    kill = textwrap.dedent("""\
+        import os, signal, sys
+        import train
+        from matplotlib.figure import Figure
+
+        Figure.savefig = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        train.main(sys.argv[1:])
+        """)
+    command = [sys.executable, "-c", kill, *map(str, [*words, *stats])]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert [path.name[:9] for path in (tmp_path / "pictures").iterdir()] == [".writing-"]
+    assert run(*words, *stats) == 0
+    names = [path.name for path in (tmp_path / "pictures").iterdir()]
+    assert names == ["reprDiff_ctx_repr_cosine_by0.05_0.png"]
 
 
 def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tmp_path, capsys):

@@ -30,6 +30,7 @@ from dataset import (
     scan_corpus,
     select_sequences,
     warn_of_single_speaker,
+    warn_of_subsets,
 )
 from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe, ProbeOptions
@@ -335,6 +336,7 @@ def build_sets(args):
     labels = read_phone_labels(args.pathPhone) if args.pathPhone else None
     if not labels:
         warn_of_single_speaker(corpus)
+        warn_of_subsets(corpus)
     sets = []
     for title, path, n_debug in (
         ("training set", args.pathTrain, 1000),

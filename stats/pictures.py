@@ -2,6 +2,7 @@
 
 from matplotlib.figure import Figure
 
+from utils.files import remove_leftovers
 from utils.misc import UserError
 from utils.report.plots import save_figure
 
@@ -14,7 +15,11 @@ def new_figure(title, width=8.0, height=4.5):
 
 
 def save_picture(directory, name, figure):
-    """Write `<directory>/<name>.png`; the directory is made if it isn't there."""
+    """Write `<directory>/<name>.png`; the directory is made if it isn't there.
+
+    A run that was killed while it drew draws again when it goes on: its leftovers go then.
+    """
+    remove_leftovers(directory)
     try:
         save_figure(figure, directory / f"{name}.png")
     except OSError as error:

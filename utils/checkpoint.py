@@ -7,7 +7,8 @@ A run's directory holds
   besides: `args`, `logs`, `position` (where training goes on), `running` (sums of the epoch in
   progress), `best_accuracy`, `hidden` (kept hidden state), `fingerprint` (of the corpus),
   `machine`, `models` (flags of each part of a model that began with `--load`) and `format`;
-- `checkpoint_resume.pt`, the same inside an epoch, newer than every other or absent;
+- `checkpoint_resume.pt`, the same inside an epoch, newer than every other or absent. It has a
+  `clock` besides: what of the epoch's time and windows is done;
 - `checkpoint_args.json` and `checkpoint_logs.json`, copies of `args` and `logs` for people and for
   the original program. They are read only beside a checkpoint of the original.
 
@@ -244,6 +245,7 @@ def check_resumable(checkpoint, weights):
             "hidden": "hidden" in state,
             "fingerprint": isinstance(state.get("fingerprint"), str),
             "machine": isinstance(machine, dict) and all(map(_is_plain, machine.values())),
+            "clock": "clock" not in state or _is_clock(state["clock"]),
         }
         sound["running"] = sound["logs"] and _are_running_sums(
             state.get("running"), state["position"], state["logs"]
@@ -270,6 +272,15 @@ def _is_plain(value):
 
 def _is_number(value):
     return isinstance(value, float | int) and not math.isnan(value)
+
+
+def _is_clock(value):
+    """Whether this can be the `state` of a Clock (utils/logs.py)."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"seconds", "waited", "windows"}
+        and all(_is_number(n) and 0 <= n < math.inf for n in value.values())
+    )
 
 
 def _is_row(value):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -75,6 +76,36 @@ def check_regular(path):
     """Raise OSError for a folder, or for a pipe or device, which reading might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("not a regular file")
+
+
+def write_lines(path, lines):
+    """Write lines of text, given without their ends, atomically."""
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # any name of a file
+    with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def refuse_to_replace(path, lines, what):
+    """Raise UserError if `path` is there and holds anything but these lines.
+
+    what: what would be lost, for the message. The command that calls this has a flag --force.
+    """
+    if os.path.lexists(path) and not _holds(path, lines):
+        raise UserError(
+            f"{path}: is there already, with other {what}; name another folder, or replace it "
+            "with --force"
+        )
+
+
+def _holds(path, lines):
+    """Whether a file can be read and has these lines."""
+    try:
+        check_regular(path)
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            there = (line.removesuffix("\n") for line in file)
+            return all(a == b for a, b in itertools.zip_longest(there, lines))
+    except OSError:
+        return False
 
 
 def save_json(path, value):

@@ -173,11 +173,24 @@ def _on(device, value):
 
 
 class Clock:
-    """How fast windows go by, and which share of the time is spent waiting for them."""
+    """How fast windows go by, and which share of the time is spent waiting for them.
 
-    def __init__(self):
-        self.started, self.stopped = time.perf_counter(), None
-        self.waited, self.windows = 0.0, 0
+    It stands still until it is started; from the `state` of another it goes on with what that had.
+    """
+
+    def __init__(self, seconds=0.0, waited=0.0, windows=0):
+        self.started, self.stopped = 0.0, seconds
+        self.waited, self.windows = waited, windows
+
+    def start(self):
+        self.started, self.stopped = time.perf_counter() - self.seconds, None
+
+    def stop(self):
+        self.stopped = time.perf_counter()
+
+    @property
+    def seconds(self):
+        return (time.perf_counter() if self.stopped is None else self.stopped) - self.started
 
     def wait_for(self, function, *arguments):
         """Call a function; its time counts as waiting."""
@@ -187,11 +200,12 @@ class Clock:
         finally:
             self.waited += time.perf_counter() - before
 
-    def stop(self):
-        self.stopped = time.perf_counter()
+    def state(self):
+        """What a checkpoint keeps of an epoch in progress."""
+        return {"seconds": self.seconds, "waited": self.waited, "windows": self.windows}
 
     def __str__(self):
-        seconds = max((self.stopped or time.perf_counter()) - self.started, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         return f"{self.windows / seconds:.3g} windows/s, data wait {percent(self.waited / seconds)}"
 
 

@@ -43,7 +43,8 @@ def seed_from(*parts):
     generator of PyTorch uses only 32 bits of its seed, hence a hash and not a sum or a shift.
     """
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+    content = text.encode(errors="surrogateescape")  # a part may be any name of a file
+    return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "little")
 
 
 def generator_from(*parts, device="cpu"):

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ from utils.files import (
     save_tensors,
 )
 from utils.lock import LOCK_NAME, locked
-from utils.logs import RunningMeans, append_epoch
+from utils.logs import Clock, RunningMeans, append_epoch
 from utils.misc import UserError, seed_from
 from utils.report.plots import draw_curves
 from utils.schedule import learning_rate
@@ -506,6 +507,26 @@ def test_running_means_weigh_windows():
     assert running.means_since_mark() == running.means()
     running.add(torch.tensor([[7.0, 7.0]]), torch.tensor([[1.0, 1.0]]), windows=1)
     assert running.means_since_mark() == [[7.0, 7.0], [1.0, 1.0]]
+
+
+def test_a_clock_goes_on_from_its_state(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("utils.logs.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = Clock()
+    now[0] = 103.0  # before it is started nothing counts
+    assert clock.state() == {"seconds": 0.0, "waited": 0.0, "windows": 0}
+    clock.start()
+    clock.windows += 6
+    now[0] = 105.0
+    later = Clock(**clock.state())
+    now[0] = 200.0
+    later.start()
+    later.wait_for(lambda: now.insert(0, 201.0))
+    later.windows += 3
+    later.stop()
+    now[0] = 300.0
+    assert later.state() == {"seconds": 3.0, "waited": 1.0, "windows": 9}
+    assert str(later) == "3 windows/s, data wait 33.3 %"
 
 
 def test_running_means_go_on_from_their_state():

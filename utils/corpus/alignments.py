@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.files import atomic_path
+from utils.files import write_lines
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
 
 FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
@@ -49,18 +49,25 @@ def runs(labels):
         position += length
 
 
+def label_lines(labels):
+    """The lines of a label file, from a dict: name -> ids."""
+    return (f"{name} {' '.join(map(str, ids))}" for name, ids in labels.items())
+
+
+def symbol_lines(symbols):
+    """The lines of a symbol file, from a dict: symbol -> id."""
+    ordered = sorted(symbols.items(), key=lambda pair: pair[1])
+    return (f"{number} {symbol}" for symbol, number in ordered)
+
+
 def write_labels(path, labels):
     """Write a label file from a dict: name -> ids."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for name, ids in labels.items():
-            file.write(f"{name} {' '.join(map(str, ids))}\n")
+    write_lines(path, label_lines(labels))
 
 
 def write_symbols(path, symbols):
     """Write a symbol file from a dict: symbol -> id."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for symbol, number in sorted(symbols.items(), key=lambda pair: pair[1]):
-            file.write(f"{number} {symbol}\n")
+    write_lines(path, symbol_lines(symbols))
 
 
 def read_symbols(path):

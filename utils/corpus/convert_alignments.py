@@ -10,7 +10,8 @@ folders count, too), or a CTM file, `name channel start duration phone` a line. 
 
 Label i is the phone at sample 160 i + 80 of the audio at 16 kHz. The name of a TextGrid is that of
 its file without extension. To label further audio with the ids of an earlier call, or of a trained
-model, give its phones.txt with --phones.
+model, give its phones.txt with --phones. Files that are there already and differ are replaced only
+with --force, since a model may have been trained with their ids.
 """
 
 import argparse
@@ -34,11 +35,14 @@ from utils.corpus.alignments import (
     SYMBOLS,
     Interval,
     frame_symbols,
+    label_lines,
     read_symbols,
     read_text,
+    symbol_lines,
     write_labels,
     write_symbols,
 )
+from utils.files import refuse_to_replace
 from utils.listing import find_files
 from utils.logs import progress
 from utils.misc import CommandLine, UserError, command, first_few
@@ -76,11 +80,7 @@ def main(argv=None):
     phones = {name: row for name, row in phones.items() if row}
     symbols = symbols or number_symbols(phones, args.silence_symbol)
     labels = {name: ids_of(name, row, symbols, args) for name, row in phones.items()}
-    try:
-        write_labels(os.path.join(args.out, LABELS), labels)
-        write_symbols(os.path.join(args.out, SYMBOLS), symbols)
-    except OSError as error:
-        raise UserError(f"{args.out}: can't be written to ({error.strerror})") from error
+    write_files(args, labels, symbols)
     hours = sum(map(len, labels.values())) / FRAMES_PER_SECOND / 3600
     print(f"{len(labels)} utterances, {hours:.2f} h, {len(symbols)} phones: {args.out}")
 
@@ -130,7 +130,21 @@ def build_parser():
         metavar="N",
         help="processes that read TextGrids (default: one for each processor)",
     )
+    add("--force", action="store_true", help="replace files that are there already")
     return parser
+
+
+def write_files(args, labels, symbols):
+    """Both files, or neither where one would be replaced by another unasked."""
+    label_file, symbol_file = (os.path.join(args.out, name) for name in (LABELS, SYMBOLS))
+    if not args.force:
+        refuse_to_replace(label_file, label_lines(labels), "labels")
+        refuse_to_replace(symbol_file, symbol_lines(symbols), "symbols")
+    try:
+        write_labels(label_file, labels)
+        write_symbols(symbol_file, symbols)
+    except OSError as error:
+        raise UserError(f"{args.out}: can't be written to ({error.strerror})") from error
 
 
 # ------------------------------------------------------------------------------------- labels

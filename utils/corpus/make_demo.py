@@ -42,7 +42,7 @@ from utils.corpus.synthesiser import (
     frame_labels,
     speak,
 )
-from utils.files import TEMPORARY_PREFIX, atomic_path, load_json, remove_leftovers, save_json
+from utils.files import TEMPORARY_PREFIX, load_json, remove_leftovers, save_json, write_lines
 from utils.logs import progress
 from utils.misc import SAMPLE_RATE, CommandLine, UserError, command
 
@@ -198,11 +198,6 @@ def write_lists(out, settings, positions, labels):
     aligned = zip(names, labels, strict=True)
     write_lines(out / LABELS, [f"{name} {' '.join(map(str, ids))}" for name, ids in aligned])
     write_lines(out / SYMBOLS, [f"{identity} {symbol}" for identity, symbol in enumerate(PHONES)])
-
-
-def write_lines(path, lines):
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 # The command.

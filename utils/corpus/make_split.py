@@ -19,8 +19,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from dataset import read_sequence_list
-from utils.corpus.alignments import read_text
-from utils.files import atomic_path
+from utils.files import refuse_to_replace, write_lines
 from utils.listing import find_files
 from utils.misc import CommandLine, UserError, command, first_few, seed_from
 
@@ -39,8 +38,10 @@ def main(argv=None):
             f"speakers can't be divided by {args.by}: one list would be empty"
         )
     lists = {os.path.join(args.out, TRAIN): train, os.path.join(args.out, VALIDATION): validation}
+    lists = {path: sorted(names) for path, names in lists.items()}
     if not args.force:
-        refuse_to_replace(lists)
+        for path, names in lists.items():
+            refuse_to_replace(path, names, "names")
     for path, names in lists.items():
         write_list(path, names)
         print(f"{len(names)} utterances: {path}")
@@ -151,24 +152,9 @@ def shuffled(items, *seed):
     return items
 
 
-def refuse_to_replace(lists):
-    """Raise UserError if one of the lists (path -> names) is there with other names."""
-    for path, names in lists.items():
-        if os.path.lexists(path) and read_text(path) != text_of(names):
-            raise UserError(
-                f"{path}: is there already, with other names; name another folder, or replace it "
-                "with --force"
-            )
-
-
-def text_of(names):
-    return "".join(f"{name}\n" for name in sorted(names))
-
-
 def write_list(path, names):
     try:
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(text_of(names))
+        write_lines(path, names)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror})") from error
 

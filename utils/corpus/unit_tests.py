@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from praatio import textgrid
 
-from dataset import read_phone_labels, scan_corpus, select_sequences
+from dataset import read_phone_labels, read_sequence_list, scan_corpus, select_sequences
 from utils.corpus import adjust_sample_rate, convert_alignments, make_demo, make_split
 from utils.corpus.alignments import (
     SILENCE,
@@ -539,9 +539,28 @@ def test_new_ids_begin_with_silence(tmp_path):
     labels = (tmp_path / "out" / "converted_aligned_phones.txt").read_text()
     assert labels == "u1 0 0 1 1 1 2 2\nu2 1 0 0\n"
     assert (tmp_path / "out" / "phones.txt").read_text() == "0 SIL\n1 AH\n2 B\n"
-    convert_alignments.main([str(tmp_path / "a.ctm"), str(tmp_path / "out"), "--silence", "sp"])
+    flags = ["--silence", "sp", "--force"]
+    convert_alignments.main([str(tmp_path / "a.ctm"), str(tmp_path / "out"), *flags])
     symbols = read_symbols(tmp_path / "out" / "phones.txt")
     assert list(symbols) == ["SIL", "AH0_B", "AH1_S", "B_E", "sil"]
+
+
+def test_labels_and_symbols_are_replaced_only_if_told(tmp_path, capsys):
+    ctm, out = tmp_path / "a.ctm", tmp_path / "out"
+    call = [str(ctm), str(out)]
+    ctm.write_text("u1 1 0 0.02 A\n")
+    convert_alignments.main(call)
+    before = files_of(out)
+    convert_alignments.main(call)
+    ctm.write_text("u1 1 0 0.02 B\n")  # the same labels of other symbols
+    with ends_refused(capsys, r"phones\.txt: is there already, with other symbols.*--force"):
+        convert_alignments.main(call)
+    ctm.write_text("u1 1 0 0.02 A\nu2 1 0 0.02 A\n")  # other labels of the same symbols
+    with ends_refused(capsys, r"phones\.txt: is there already, with other labels.*--force"):
+        convert_alignments.main([*call, "--phones", str(out / "phones.txt")])
+    assert files_of(out) == before
+    convert_alignments.main([*call, "--force"])
+    assert (out / "converted_aligned_phones.txt").read_text() == "u1 1 1\nu2 1 1\n"
 
 
 def test_phones_of_an_earlier_call_are_reused(tmp_path, capsys):
@@ -721,6 +740,15 @@ def test_split_replaces_other_lists_only_if_told(tmp_path, capsys):
         split(root, out, "--seed", 1)
     assert split(root, out) == before
     assert split(root, out, "--seed", 1, "--force") != before
+
+
+def test_names_that_are_no_utf8_are_split_like_others(tmp_path):
+    root = empty_corpus(tmp_path / "audio", {"a": 4, os.fsdecode(b"\xff"): 4})
+    train, validation = (tmp_path / "out" / name for name in ("train.txt", "val.txt"))
+    for _ in range(2):  # the second time, what is there is the same
+        make_split.main([str(root), str(tmp_path / "out")])
+    names = {*read_sequence_list(train), *read_sequence_list(validation)}
+    assert names == {path.stem for path in root.rglob("*.flac")}
 
 
 def test_split_of_a_list(tmp_path, capsys):

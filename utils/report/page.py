@@ -49,11 +49,12 @@ class RunReport:
     args, defaults: the flags of the run and those of an empty command line, as namespaces
     command: list of the words of this call; sets: its AudioDatasets; labels: PhoneLabels or None
     stats: name -> directory of its pictures, of each stat
+    machine: what this call is on, in words
     """
 
-    def __init__(self, args, defaults, command, sets, labels=None, stats=None):
+    def __init__(self, args, defaults, command, sets, labels=None, stats=None, machine=""):
         self.args, self.defaults, self.stats = args, defaults, dict(stats or {})
-        self.command = shlex.join(command)
+        self.command, self.machine = shlex.join(command), machine
         self.corpus = [corpus_row(dataset, labels) for dataset in sets]
         self.directory = Path(args.pathCheckpoint)
         self.record = RunRecord(self.directory)
@@ -102,7 +103,7 @@ class RunReport:
         ]
         body = tag(
             "body",
-            heading(self.directory, logs, args, speeds),
+            heading(self.directory, logs, args, speeds, self.machine),
             tag("nav", *links),
             tiles(status(logs, speeds)),
             *(
@@ -138,14 +139,16 @@ def anchor(name):
 # --------------------------------------------------------------------------------- the top of it
 
 
-def heading(directory, logs, args, speeds):
+def heading(directory, logs, args, speeds, machine):
+    """machine: of this call; that of the latest epoch is shown, where there is one."""
     done, wanted = len(logs["epoch"]), args.nEpoch
     text = f"{done} of {wanted} epochs done"
     if speeds and (finished := number(speeds[-1].get("finished"))) is not None:
         text += time.strftime(", the latest on %Y-%m-%d at %H:%M (%Z)", time.localtime(finished))
     if done < wanted and (step := seconds_between_epochs(speeds)):
         text += f"; about {duration(step * (wanted - done))} to go"
-    machine = speeds[-1].get("machine") if speeds else None
+    if speeds:
+        machine = speeds[-1].get("machine")
     return tag(
         "header",
         tag("h1", directory.name),

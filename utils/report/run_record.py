@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from utils.files import load_json, save_json
-from utils.misc import UserError
+from utils.misc import UserError, counted
 from utils.report.markup import printable
 
 RECORD = "report_data.json"
@@ -21,15 +21,10 @@ RECORD = "report_data.json"
 def epoch_speed(clock, device, processes=1):
     """How an epoch went, for `RunRecord.add`: a dict of plain values.
 
-    clock: the `utils.logs.Clock` of its training, stopped. Seconds and windows are those of this
-    call, less than the epoch's if it was begun by an earlier one; windows are those of all its
-    processes. Memory is in bytes, the largest amount that this process has held so far.
+    clock: the `utils.logs.Clock` of its training, stopped; its windows are those of all processes.
+    Memory is in bytes, the largest amount that this process has held so far.
     """
     on_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_cuda else "CPU"
-    several = f"{processes} processes, each with " if processes > 1 else ""
-    n_threads = torch.get_num_threads()
-    threads = f"{n_threads} CPU thread{'s' if n_threads > 1 else ''}"
     kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return {
         "seconds": clock.stopped - clock.started,
@@ -37,9 +32,17 @@ def epoch_speed(clock, device, processes=1):
         "waited": clock.waited,
         "memory": kilobyte * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "gpu_memory": torch.cuda.max_memory_allocated(device) if on_cuda else None,
-        "machine": f"{several}{name}, {threads}, PyTorch {torch.__version__}",
+        "machine": machine_in_words(device, processes),
         "finished": time.time(),
     }
+
+
+def machine_in_words(device, processes=1):
+    """What a run is on, in one line."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    several = f"{processes} processes, each with " if processes > 1 else ""
+    threads = counted(torch.get_num_threads(), "CPU thread")
+    return f"{several}{name}, {threads}, PyTorch {torch.__version__}"
 
 
 class RunRecord:

@@ -14,14 +14,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stats.stats_utils import picture_directories
+from utils.arguments import stored_arguments
 from utils.files import load_json
-from utils.logs import mean, percent
+from utils.logs import has_accuracy, mean, percent
 from utils.misc import CommandLine, UserError, command
 from utils.report.run_record import RunRecord
+from utils.report.values import without_accuracies
 
 
 @command
 def main(argv=None):
+    args = parse_arguments(argv)
+    flags, logs = (load_json(args.run / f"checkpoint_{name}.json") for name in ("args", "logs"))
+    if not logs.get("epoch"):
+        raise UserError(f"{args.run}: no epoch is finished yet")
+    if not has_accuracy(stored_arguments(flags, args.run)):
+        logs = without_accuracies(logs)  # they are zeros, which say nothing
+    rows = validation_rows(logs) + probe_rows(logs, untrained_scores(args.untrained))
+    print(f"{'':<38}{'untrained':>12}{'trained':>12}")
+    for name, before, after in rows:
+        print(f"{name:<38}{before:>12}{after:>12}")
+    epochs = RunRecord(args.run).epochs
+    if epochs:
+        windows, seconds = (sum(epoch[key] for epoch in epochs) for key in ("windows", "seconds"))
+        print(f"{len(epochs)} epochs, {windows / seconds:.3g} windows/s in training")
+    print(f"report, checkpoints and logs: {args.run}; pictures:")
+    found = [*pictures_of_run(args.run, flags), *pictures_in(args.untrained + args.pictures)]
+    for picture in dict.fromkeys(found):
+        print(f"    {picture}")
+
+
+def parse_arguments(argv):
     parser = CommandLine(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's --pathCheckpoint")
     parser.add_argument(
@@ -32,27 +55,11 @@ def main(argv=None):
         "--pictures", type=Path, nargs="+", default=[], metavar="DIR",
         help="directories whose pictures are listed with those of the run",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    logs = load_json(args.run / "checkpoint_logs.json")
-    if not logs.get("epoch"):
-        raise UserError(f"{args.run}: no epoch is finished yet")
-    rows = validation_rows(logs) + probe_rows(logs, untrained_scores(args.untrained))
-    print(f"{'':<38}{'untrained':>12}{'trained':>12}")
-    for name, before, after in rows:
-        print(f"{name:<38}{before:>12}{after:>12}")
-    epochs = RunRecord(args.run).epochs
-    if epochs:
-        windows, seconds = (sum(epoch[key] for epoch in epochs) for key in ("windows", "seconds"))
-        print(f"{len(epochs)} epochs, {windows / seconds:.3g} windows/s in training")
-    print(f"report, checkpoints and logs: {args.run}; pictures:")
-    found = [*pictures_of_run(args.run), *pictures_in(args.untrained + args.pictures)]
-    for picture in dict.fromkeys(found):
-        print(f"    {picture}")
+    return parser.parse_args(argv)
 
 
-def pictures_of_run(run):
-    """The pictures in a run's directory and where its flags say that others are."""
-    flags = load_json(run / "checkpoint_args.json")
+def pictures_of_run(run, flags):
+    """The pictures in a run's directory and where its flags (a dict) say that others are."""
     yield from pictures_in([run])
     for flag, pattern in (
         ("linsep_logs_dir", "*/*/*.png"),
@@ -76,15 +83,16 @@ def as_seen_from_here(path):
 
 
 def validation_rows(logs):
-    """Name, value before training, value of the last epoch."""
+    """Name, value before training, value of the last epoch, of what is in the logs."""
     before = logs.get("before_training", {})
     rows = []
     for name, key, form in (
         ("validation loss", "locLoss_val", "{:.3f}".format),
         ("validation accuracy", "locAcc_val", percent),
     ):
-        start = form(mean(before[key])) if key in before else "-"
-        rows.append((name, start, form(mean(logs[key][-1]))))
+        if key in logs:
+            start = form(mean(before[key])) if key in before else "-"
+            rows.append((name, start, form(mean(logs[key][-1]))))
     return rows
 
 

@@ -20,18 +20,19 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import train
+import trainer
 from dataset import AudioDataset, read_phone_labels, scan_corpus
 from utils.arguments import build_parser
 from utils.capture import CaptureReader, CaptureWriter
 from utils.files import save_json
-from utils.misc import SAMPLE_RATE
+from utils.misc import SAMPLE_RATE, UserError, device_from
 from utils.report import line_chart, pictures, plot_capture, summary
 from utils.report.elements import MOST_ROWS
 from utils.report.line_chart import Line, draw_lines, thinned, ticks
 from utils.report.markup import Markup, join, printable, tag
 from utils.report.page import REPORT, RunReport
 from utils.report.plots import save_figure
-from utils.report.run_record import RECORD, RunRecord, epoch_speed
+from utils.report.run_record import RECORD, RunRecord, epoch_speed, machine_in_words
 from utils.testing import ends_refused
 
 N_FRAMES, N_MATCHED, N_PREDICTIONS = 64, 6, 5
@@ -553,7 +554,7 @@ def test_a_run_that_was_just_begun_is_shown(tmp_path):
     report_of(args, invented_logs(3), ["train.py", "old"])
     logs = {"epoch": [], "saveStep": 5, "before_training": invented_logs(1)["before_training"]}
     sets = [invented_set("training set")]
-    report = RunReport(args, build_parser().parse_args([]), ["train.py", "new"], sets)
+    report = RunReport(args, build_parser().parse_args([]), ["train.py", "new"], sets, machine="X1")
     report.write(logs)
     text = Page(Path(args.pathCheckpoint, REPORT).read_text()).text
     assert "0 of 40 epochs done." in text
@@ -562,8 +563,28 @@ def test_a_run_that_was_just_begun_is_shown(tmp_path):
     assert text.count("No epoch is done yet.") == 2
     assert "The run was started with: train.py new" in text
     assert "training set" in text
+    assert "X1" in text
     assert "windows/s" not in text
     assert "train.py old" not in text
+    report.write(invented_logs(1), speed(0, machine="X2"))
+    text = Page(Path(args.pathCheckpoint, REPORT).read_text()).text
+    assert "X2" in text
+    assert "X1" not in text
+
+
+def test_the_report_of_a_run_in_its_first_epoch_names_the_machine(
+    tiny_corpus, tmp_path, monkeypatch, capsys
+):
+    def shown(_):
+        said.append(Page((tmp_path / REPORT).read_text()).text)
+        raise UserError("that is all")
+
+    said = []
+    monkeypatch.setattr(trainer.Trainer, "run_epoch", shown)
+    flags = "--rnnMode linear --hiddenEncoder 8 --hiddenGar 8 --sizeWindow 3200".split()
+    with ends_refused(capsys, "that is all"):
+        train.main(["--pathDB", f"{tiny_corpus}/audio", "--pathCheckpoint", f"{tmp_path}", *flags])
+    assert machine_in_words(device_from("auto")) in said[0]
 
 
 def test_a_run_that_went_back_shows_no_later_speed(tmp_path):
@@ -1033,3 +1054,15 @@ def test_a_summary_compares_with_random_weights_alone(reported_run, tmp_path, ca
     save_json(tmp_path / "checkpoint_args.json", {**flags, "no_pretraining": True})
     summary.main(words)
     assert re.search(r"speakers told apart by a linear probe +25\.0 %", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("by_ctc", "shown"), [(False, True), (True, False)])
+def test_a_summary_has_accuracies_only_where_they_mean_anything(by_ctc, shown, tmp_path, capsys):
+    args = arguments(tmp_path, supervised=True, CTC=by_ctc)
+    save_json(tmp_path / "checkpoint_args.json", vars(args))
+    save_json(tmp_path / "checkpoint_logs.json", invented_logs(3))
+    summary.main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert re.search(r"validation loss +5\.500 +3\.767\n", said)
+    assert ("validation accuracy" in said) == shown
+    assert "phones told apart by a linear probe" in said
