@@ -21,10 +21,10 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 # Blocks of the matrix products. Compiled for an H100, 256 features and up to 16 predictions, the
-# forward kernel takes 128 registers in a thread and 12 kB of shared memory, the backward one 168
-# and 21 kB: nothing spills, and six windows and more share a processor. One warp for the products
-# of 16 x 32 gives each thread 4 x 4 of them, the most for the values that it reads; products with
-# 64 features have twice the work.
+# forward kernel takes about 130 registers in a thread and 12 kB of shared memory, the backward one
+# about 170 and 21 kB: nothing spills, and a processor has room for 15 programs or 6. One warp for
+# products of 16 x 32, two for 16 x 64, give each thread 4 x 4 of them: it multiplies each value
+# that it reads from shared memory, the bottleneck, four times.
 CANDIDATES_AT_ONCE = 32
 FEATURES_FORWARD, WARPS_FORWARD = 32, 1
 FEATURES_BACKWARD, WARPS_BACKWARD = 64, 2
