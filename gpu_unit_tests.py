@@ -50,8 +50,8 @@ def test_fused_scores_on_a_gpu(sizes):
 
 @needs_triton
 def test_fused_scores_of_large_scores():
-    """Scores of about 300 are exact to 2e-5, and so are their exponentials, relatively."""
-    errors = fused_errors("cuda", (2, 5, 3, 40, 48), scale=1e3)
+    """Those of a few hundred are exact to a few 1e-5, so their exponentials are, relatively."""
+    errors = fused_errors("cuda", (3, 5, 3, 40, 20), scale=500)
     assert all(error <= 2e-4 for error in errors.values()), errors
 
 

@@ -6,6 +6,7 @@ interprets. How the kernels do on a GPU is tested with `fused_errors`, too, in g
 
 import importlib.util
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ SIZES = [  # windows, predictions, positives, negatives, features
 ]
 
 
-def random_inputs(n_windows, n_predictions, n_positives, n_negatives, dim, *, scale=1, n_frames=7):
-    """Few frames, so that all are drawn several times; tensors whose dimensions are swapped."""
+def random_inputs(n_windows, n_predictions, n_positives, n_negatives, dim, *, scale=1, n_frames=50):
+    """Few frames, so that some are drawn several times; tensors whose dimensions are swapped."""
     generator = torch.Generator().manual_seed(n_windows + dim)
     pool = torch.randn(dim, n_frames, generator=generator).T
     predictions = scale * torch.randn(n_predictions, n_windows, dim, generator=generator)
@@ -83,27 +84,36 @@ def interpreted():
     """Calls a function in a process where Triton interprets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            yield process.apply
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            yield lambda *args, **options: process.submit(*args, **options).result()
 
 
 @needs_triton
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kernels_against_their_plain_twin(sizes, interpreted):
-    assert_exact(interpreted(fused_errors, ("cpu", sizes)))
+    assert_exact(interpreted(fused_errors, "cpu", sizes))
 
 
 @needs_triton
-def test_kernels_with_large_scores(interpreted):
-    """Where one negative outweighs the others by far, and exp(score) is beyond float32."""
-    errors = interpreted(fused_errors, ("cpu", (2, 5, 3, 40, 48)), {"scale": 1e3})
-    assert_exact(errors)
+@pytest.mark.parametrize("n_frames", [1, 50])
+def test_kernels_with_large_scores(n_frames, interpreted):
+    """Of either sign, with exponentials beyond float32; one outweighs the others or all tie."""
+    sizes = (3, 5, 3, 40, 20)
+    assert_exact(interpreted(fused_errors, "cpu", sizes, scale=500, n_frames=n_frames))
+
+
+def name_of_the_fused_form():
+    return sampling._fused_form().__name__
 
 
 @needs_triton
-def test_kernels_with_one_frame_for_all(interpreted):
-    errors = interpreted(fused_errors, ("cpu", (3, 3, 2, 35, 20)), {"n_frames": 1})
-    assert_exact(errors)
+def test_with_triton_there_are_kernels(interpreted):
+    assert interpreted(name_of_the_fused_form) == "FusedScores"
+
+
+def test_without_triton_the_plain_twin_scores(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert name_of_the_fused_form() == "_ChunkedScores"
 
 
 def test_without_a_gpu_the_plain_twin_scores():
