@@ -4,6 +4,15 @@ import pytest
 import torch
 
 import trainer
+from criterion import sampling
+from criterion.fused_unit_tests import (
+    SIZES,
+    assert_exact,
+    fused_errors,
+    needs_triton,
+    random_inputs,
+    relative_errors,
+)
 from criterion.prediction import PredictionNetwork
 from unit_tests import EXAMPLE, trained
 from utils.testing import assert_close
@@ -74,3 +83,59 @@ def test_a_step_waits_for_the_device_only_to_log(tiny_corpus, tmp_path, monkeypa
 
     monkeypatch.setattr(trainer.Trainer, "train_on", without_waiting)
     trained(tiny_corpus, tmp_path, *GPU, *EXAMPLE, "--logging_step", "1000")
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", [*SIZES, (2000, 12, 12, 128, 256)], ids=str)
+def test_fused_scores_on_a_gpu(sizes):
+    assert_exact(fused_errors("cuda", sizes, n_frames=500))
+
+
+@needs_triton
+def test_fused_scores_of_large_scores():
+    """Those of a few hundred are exact to a few 1e-5, so their exponentials are, relatively."""
+    errors = fused_errors("cuda", (3, 5, 3, 40, 20), scale=500)
+    assert all(error <= 2e-4 for error in errors.values()), errors
+
+
+@needs_triton
+def test_scores_are_fused_on_request(monkeypatch):
+    pool, predictions, candidates, _ = random_inputs(3, 2, 2, 5, 16)
+    inputs = pool.cuda(), predictions.cuda(), candidates.cuda(), 2
+    plain = sampling.score_candidates(*inputs)
+    monkeypatch.setattr(sampling, "_ChunkedScores", None)
+    fused = sampling.score_candidates(*inputs, fused=True)
+    for actual, expected in zip(fused, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AttributeError):  # the plain twin, which is gone, does float64
+        sampling.score_candidates(*(x.double() for x in inputs[:2]), *inputs[2:], fused=True)
+
+
+@needs_triton
+def test_fused_scores_in_a_cuda_graph():
+    """Captured with some inputs and replayed with others, it computes what it does outside."""
+    from criterion.fused_scores import FusedScores
+
+    pool, predictions, candidates, n_positives = random_inputs(9, 3, 2, 30, 64)
+    inputs = [pool.cuda(), predictions.cuda(), candidates.cuda()]
+
+    def step():
+        leaves = [leaf.detach().requires_grad_() for leaf in inputs[:2]]
+        scores = FusedScores.apply(*leaves, inputs[2], n_positives)
+        total = scores[0].sum() + scores[1].sum()
+        return *(values.detach() for values in scores), *torch.autograd.grad(total, leaves)
+
+    side = torch.cuda.Stream()  # a graph is captured after a step on another stream
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for values in inputs[:2]:
+        values.copy_(torch.randn_like(values))
+    inputs[2].copy_(inputs[2].flip(0))
+    graph.replay()
+    expected = [values.cpu().double() for values in step()]
+    assert_exact(relative_errors([values.cpu().double() for values in captured], expected))

@@ -475,6 +475,7 @@ def build_step(args, data, checkpoint=None):
         for part in model.modules():
             if isinstance(part, CPCModel):
                 part.gEncoder.compile()
+        criterion.fused_scores = True
         criterion.compile()
     return TrainStep(criterion, model), models
 

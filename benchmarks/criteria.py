@@ -1,19 +1,23 @@
 """The heart of the criteria beside the plain way to write it: time and memory of a step.
 
     python benchmarks/criteria.py [--batch 8] [--repeat 5] [--threads 2] [--json FILE]
+    python benchmarks/criteria.py --device cuda [--batch 32] [--repeat 20]
 
 scores: each prediction against its frame and the negatives, forward and backward; the plain way
 gathers the negatives' vectors and multiplies them element by element, once per prediction.
 alignment: the sum over all alignments and the posterior; the plain way is `F.ctc_loss` inside an
 autograd of its own. Sizes are the program's defaults (scores) and those of a usual CPC-CTC run
-(alignment: 8 predictions and a self loop for 12 frames, skips of 1 and 2).
+(alignment: 8 predictions and a self loop for 12 frames, skips of 1 and 2). With --device cuda a
+line "fused" compares the kernels of `criterion/fused_scores.py` (ours) with "scores" as PyTorch
+alone computes them (plain).
 
 Results are compared first. Times are medians of runs of both in turn; memory is what one run in a
-new process adds to the peak (measured on Linux only). Go by the ratios: times depend on what else
-the machine does.
+new process adds to the peak (measured on Linux only), on a GPU what it adds to the memory of
+tensors. Go by the ratios: times depend on what else the machine does.
 """
 
 import argparse
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -41,9 +45,11 @@ def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, batch of {args.batch}")
+    runs_on = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
+    print(f"torch {torch.__version__}, {runs_on}, batch of {args.batch}")
     print(f"{'':10}{'ours':>12}{'':>10}{'plain':>12}{'':>10}{'time':>9}{'memory':>9}")
-    results = {name: compare(name, args) for name in WAYS}
+    names = [name for name in WAYS if name != "fused" or can_fuse(args.device)]
+    results = {name: compare(name, args) for name in names}
     if args.json:
         save_json(args.json, {"torch": torch.__version__, **vars(args), "results": results})
 
@@ -53,13 +59,21 @@ def parse_arguments(argv):
     parser.add_argument("--batch", type=int, default=8, help="sequences of 128 frames")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    return args
+
+
+def can_fuse(device):
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def compare(name, args):
     """Time and memory of both ways; prints a line of the table."""
-    inputs = INPUTS[name](args.batch)
+    inputs = inputs_on(args.device, name, args.batch)
     for ours, plain in zip(*(run(way, inputs) for way in WAYS[name]), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-6)
     milliseconds = time_in_turn([partial(run, way, inputs) for way in WAYS[name]], args.repeat)
@@ -80,11 +94,21 @@ def compare(name, args):
     }
 
 
+def inputs_on(device, name, batch):
+    return [
+        values.detach().to(device).requires_grad_(values.requires_grad)
+        for values in INPUTS[name](batch)
+    ]
+
+
 def run(way, inputs):
-    """Loss and gradients."""
+    """Loss and gradients, when the device has computed them."""
     loss = way(*inputs)
-    leaves = [value for value in inputs if torch.is_tensor(value) and value.requires_grad]
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
+    leaves = [value for value in inputs if value.requires_grad]
+    gradients = torch.autograd.grad(loss, leaves)
+    if loss.is_cuda:
+        torch.cuda.synchronize()
+    return loss.detach(), *gradients
 
 
 def time_in_turn(steps, repeat):
@@ -99,11 +123,20 @@ def time_in_turn(steps, repeat):
 
 
 def peak_memory(name, index, args):
-    """Megabytes that one run in a new process adds to what it uses before."""
+    """Megabytes that one run adds to what was used before, on a CPU in a new process."""
+    if args.device == "cuda":
+        return _peak_memory_on_gpu(WAYS[name][index], inputs_on("cuda", name, args.batch))
     if not sys.platform.startswith("linux"):
         return math.nan
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory_here, (name, index, args.batch, args.threads))
+
+
+def _peak_memory_on_gpu(way, inputs):
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(way, inputs)
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def _peak_memory_here(name, index, batch, threads):
@@ -133,17 +166,21 @@ def score_inputs(batch):
     return pool.requires_grad_(), predictions.requires_grad_(), candidates
 
 
-def score_in_chunks(pool, predictions, candidates):
-    scores = sampling.score_candidates(pool, predictions, candidates, N_PREDICTIONS)
+def score_in_chunks(pool, predictions, candidates, fused=False):
+    scores = sampling.score_candidates(pool, predictions, candidates, N_PREDICTIONS, fused)
     positives = scores.positives.diagonal(dim1=1, dim2=2)
     return -F.logsigmoid(positives - scores.negatives).mean(0).sum()
+
+
+def score_in_kernels(pool, predictions, candidates):
+    return score_in_chunks(pool, predictions, candidates, fused=True)
 
 
 def score_copies(pool, predictions, candidates):
     """The negatives' vectors once more for every prediction, each with its positive in front."""
     vectors = pool.index_select(0, candidates.flatten()).view(*candidates.shape, DIM)
     positives, negatives = vectors[:, :N_PREDICTIONS], vectors[:, N_PREDICTIONS:]
-    target = torch.zeros(len(candidates), dtype=torch.long)
+    target = torch.zeros(len(candidates), dtype=torch.long, device=pool.device)
     loss = 0
     for k in range(N_PREDICTIONS):
         copies = torch.cat([positives[:, k : k + 1], negatives], dim=1)
@@ -178,7 +215,7 @@ class _InnerCTC(torch.autograd.Function):
             emissions = F.pad(F.pad(leaf, (0, 0, *SKIPS)), (1, 0), value=FORBIDDEN)
             cost = F.ctc_loss(
                 emissions.log_softmax(dim=2).transpose(0, 1),
-                torch.arange(1, N_SYMBOLS + 1).expand(n_windows, -1),
+                torch.arange(1, N_SYMBOLS + 1, device=leaf.device).expand(n_windows, -1),
                 torch.full((n_windows,), emissions.size(1)),
                 torch.full((n_windows,), N_SYMBOLS),
                 reduction="none",
@@ -194,10 +231,11 @@ class _InnerCTC(torch.autograd.Function):
         return cost_gradient[:, None, None] * gradient
 
 
-INPUTS = {"scores": score_inputs, "alignment": alignment_inputs}
+INPUTS = {"scores": score_inputs, "alignment": alignment_inputs, "fused": score_inputs}
 WAYS = {  # ours, plain
     "scores": (score_in_chunks, score_copies),
     "alignment": (align_by_recursion, align_by_ctc_loss),
+    "fused": (score_in_kernels, score_in_chunks),
 }
 
 if __name__ == "__main__":

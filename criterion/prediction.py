@@ -47,6 +47,7 @@ class ContrastiveCriterion(nn.Module):
     """
 
     target = "speaker"  # the label of a batch that forward takes
+    fused_scores = False  # score in kernels written for it, where they can run
 
     def __init__(
         self,
@@ -116,7 +117,11 @@ class ContrastiveCriterion(nn.Module):
         )
         candidates = torch.cat([positives, negatives], dim=2).flatten(0, 1)
         return sampling.score_candidates(
-            encoded.flatten(0, 1), predictions.flatten(0, 1), candidates, self.n_future
+            encoded.flatten(0, 1),
+            predictions.flatten(0, 1),
+            candidates,
+            self.n_future,
+            fused=self.fused_scores,
         )
 
 

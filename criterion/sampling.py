@@ -7,6 +7,7 @@ element by element. Here a few windows at a time are gathered and multiplied as 
 and once more backward: less arithmetic, and little memory that the processor's cache can hold.
 """
 
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -62,18 +63,29 @@ class CandidateScores(NamedTuple):
     best_negative: torch.Tensor  # (X, K), the highest score of a negative; has no gradient
 
 
-def score_candidates(pool, predictions, candidates, n_positives):
+def score_candidates(pool, predictions, candidates, n_positives, fused=False):
     """Score each prediction with the candidates of its window, in float32 at least.
 
     pool: (F, E) frames; predictions: (X, K, E); candidates: (X, n_positives + N) int64, indices
-    into pool, positives first. Returns CandidateScores.
+    into pool, positives first; fused: in kernels written for it, where they can run (in float32
+    on a GPU, with Triton). Returns CandidateScores.
     """
     dtype = torch.promote_types(predictions.dtype, torch.float32)
+    form = _fused_form() if fused and pool.is_cuda and dtype == torch.float32 else _ChunkedScores
     with torch.autocast(pool.device.type, enabled=False):
-        scores = _ChunkedScores.apply(
+        scores = form.apply(
             pool.to(dtype), predictions.to(dtype), candidates.contiguous(), n_positives
         )
     return CandidateScores(*scores)
+
+
+def _fused_form():
+    """FusedScores where Triton is installed: it comes with PyTorch for GPUs only."""
+    if importlib.util.find_spec("triton") is None:
+        return _ChunkedScores
+    from criterion.fused_scores import FusedScores
+
+    return FusedScores
 
 
 class _ChunkedScores(torch.autograd.Function):
