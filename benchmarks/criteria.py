@@ -78,7 +78,8 @@ def compare(name, args):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-6)
     milliseconds = time_in_turn([partial(run, way, inputs) for way in WAYS[name]], args.repeat)
     megabytes = [peak_memory(name, index, args) for index in range(2)]
-    faster, smaller = (plain / ours for ours, plain in (milliseconds, megabytes))
+    # A small batch may add no page of memory.
+    faster, smaller = (plain / (ours or math.nan) for ours, plain in (milliseconds, megabytes))
     print(
         f"{name:10}"
         + "".join(
