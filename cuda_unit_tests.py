@@ -15,6 +15,7 @@ import trainer
 from dataset import Batch, on_device
 from unit_tests import EXAMPLE, assert_same, trained
 from utils.arguments import build_parser
+from utils.cuda_graph import RecordedPasses
 
 
 class Recording(TorchDispatchMode):
@@ -121,10 +122,53 @@ def test_a_device_that_refuses_to_record(tiny_corpus, tmp_path, graphs, monkeypa
         raise RuntimeError("capture failed\nand more")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
+    renewed = renewed_generator(monkeypatch)
     refused = trained(tiny_corpus, tmp_path / "refused")
     assert capsys.readouterr().out.count("can't be recorded (capture failed)") == 1
     monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: False)
     assert_same(trained(tiny_corpus, tmp_path / "plain"), refused)
+    assert renewed == ["a copy"]
+
+
+def renewed_generator(monkeypatch):
+    """The states that the stand-in for the device's generator is given from now on."""
+    given = []
+    generator = SimpleNamespace(clone_state=lambda: "a copy", graphsafe_set_state=given.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return given
+
+
+def test_a_recording_that_cannot_be_ended(streams, monkeypatch, capsys):
+    """It says why the passes failed, and goes back to the stream before."""
+
+    @contextlib.contextmanager
+    def noted(stream):
+        try:
+            yield
+        finally:
+            streams.append(f"back from {stream.name}")
+
+    @contextlib.contextmanager
+    def endless(graph):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to an error before")
+
+    def passes(batch):
+        raise RuntimeError("operation not permitted\nand more")
+
+    renewed = renewed_generator(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", endless)
+    parameter = torch.zeros(1, requires_grad=True)
+    recorded = RecordedPasses(passes, [parameter], 1)
+    monkeypatch.setattr(torch.cuda, "stream", noted)
+    assert not recorded.record(Batch(*[torch.zeros(1)] * 5))
+    assert "can't be recorded (operation not permitted)" in capsys.readouterr().out
+    assert streams == ["back from own"]
+    assert renewed == ["a copy"]
 
 
 def test_a_recorded_run_that_was_stopped_goes_on(tiny_corpus, tmp_path, graphs):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import trainer
+import transformers
 from criterion import sampling
 from criterion.fused_unit_tests import (
     SIZES,
@@ -14,7 +15,9 @@ from criterion.fused_unit_tests import (
     relative_errors,
 )
 from criterion.prediction import PredictionNetwork
+from dataset import Batch
 from unit_tests import EXAMPLE, trained
+from utils.cuda_graph import WARM_UP, RecordedPasses
 from utils.testing import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -46,14 +49,80 @@ def test_a_gpu_goes_on_where_it_stopped(words, tiny_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], EXAMPLE, ["--rnnMode", "transformer", "--dropout"]])
-def test_compiled_and_recorded_steps_train_alike(words, tiny_corpus, tmp_path, capsys):
-    """As steps that are launched kernel by kernel, draws and all."""
-    plain = trained(tiny_corpus, tmp_path / "plain", *GPU, *words)
-    replayed = trained(tiny_corpus, tmp_path / "replayed", *GPU, *words, "--compile")
+def test_recorded_steps_train_alike(words, tiny_corpus, tmp_path, capsys, monkeypatch):
+    """As compiled ones that are launched kernel by kernel, draws and all."""
+    words = [*GPU, *words, "--compile"]
+    replayed = trained(tiny_corpus, tmp_path / "replayed", *words)
     assert "can't be recorded" not in capsys.readouterr().out
+    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: False)
+    plain = trained(tiny_corpus, tmp_path / "plain", *words)
     for key in ("locLoss_train", "locLoss_val", "gradNorm_train"):
         for expected, found in zip(plain["logs"][key], replayed["logs"][key], strict=True):
             assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("words", [[], EXAMPLE])
+def test_compiled_steps_train_alike(words, tiny_corpus, tmp_path):
+    """As others where nothing is dropped: compiled code draws other numbers for that."""
+    words = [*GPU, *words, "--rnnMode", "linear"]
+    plain = trained(tiny_corpus, tmp_path / "plain", *words)
+    compiled = trained(tiny_corpus, tmp_path / "compiled", *words, "--compile")
+    for key in ("locLoss_train", "locLoss_val", "gradNorm_train"):
+        for expected, found in zip(plain["logs"][key], compiled["logs"][key], strict=True):
+            assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_recording_that_fails_leaves_a_usable_device(capsys):
+    """Draws and streams are as if it had not been tried."""
+
+    def passes(batch):
+        drawn = torch.rand(3, device="cuda")
+        drawn.sum().item()  # waits for the device
+        return (drawn,)
+
+    recorded = RecordedPasses(passes, [], 1)
+    batch = Batch(*[torch.zeros(1, device="cuda")] * 5)
+    before = torch.cuda.current_stream()
+    found = []
+    for _ in range(WARM_UP + 2):
+        torch.manual_seed(5)
+        found.append(recorded(batch)[0])
+    assert "can't be recorded" in capsys.readouterr().out
+    assert torch.cuda.current_stream() == before
+    assert all(torch.equal(drawn, found[0]) for drawn in found)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        EXAMPLE,
+        ["--rnnMode", "LSTM", "--arMode", "GRU"],
+        ["--rnnMode", "transformer", "--hiddenEncoder", "64", "--hiddenGar", "64"],
+    ],
+)
+def test_gradients_of_bf16_point_where_those_of_fp32_do(words, tiny_corpus, tmp_path, monkeypatch):
+    """None vanishes, and what a step makes of them is alike: those of the first step."""
+    found, train_on = {}, trainer.Trainer.train_on
+
+    def noted(self, *item):
+        passes = self.passes
+
+        def and_kept(batch):
+            results = passes(batch)
+            gradients = [p.grad.flatten() for p in self.step.parameters()]
+            found.setdefault(self.args.precision, torch.cat(gradients).clone())
+            return results
+
+        self.passes = and_kept
+        train_on(self, *item)
+        self.passes = passes
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", noted)
+    monkeypatch.setattr(transformers, "DROPOUT", 0.0)
+    for precision in ("fp32", "bf16"):
+        directory = tmp_path / precision
+        trained(tiny_corpus, directory, *GPU, *words, "--precision", precision, epochs=1)
+    assert torch.cosine_similarity(found["fp32"], found["bf16"], dim=0) > 0.98
 
 
 @pytest.mark.parametrize("rnn_mode", ["transformer", "linear", "ffd", "conv4", "RNN", "LSTM"])

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from transformers import build_transformer
-from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, recurrent
 
 # ------------------------------------------------------------------------------------ encoders
 # An encoder maps waveforms (B, 1, L) to (B, E, S) with S >= L // 160. It tells `output_dim` (E) and
@@ -260,7 +260,7 @@ class CPCAR(nn.Module):
         """
         start = self._start(len(encoded), encoded.device, continues)
         frames = encoded.flip(1) if self.reverse else encoded
-        context, end = self.baseNet(frames, start)
+        context, end = recurrent(self.baseNet, frames, start)
         if self.keep_hidden:
             self.hidden = _each_tensor(torch.Tensor.detach, end)
         return context.flip(1) if self.reverse else context

@@ -455,6 +455,23 @@ def test_hidden_state_survives_a_detour_and_a_file(mode):
     assert_close(model(waveforms[1])[0], expected)
 
 
+@pytest.mark.parametrize("mode", CPCAR.NETWORKS)
+def test_recurrent_networks_work_in_float32_under_autocast(mode):
+    """And remember in float32, so that a run in another precision can go on."""
+    ar = CPCAR(6, 5, True, 1, mode)
+    frames = torch.randn(2, 3, 6).bfloat16()
+    expected = ar(frames.float())
+    ar.hidden = None
+    with torch.autocast("cpu", torch.bfloat16):
+        context = ar(frames)
+    assert torch.equal(context, expected)
+    assert {state.dtype for state in _tensors(ar.hidden)} == {torch.float32}
+
+
+def _tensors(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
 # --------------------------------------------------------------------------------- transformers
 
 

@@ -262,9 +262,8 @@ def prepare_machine(args, world):
         torch.set_num_threads(args.threads)
     elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
-    use_tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = use_tf32
-    torch.backends.cudnn.allow_tf32 = use_tf32
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # bf16: of recurrent networks
     return device_from(args.device)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from criterion import sampling
 from criterion.custom_layers import EqualizedConv1d, EqualizedLinear, joined
 from transformers import build_transformer, side_by_side
-from utils.misc import UserError
+from utils.misc import UserError, recurrent
 
 DROPOUT = 0.5  # share of the predicted features dropped with --dropout
 ONE_BY_ONE_ON = ("cpu",)  # types of devices on which products of all heads gain nothing
@@ -208,7 +208,7 @@ class CausalConvolutionHead(Head, nn.Module):
         return predictions.unflatten(1, (len(heads), -1)).permute(0, 3, 1, 2)
 
 
-class RNNHead(Head, nn.RNN):
+class RecurrentHead(Head):
     """A recurrent layer over the frames, of which the outputs are wanted and not the last state."""
 
     def __init__(self, dim_context, dim_encoded):
@@ -216,18 +216,15 @@ class RNNHead(Head, nn.RNN):
 
     def forward(self, context):
         """(B, W, dim_context) -> (B, W, dim_encoded)."""
-        return super().forward(context)[0]
+        return recurrent(super().forward, context)[0]
 
 
-class LSTMHead(Head, nn.LSTM):
-    """As RNNHead, with long short-term memory."""
+class RNNHead(RecurrentHead, nn.RNN):
+    """Of plain neurons."""
 
-    def __init__(self, dim_context, dim_encoded):
-        super().__init__(dim_context, dim_encoded, batch_first=True)
 
-    def forward(self, context):
-        """(B, W, dim_context) -> (B, W, dim_encoded)."""
-        return super().forward(context)[0]
+class LSTMHead(RecurrentHead, nn.LSTM):
+    """Of long short-term memory."""
 
 
 class LinearHead(Head, nn.Linear):

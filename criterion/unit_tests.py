@@ -424,6 +424,15 @@ def test_transformer_layers_side_by_side_drop_out(training):
     assert torch.equal(first, second) != training
 
 
+@pytest.mark.parametrize("rnn_mode", ["RNN", "LSTM"])
+def test_recurrent_heads_work_in_float32_under_autocast(rnn_mode):
+    network = PredictionNetwork(2, 6, 6, 4, rnn_mode=rnn_mode)
+    context = torch.randn(2, 4, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions = network(context)
+    assert torch.equal(predictions, network(context.float()))
+
+
 @pytest.mark.parametrize("rnn_mode", ["transformer", "linear", "ffd", "conv4"])
 def test_more_heads_together_are_no_more_operations(rnn_mode):
     """Of device, backward included, on a device that isn't a CPU and computes nothing."""

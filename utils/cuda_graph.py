@@ -46,21 +46,36 @@ class RecordedPasses:
         return results
 
     def record(self, batch):
-        """Record the passes without doing them; returns whether that went well."""
+        """Record the passes without doing them; returns whether that went well.
+
+        torch.cuda.graph leaves its own stream in force where the recording can't be ended: hence
+        the outer block, which goes back to the one before.
+        """
         self.batch = batch.each(torch.clone)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self.results = self.passes(self.batch)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            cause = error.__context__ or error  # why the passes failed, if then the recording did
+            reason = str(cause).partition("\n")[0]
             print(f"note: steps are launched kernel by kernel; they can't be recorded ({reason})")
-            for parameter in self.parameters:
-                parameter.grad = None
+            self.leave_recording()
             return False
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.graph = graph
         return True
+
+    def leave_recording(self):
+        """Undo what a recording that failed leaves behind.
+
+        The device's generator still counts its draws for the graph, and refuses any others: a copy
+        of its state doesn't.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def replay(self, batch):
         for held, tensor in zip(self.batch, batch, strict=True):

@@ -52,6 +52,19 @@ def generator_from(*parts, device="cpu"):
     return torch.Generator(device=device).manual_seed(seed_from(*parts))
 
 
+def recurrent(network, frames, *state):
+    """`network(frames, *state)` of a recurrent network, in float32 under autocast.
+
+    There, cuDNN's networks would compute in float16 whatever the type asked for, in which the small
+    gradients of this program vanish, and leave hidden states that only such a run can go on from.
+    """
+    kind = frames.device.type
+    if not torch.is_autocast_enabled(kind):
+        return network(frames, *state)
+    with torch.autocast(kind, enabled=False):
+        return network(frames.float(), *state)
+
+
 def keep_freed_memory():
     """Tell glibc's allocator to keep freed memory instead of returning it to the system.
 
