@@ -320,8 +320,9 @@ def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, 
     assert seen == whole[-len(seen) :]
     assert windows + sum(len(w) for _, w in seen) == sum(len(w) for _, w in whole)
     printed = capsys.readouterr().out
-    assert "'processes': 2" in printed
+    assert "processes 2 -> 1" in printed
     assert "won't be the same to the last bit" in printed
+    assert "batches in a step: 2 -> 1; --nGPU 2 goes on as it was" in printed
 
 
 def test_one_process_forgets_the_hidden_state_of_two(tiny_corpus, tmp_path, monkeypatch):

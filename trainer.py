@@ -445,13 +445,26 @@ class Trainer:
                 self.step.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
-        machine = self.describe_machine()
-        if state["machine"] != machine:
-            print(
-                f"note: the run was on {state['machine']} and goes on on {machine}; its results "
-                "won't be the same to the last bit"
-            )
+        self.follow_machine(state["machine"])
         self.follow_sets(state["fingerprint"])
+
+    def follow_machine(self, before):
+        """Say what is different from the machine that the run was on."""
+        changes = [
+            f"{what} {before.get(what, 'unknown')} -> {now}"
+            for what, now in self.describe_machine().items()
+            if before.get(what) != now
+        ]
+        if changes:
+            print(
+                f"note: not as it was: {', '.join(changes)}; the results won't be the same to the "
+                "last bit"
+            )
+        if (processes := before.get("processes", 1)) != self.world.size:
+            print(
+                f"note: batches in a step: {processes} -> {self.world.size}; --nGPU {processes} "
+                "goes on as it was"
+            )
 
     def follow_sets(self, fingerprint):
         """Say which sets aren't those of the checkpoint any more, by its fingerprint of both.

@@ -643,7 +643,7 @@ def test_a_place_that_can_not_be_made_is_refused(tiny_corpus, tmp_path, capsys):
 def test_the_criterion_is_loaded_with_the_architecture_it_had(tiny_corpus, tmp_path):
     loaded = trained(tiny_corpus, tmp_path / "a", *EXAMPLE, epochs=1)
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "b", "--nEpoch", 1]
-    words = ["--load", tmp_path / "a" / "checkpoint_0.pt", "--loadCriterion"]
+    words = ["--load", tmp_path / "a", "--loadCriterion"]  # the newest in it
     assert run(*flags, *words, "--learningRate", "0") == 0
     state = checkpoint(tmp_path / "b", 0)
     assert state["args"]["CPCCTC"] is True

@@ -686,6 +686,10 @@ def check_machine(args):
 def check_paths(args, resumed):
     """The paths that this call of the program reads must exist, and it must be able to write."""
     refuse_if(
+        not args.pathDB and args.restart,
+        "--restart begins a new run, which needs --pathDB DIR and all its other flags again",
+    )
+    refuse_if(
         not args.pathDB and not resumed,
         f"--pathCheckpoint {args.pathCheckpoint}: no run there to go on with; a new one needs "
         "--pathDB DIR",
@@ -713,7 +717,7 @@ def check_paths(args, resumed):
         if path:
             check_writable(path, f"--{name} {path}: results")
     for path in [] if resumed else args.load or []:
-        refuse_if(not os.path.isfile(path), f"--load {path}: no such file")
+        refuse_if(not os.path.exists(path), f"--load {path}: no such file or directory")
 
 
 def labels_in(folder):

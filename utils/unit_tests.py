@@ -168,7 +168,7 @@ def paths(tmp_path):
         ("--onlyCapture --restart", "leave out --restart"),
         ("--onlyCapture", "--onlyCapture needs --pathCaptureDS"),
         ("--pathTrain /no/such/list", "--pathTrain /no/such/list: no such file"),
-        ("--load /no/such.pt", "--load /no/such.pt: no such file"),
+        ("--load /no/such.pt", "--load /no/such.pt: no such file or directory"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
         ("--nGPU 0", "--nGPU 0"),
         ("--only_classif_metric --speaker_sep --linsep_logs_dir d --nGPU 2", "one process"),
@@ -192,6 +192,8 @@ def test_a_run_needs_a_place_and_audio(tmp_path):
         checked("--pathDB", str(tmp_path))
     with pytest.raises(UserError, match="no run there to go on with; a new one needs --pathDB DIR"):
         checked("--pathCheckpoint", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="--restart begins a new run, which needs --pathDB DIR"):
+        checked("--pathCheckpoint", str(tmp_path), "--restart")
     with pytest.raises(UserError, match="--pathDB DIR"):
         checked("--pathCheckpoint", str(tmp_path))
     with pytest.raises(UserError, match="--pathDB .*: no such directory"):

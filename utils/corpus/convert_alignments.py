@@ -78,6 +78,11 @@ def main(argv=None):
     if too_short:
         print(f"left out, shorter than a frame: {len(too_short)}, {first_few(too_short)}")
     phones = {name: row for name, row in phones.items() if row}
+    if not phones:
+        raise UserError(
+            f"{args.alignments}: no utterance in it has phones; it takes a folder of TextGrids, or "
+            "a CTM file, whose lines are `name channel start duration phone`, times in seconds"
+        )
     symbols = symbols or number_symbols(phones, args.silence_symbol)
     labels = {name: ids_of(name, row, symbols, args) for name, row in phones.items()}
     write_files(args, labels, symbols)

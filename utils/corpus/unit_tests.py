@@ -919,3 +919,10 @@ def test_commands_run_from_anywhere(tmp_path):
     assert (tmp_path / "labels" / "phones.txt").read_text() == "0 SIL\n1 A\n2 B\n"
     assert (tmp_path / "lists" / "val.txt").read_text() in ("s1-1\n", "s1-2\n")
     assert "LABELS" in outputs[3] or "labels" in outputs[3]
+
+
+def test_what_is_no_alignment_is_refused(tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text("1-2-0003 4 0 0 5\n")
+    with ends_refused(capsys, "no utterance in it has phones"):
+        convert_alignments.main([str(tmp_path / "labels.txt"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

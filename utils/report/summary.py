@@ -25,6 +25,8 @@ from utils.report.values import without_accuracies
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    if not (args.run / "checkpoint_args.json").is_file():
+        raise UserError(f"{args.run}: no run there; give the directory of a run's checkpoints")
     flags, logs = (load_json(args.run / f"checkpoint_{name}.json") for name in ("args", "logs"))
     if not logs.get("epoch"):
         raise UserError(f"{args.run}: no epoch is finished yet")

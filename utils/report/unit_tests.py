@@ -1029,6 +1029,11 @@ def test_a_browser_runs_nothing_that_a_name_smuggles_in(whole_report, tmp_path):
 # --------------------------------------------------------------------------------- the summary
 
 
+def test_a_summary_needs_a_run(tmp_path, capsys):
+    with ends_refused(capsys, "no run there; give the directory"):
+        summary.main([str(tmp_path)])
+
+
 def test_a_summary_lists_the_pictures_of_its_run_alone(reported_run, tmp_path, capsys):
     place = reported_run.parent.parent
     other = place / "other"
