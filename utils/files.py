@@ -155,15 +155,24 @@ def load_tensors(path, device="cpu"):
         _check_sums(path)
         return value
     except pickle.UnpicklingError as error:
+        if not _is_pickled(path):
+            raise UserError(
+                f"{path}: can't be loaded, it is no checkpoint: damaged or no PyTorch file"
+            ) from error
         raise UserError(
-            f"{path}: refused, since it isn't a file of plain tensors: loading it could run code "
-            f"({str(error).splitlines()[0]})"
+            f"{path}: refused, since it isn't a file of plain tensors: loading it could run code"
         ) from error
     except Exception as error:  # damaged bytes raise anything, struct.error among it
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: can't be loaded, it is damaged or no PyTorch file ({reason})"
         ) from error
+
+
+def _is_pickled(path):
+    """Whether a file begins as what `torch.save` or pickle writes."""
+    with open(path, "rb") as file:
+        return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
 
 
 def _check_sums(path):

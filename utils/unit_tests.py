@@ -196,6 +196,8 @@ def test_a_run_needs_a_place_and_audio(tmp_path):
         checked("--pathCheckpoint", str(tmp_path), "--restart")
     with pytest.raises(UserError, match="--pathDB DIR"):
         checked("--pathCheckpoint", str(tmp_path))
+    with pytest.raises(UserError, match="--restart begins a new run, which needs --pathDB DIR"):
+        checked("--pathCheckpoint", str(tmp_path), "--restart")
     with pytest.raises(UserError, match="--pathDB .*: no such directory"):
         checked("--pathDB", str(tmp_path / "none"), "--pathCheckpoint", str(tmp_path))
 
@@ -328,8 +330,9 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
     torch.save({"gEncoder": Malicious()}, tmp_path / "zip.pt")
     for name in ("plain.pt", "zip.pt"):
-        with pytest.raises(UserError, match=f"{name}: refused"):
+        with pytest.raises(UserError, match=f"{name}: refused") as refused:
             load_tensors(tmp_path / name)
+        assert "weights_only" not in str(refused.value)
     assert not (tmp_path / "executed").exists()
 
 
@@ -339,6 +342,15 @@ def test_what_is_no_checkpoint_is_named_in_one_line(content, tmp_path):
     with pytest.raises(UserError, match="x.pt") as refused:
         load_tensors(tmp_path / "x.pt")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["# Title\n", "<!doctype html>", "hello\n", '"quoted"'])
+def test_a_text_is_no_checkpoint_and_pytorch_gives_no_advice(content, tmp_path):
+    (tmp_path / "x.pt").write_text(content)
+    with pytest.raises(UserError, match="x.pt: can't be loaded.*no PyTorch file") as refused:
+        load_tensors(tmp_path / "x.pt")
+    assert "weights_only" not in str(refused.value)
+    assert len(str(refused.value)) < len(str(tmp_path)) + 100
 
 
 def test_a_file_name_that_is_no_text_is_kept_in_json(tmp_path):
