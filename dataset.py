@@ -32,6 +32,8 @@ from utils.workers import Workers
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
 LIBRISPEECH_FOLDERS = 2  # above a file: the speaker's, the chapter's
+LONGEST_NAME = 255  # of a file, on any usual system
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # As files of LibriSpeech are named after their speaker and chapter, with a folder above both.
 BELOW_A_SUBSET = re.compile(r".+/([^/]+)/([^/]+)/\1[-_]\2[-_][^/]+")
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
@@ -124,11 +126,16 @@ def warn_of_subsets(corpus):
 def read_sequence_list(path):
     """The names in a list: one per line, without the blanks that end it; empty lines are ignored.
 
-    Raises UserError if the file can't be read or names nothing.
+    Raises UserError if the file can't be read, names nothing, or is no such list.
     """
     names = [name for line in _lines_of(path) if (name := line.rstrip())]
     if not names:
         raise UserError(f"{path}: an empty list of sequences")
+    if any(len(name) > LONGEST_NAME or CONTROL.search(name) for name in names):
+        raise UserError(
+            f"{path}: doesn't look like a list of names, one in each line: some are longer than "
+            f"{LONGEST_NAME} characters or hold control characters"
+        )
     return names
 
 
@@ -390,10 +397,12 @@ class AudioDataset:
             return
         self._problems.update(new)
         named = [f"{path} ({problem})" for path, problem in new.items()]
-        if len(self._problems) > self._n_allowed or len(self._problems) == self._n_files:
+        nothing_left = len(self._problems) == self._n_files
+        if nothing_left or len(self._problems) > self._n_allowed:
+            allows = f"--max_bad_files allows {self._n_allowed}"
             raise UserError(
                 f"{self.title}: {len(self._problems)} of {self._n_files} audio files are bad, "
-                f"--max_bad_files allows {self._n_allowed}: {first_few(named)}"
+                f"{'nothing is left' if nothing_left else allows}: {first_few(named)}"
             )
         print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
 

@@ -39,7 +39,7 @@ from dataset import (
 from utils import listing, workers
 from utils.distributed import World
 from utils.logs import PlainProgress
-from utils.misc import SAMPLE_RATE, UserError, generator_from
+from utils.misc import SAMPLE_RATE, UserError, first_few, generator_from
 from utils.testing import (
     REAL_SPEECH,
     golden_cases,
@@ -508,6 +508,18 @@ def test_lists_that_name_nothing(small_corpus, tmp_path):
         select_sequences(small_corpus.sequences, ["y", "x.flac"], "list.txt")
 
 
+@pytest.mark.parametrize("content", [b"fLaC\x00\x00\x22\x10\n", b"a-1 " + b"12 " * 100 + b"\n"])
+def test_what_is_no_list_of_names_is_said_so(content, tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"a-1\n" + content)
+    with pytest.raises(UserError, match="doesn't look like a list of names") as refused:
+        read_sequence_list(tmp_path / "list.txt")
+    assert len(str(refused.value)) < len(str(tmp_path)) + 160
+
+
+def test_long_names_are_cut_where_they_are_shown():
+    assert first_few(["a" * 5000, "b\n"]) == "a" * 200 + "..., b?"
+
+
 def test_missing_names_are_counted_and_the_first_few_named(small_corpus, capsys):
     names = ["b-2", "a-1", *(f"gone-{i}" for i in range(9))]
     chosen = select_sequences(small_corpus.sequences, names, "list.txt")
@@ -632,7 +644,7 @@ def test_too_many_bad_files(own_corpus):
     with pytest.raises(UserError, match=r"5 of 13 audio files.*max_bad_files allows 3.*nothing.fl"):
         small_set(corpus)
     bad = [s for s in corpus.sequences if s.path == "bad/truncated.flac"]
-    with pytest.raises(UserError, match="1 of 1 audio files are bad"):
+    with pytest.raises(UserError, match="1 of 1 audio files are bad, nothing is left: "):
         BatchLoader(AudioDataset(corpus, bad, WINDOW), 1, "uniform", **FIXED).dataset.only_pack()
     good = [s for s in corpus.sequences if s.path in LENGTHS]
     audio = AudioDataset(corpus, [*good, *bad], WINDOW, max_bad_files=0)

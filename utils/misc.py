@@ -14,6 +14,7 @@ import torch
 
 SAMPLE_RATE = 16_000  # Hz; the only rate the encoders are made for
 SAMPLES_PER_FRAME = 160  # one frame (encoder output, phone label) is 10 ms
+LONGEST_SHOWN = 200  # characters of one name, path or reason in a message
 REFUSED = 2  # exit status after a UserError
 UNREAD = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
 
@@ -94,8 +95,9 @@ def device_from(flag):
 def first_few(items, limit=5):
     """The first items of a list as text, for a message; safe to print whatever a file is named."""
     items = list(items)
+    cut = (f"{item[:LONGEST_SHOWN]}..." if item[LONGEST_SHOWN:] else item for item in items[:limit])
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return "".join(c if c.isprintable() else "?" for c in ", ".join(items[:limit]) + rest)
+    return "".join(c if c.isprintable() else "?" for c in ", ".join(cut) + rest)
 
 
 def counted(n, noun):
