@@ -1066,3 +1066,14 @@ def test_a_summary_has_accuracies_only_where_they_mean_anything(by_ctc, shown, t
     assert re.search(r"validation loss +5\.500 +3\.767\n", said)
     assert ("validation accuracy" in said) == shown
     assert "phones told apart by a linear probe" in said
+
+
+def test_a_summary_of_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "model.pt").touch()
+    for place in (tmp_path / "missing", tmp_path, tmp_path / "model.pt"):
+        with ends_refused(capsys, f"{place}: there is no run in it.*give its --pathCheckpoint"):
+            summary.main([str(place)])
+    for name in "ba":
+        save_json(tmp_path / name / "checkpoint_args.json", {})
+    with ends_refused(capsys, f"no run in it.*one below it: {tmp_path}/a, {tmp_path}/b$"):
+        summary.main([str(tmp_path)])
