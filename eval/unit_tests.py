@@ -797,8 +797,10 @@ def read_features(path):
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy", "fea", "pt"])
-def test_features_of_a_folder_in_each_format(tmp_path, audio, model_file, kind):
+def test_features_of_a_folder_in_each_format(tmp_path, audio, model_file, capsys, kind):
     assert build(audio, tmp_path / "out", model_file, "--format", kind) == 0
+    said = capsys.readouterr().out
+    assert f"features of 3 files: {tmp_path}/out; their flags: {tmp_path}/out.json\n" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{n}.{kind}" for n in "abc"}
     model, *_ = load_model([model_file])
     for name in ("a", "b", "more/c"):
@@ -1056,7 +1058,8 @@ def test_labels_of_frames_are_not_taken_for_phones(speech, tmp_path, capsys):
 
 def test_measuring_needs_something_trained(speech, tmp_path, capsys):
     assert recognise("per", tmp_path) == 2
-    assert "nothing was trained there" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "nothing was trained there (no args_training.json); `train` comes first" in error
     (tmp_path / "args_training.json").write_text("{}")
     assert recognise("per", tmp_path) == 2
     assert "isn't what `train` wrote" in capsys.readouterr().err
