@@ -23,7 +23,7 @@ import train
 import trainer
 from dataset import AudioDataset, read_phone_labels, scan_corpus
 from utils.arguments import build_parser
-from utils.capture import CaptureReader, CaptureWriter
+from utils.capture import CapturedWindow, CaptureReader, CaptureWriter
 from utils.files import save_json
 from utils.misc import SAMPLE_RATE, UserError, device_from
 from utils.report import line_chart, pictures, plot_capture, summary
@@ -221,6 +221,12 @@ def test_audio_is_that_of_the_window_across_files(tmp_path, database):
         reader.window(2), *plot_capture.file_border(reader, reader.window(2))
     )
     assert title == "window 2, 7/a.wav from 1.28 s, speaker 7, after 0.38 s 8/b.wav"
+
+
+@pytest.mark.parametrize(("file", "speaker"), [("203/1/a.wav", "203"), ("a.wav", "2"), (None, "2")])
+def test_the_speaker_is_named_by_the_folder_where_there_is_one(file, speaker):
+    window = CapturedWindow(0, {"speaker_align": torch.tensor(2)}, file, 0)
+    assert plot_capture.title_of(window).endswith(f", speaker {speaker}")
 
 
 def test_missing_audio_is_said_or_refused(tmp_path, capsys):
