@@ -27,7 +27,7 @@ CAPTURE = --pathCaptureDS $(DEMO)/corpus/test_split.txt --captureDStotNr 8 --cap
 	--captureEverything --pathCaptureSave $(DEMO)/captures
 UNTRAINED = $(RUN) eval/linear_separability.py $(DEMO)/corpus/audio \
 	$(DEMO)/corpus/train_split.txt $(DEMO)/corpus/test_split.txt $(DEMO)/run/checkpoint_0.pt \
-	--no_pretraining --size_window 10240 --lr 1e-2 --batchSizeGPU 32 --random_seed 1
+	--no_pretraining --lr 1e-2 --batchSizeGPU 32 --random_seed 1
 
 demo: .venv/installed
 	$(RUN) utils/corpus/make_demo.py $(DEMO)/corpus

@@ -71,7 +71,7 @@ def main(argv=None):
         raise UserError(
             f"{len(failures)} of {len(outputs)} files have no features: {first_few(failures, 3)}"
         )
-    print(f"features of {len(outputs)} files: {args.pathOut}")
+    print(f"features of {len(outputs)} files: {args.pathOut}; their flags: {record_of(args)}")
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -263,12 +263,17 @@ def name_outputs(args):
     return outputs
 
 
+def record_of(args):
+    """The file beside the folder that keeps the flags."""
+    return Path(f"{args.pathOut}.json")
+
+
 def open_folder(args):
     """Make the folder and keep the flags beside it.
 
     Raises UserError if it holds features that other flags made.
     """
-    record = Path(f"{args.pathOut}.json")
+    record = record_of(args)
     before = load_json(record) if record.is_file() else {}
     differing = [name for name in DECISIVE if before.get(name) != getattr(args, name)]
     if before and differing and os.path.isdir(args.pathOut) and os.listdir(args.pathOut):

@@ -450,7 +450,10 @@ def measure_error_rate(args):
 def trained_arguments(args):
     """The flags of training, with those replaced that were given now."""
     path = Path(args.output, "args_training.json")
-    refuse_if(not path.is_file(), f"{args.output}: nothing was trained there ({path.name} is gone)")
+    refuse_if(
+        not path.is_file(),
+        f"{args.output}: nothing was trained there (no {path.name}); `train` comes first",
+    )
     stored = load_json(path)
     needed = {"pathDB", "pathPhone", "pathCheckpoint"}
     if not isinstance(stored, dict) or not needed <= stored.keys():

@@ -36,7 +36,8 @@ from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe, ProbeOptions
 from feature_loader import load_model
 from model import CPCModelNullspace
-from utils.checkpoint import save_checkpoint, saved_checkpoints
+from utils.arguments import stored_arguments
+from utils.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
 from utils.files import check_writable, load_json, load_tensors, save_json
 from utils.misc import (
     SAMPLES_PER_FRAME,
@@ -62,8 +63,8 @@ def main(argv=None):
     keep_freed_memory()
     torch.manual_seed(args.random_seed)
     device = torch.device(args.device)
+    model, architectures = build_model(args, open_checkpoints(args))
     train_set, validation_set, n_classes = build_sets(args)
-    model, architectures = build_model(args)
     probe = Probe(
         "phone" if args.pathPhone else "speaker",
         model.to(device),
@@ -79,6 +80,7 @@ def main(argv=None):
     probe.run(partial(save_epoch, args, probe, architectures))
     save_json(directory / "checkpoint_logs.json", probe.logs)
     probe.draw_confusion(directory / "confusion.png")
+    print(f"results: {directory}")
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -108,22 +110,26 @@ def refuse_first(rules):
 
 def check_numbers(args):
     at_least_1 = ("n_epoch", "batchSizeGPU", "linsep_net_layers", "dim_inter", "n_process_loader")
-    for name in (*at_least_1, "size_window", "max_size_loaded"):
+    for name in (*at_least_1, "max_size_loaded"):
         value = getattr(args, name)
         refuse_first([(value < 1, f"--{name} {value}: must be at least 1")])
     for name in ("beta1", "beta2"):
         value = getattr(args, name)
         refuse_first([(not 0 <= value < 1, f"--{name} {value}: must be in [0, 1)")])
+    if args.size_window is not None:
+        check_window(args.size_window)
     refuse_first(
         [
-            (
-                args.size_window % SAMPLES_PER_FRAME,
-                f"--size_window {args.size_window}: must be a multiple of {SAMPLES_PER_FRAME}",
-            ),
             (not args.lr > 0, f"--lr {args.lr}: must be above 0"),
             (not args.epsilon > 0, f"--epsilon {args.epsilon}: must be above 0"),
         ]
     )
+
+
+def check_window(n_samples):
+    unusable = n_samples < 1 or n_samples % SAMPLES_PER_FRAME
+    message = f"--size_window {n_samples}: must be a multiple of {SAMPLES_PER_FRAME}"
+    refuse_first([(unusable, message)])
 
 
 def check_task(args):
@@ -287,9 +293,9 @@ def add_data_flags(group):
     add(
         "--size_window",
         type=int,
-        default=20480,
         metavar="SAMPLES",
-        help="a multiple of 160 (default: 20480)",
+        help="a multiple of 160 (default: --sizeWindow of the run that the first checkpoint is of, "
+        "20480 where it isn't known)",
     )
     add("--ignore_cache", action="store_true", help="list the audio files anew")
     add(
@@ -357,13 +363,28 @@ def build_sets(args):
     return *sets, labels.n_phones if labels else len(corpus.speakers)
 
 
-def build_model(args):
+def open_checkpoints(args):
+    """The `Checkpoint`s to be probed. Says which, and takes the window from the first if no flag
+    sets it."""
+    checkpoints = [open_checkpoint(path) for path in args.load]
+    if args.size_window is None:
+        first = checkpoints[0]
+        stored = {name: v for name, v in first.state["args"].items() if name == "sizeWindow"}
+        args.size_window = stored_arguments(stored, first.path).sizeWindow
+        check_window(args.size_window)
+    paths = ", ".join(str(checkpoint.path) for checkpoint in checkpoints)
+    weights = ", with random weights" if args.no_pretraining else ""
+    print(f"probing {paths}{weights}, in windows of {args.size_window} samples", flush=True)
+    return checkpoints
+
+
+def build_model(args, checkpoints):
     """The model to be probed, in the null-space modes without the directions of speakers.
 
     Returns it and the architecture flags (dicts) of each single model in it.
     """
     model, *_ = load_model(
-        args.load, gru_level=args.gru_level, load_weights=not args.no_pretraining
+        checkpoints, gru_level=args.gru_level, load_weights=not args.no_pretraining
     )
     architectures = [vars(flags) for flags in model.arguments]
     if args.mode.endswith("_nullspace"):

@@ -619,6 +619,32 @@ def test_command_pushes_to_centers(probe_command, tmp_path):
         probe_command(*push, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("load", "n_samples"),
+    [
+        (["first", "other/checkpoint_0.pt"], 2 * WINDOW),
+        (["other", "first", "--size_window", str(WINDOW)], WINDOW),
+        (["published"], 20480),
+    ],
+)
+def test_windows_are_those_of_the_run_unless_told(
+    tiny_corpus, tmp_path, monkeypatch, capsys, load, n_samples
+):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("first", 2 * WINDOW), ("other", 3 * WINDOW), ("published", 160)):
+        path = write_checkpoint(name, sizeWindow=size)
+    state = load_tensors(path)
+    del state["args"]["sizeWindow"]
+    save_tensors(path, state)
+    data = (tiny_corpus / "audio", tiny_corpus / "train.txt", tiny_corpus / "test.txt")
+    main([*map(str, data), *load, "--n_epoch", "1", "--pathCheckpoint", "out"])
+    probing, *_, last = capsys.readouterr().out.splitlines()
+    assert probing.startswith(f"probing {tmp_path / load[0] / 'checkpoint_0.pt'}")
+    assert probing.endswith(f", in windows of {n_samples} samples")
+    assert last == "results: out"
+    assert load_json("out/checkpoint_args.json")["size_window"] == n_samples
+
+
 def test_command_never_overwrites_a_training_run(probe_command, tmp_path, capsys):
     run = tmp_path / "run"
     write_checkpoint(run)
@@ -679,7 +705,7 @@ def test_command_refuses_what_cannot_work(flags, message):
 
 
 @pytest.mark.parametrize("missing", ["empty list", "no such names", "labels of other files"])
-def test_command_without_data(probe_command, tiny_corpus, tmp_path, capsys, missing):
+def test_command_without_data(checkpoint, tiny_corpus, tmp_path, capsys, missing):
     names = {"empty list": "", "no such names": "a\nb\n", "labels of other files": None}[missing]
     (tmp_path / "list.txt").write_text(names or "")
     (tmp_path / "phones.txt").write_text("somebody 1 2 3\n")
@@ -687,7 +713,7 @@ def test_command_without_data(probe_command, tiny_corpus, tmp_path, capsys, miss
     data = tiny_corpus / "audio", tiny_corpus / "train.txt"
     validation = tiny_corpus / "test.txt" if names is None else tmp_path / "list.txt"
     with pytest.raises(SystemExit) as exit_:
-        main([str(part) for part in (*data, validation, "run.pt", *flags)])
+        main([str(part) for part in (*data, validation, checkpoint, *flags)])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -771,8 +797,10 @@ def read_features(path):
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy", "fea", "pt"])
-def test_features_of_a_folder_in_each_format(tmp_path, audio, model_file, kind):
+def test_features_of_a_folder_in_each_format(tmp_path, audio, model_file, capsys, kind):
     assert build(audio, tmp_path / "out", model_file, "--format", kind) == 0
+    said = capsys.readouterr().out
+    assert f"features of 3 files: {tmp_path}/out; their flags: {tmp_path}/out.json\n" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{n}.{kind}" for n in "abc"}
     model, *_ = load_model([model_file])
     for name in ("a", "b", "more/c"):
@@ -1030,7 +1058,8 @@ def test_labels_of_frames_are_not_taken_for_phones(speech, tmp_path, capsys):
 
 def test_measuring_needs_something_trained(speech, tmp_path, capsys):
     assert recognise("per", tmp_path) == 2
-    assert "nothing was trained there" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "nothing was trained there (no args_training.json); `train` comes first" in error
     (tmp_path / "args_training.json").write_text("{}")
     assert recognise("per", tmp_path) == 2
     assert "isn't what `train` wrote" in capsys.readouterr().err

@@ -58,6 +58,7 @@ class ReprDiffStat(Stat):
         axes = figure.subplots()
         axes.bar(list(hist), list(hist.values()), width=self.step, align="edge", color="tab:blue")
         axes.axvline(mean, color="tab:red", label=f"mean {mean:.3g}")
-        axes.set(xlabel=f"{self.metric} (bins of {self.step:g})", ylabel="frames")
+        metric = "cosine distance" if self.metric == "cosine" else self.metric
+        axes.set(xlabel=f"{metric} (bins of {self.step:g})", ylabel="frames")
         axes.legend()
         return figure

@@ -104,6 +104,14 @@ def test_repr_diff_does_not_count_undefined_distances(tmp_path):
     assert stat.logStat(nothing, 0) == {}
 
 
+@pytest.mark.parametrize(
+    ("metric", "said"), [("cosine", "cosine distance"), ("coscorr", "coscorr")]
+)
+def test_the_picture_of_repr_diff_says_what_is_measured(tmp_path, metric, said):
+    stat = ReprDiffStat(metric, "ctx_repr", "0.5", tmp_path)
+    assert stat._draw({0.5: 2}, 0.5, 0).axes[0].get_xlabel() == f"{said} (bins of 0.5)"
+
+
 # ---------------------------------------------------------------------------------- boundaries
 
 

@@ -196,8 +196,6 @@ def test_a_run_needs_a_place_and_audio(tmp_path):
         checked("--pathCheckpoint", str(tmp_path), "--restart")
     with pytest.raises(UserError, match="--pathDB DIR"):
         checked("--pathCheckpoint", str(tmp_path))
-    with pytest.raises(UserError, match="--restart begins a new run, which needs --pathDB DIR"):
-        checked("--pathCheckpoint", str(tmp_path), "--restart")
     with pytest.raises(UserError, match="--pathDB .*: no such directory"):
         checked("--pathDB", str(tmp_path / "none"), "--pathCheckpoint", str(tmp_path))
 

@@ -52,6 +52,7 @@ POSITION = re.compile(r"(.+)_[BIES]")  # Kaldi's AH0_B: beginning, inside, end o
 NOT_SPEECH = ("sil", "sp", "SIL", "<sil>", "<eps>")
 ROUNDING = 0.011  # seconds that intervals may overlap: CTM files are often rounded to 10 ms
 WORTH_PROCESSES = 200  # files
+CTM_FIELDS = 8  # at most in a line: confidence, type and speaker may follow the phone
 # Lines of a TextGrid in the long format.
 NUMBER = re.compile(r"\s*(?:xmin|xmax|time|number)\s*=(.*)")
 TEXT = re.compile(r"\s*(?:class|name|text|mark)\s*=.*")
@@ -75,14 +76,14 @@ def main(argv=None):
     utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments)
     phones = {utterance.name: phones_of(utterance, args) for utterance in utterances}
     too_short = [name for name in phones if not phones[name]]
-    if too_short:
-        print(f"left out, shorter than a frame: {len(too_short)}, {first_few(too_short)}")
     phones = {name: row for name, row in phones.items() if row}
     if not phones:
         raise UserError(
             f"{args.alignments}: no utterance in it has phones; it takes a folder of TextGrids, or "
             "a CTM file, whose lines are `name channel start duration phone`, times in seconds"
         )
+    if too_short:
+        print(f"left out, shorter than a frame: {len(too_short)}, {first_few(too_short)}")
     symbols = symbols or number_symbols(phones, args.silence_symbol)
     labels = {name: ids_of(name, row, symbols, args) for name, row in phones.items()}
     write_files(args, labels, symbols)
@@ -298,11 +299,12 @@ def read_ctm(path):
 
 
 def ctm_row(where, line):
-    """Name and `Interval` of a line; a confidence may follow."""
+    """Name and `Interval` of a line."""
     try:
-        name, _, start, duration, symbol, *_ = line.split()
+        name, _, start, duration, symbol, *more = line.split()
         start, duration = float(start), float(duration)
-        if not (0 <= start < math.inf and 0 <= duration < math.inf):
+        within = 0 <= start < math.inf and 0 <= duration < math.inf
+        if not within or 5 + len(more) > CTM_FIELDS:
             raise ValueError
     except ValueError:
         raise UserError(

@@ -584,12 +584,22 @@ def test_phones_of_an_earlier_call_are_reused(tmp_path, capsys):
         ("u1 1 0.5 long A", "line 2: not `name"),
         ("u1 1 -0.5 0.1 A", "line 2: not `name"),
         ("u1 1 0.02 0.1 A", "line 2: begins at 0.02 s, before 0.1 s"),
+        ("u2 0 0 3 3 3 3 3 3", "line 2: not `name"),  # labels of frames
     ],
 )
 def test_broken_ctm_is_named(tmp_path, capsys, line, message):
     (tmp_path / "a.ctm").write_text(f"u1 1 0 0.1 A\n{line}\n")
     refused(convert_alignments.main, tmp_path / "a.ctm", tmp_path / "out")
     assert f"a.ctm, {message}" in capsys.readouterr().err
+
+
+def test_labels_of_frames_are_no_ctm(tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text("u1 0 0 0 0\nu2 0 0 0 1 1\n")
+    with ends_refused(
+        capsys, r"labels\.txt: no utterance in it has phones.*`name channel start duration"
+    ):
+        convert_alignments.main([str(tmp_path / "labels.txt"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 GRID = """File type = "ooTextFile"
@@ -919,10 +929,3 @@ def test_commands_run_from_anywhere(tmp_path):
     assert (tmp_path / "labels" / "phones.txt").read_text() == "0 SIL\n1 A\n2 B\n"
     assert (tmp_path / "lists" / "val.txt").read_text() in ("s1-1\n", "s1-2\n")
     assert "LABELS" in outputs[3] or "labels" in outputs[3]
-
-
-def test_what_is_no_alignment_is_refused(tmp_path, capsys):
-    (tmp_path / "labels.txt").write_text("1-2-0003 4 0 0 5\n")
-    with ends_refused(capsys, "no utterance in it has phones"):
-        convert_alignments.main([str(tmp_path / "labels.txt"), str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()

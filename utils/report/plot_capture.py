@@ -180,7 +180,8 @@ def title_of(window, border=None, next_file=None):
     if window.file is not None:
         parts.append(f"{window.file} from {window.offset / SAMPLE_RATE:.2f} s")
     if "speaker_align" in window.tensors:
-        parts.append(f"speaker {window.tensors['speaker_align'].item()}")
+        folder, inside, _ = (window.file or "").partition("/")
+        parts.append(f"speaker {folder if inside else window.tensors['speaker_align'].item()}")
     if next_file is not None:
         parts.append(f"after {border / SAMPLE_RATE:.2f} s {next_file}")
     return ", ".join(parts)

@@ -17,7 +17,7 @@ from stats.stats_utils import picture_directories
 from utils.arguments import stored_arguments
 from utils.files import load_json
 from utils.logs import has_accuracy, mean, percent
-from utils.misc import CommandLine, UserError, command
+from utils.misc import CommandLine, UserError, command, first_few
 from utils.report.run_record import RunRecord
 from utils.report.values import without_accuracies
 
@@ -25,8 +25,7 @@ from utils.report.values import without_accuracies
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    if not (args.run / "checkpoint_args.json").is_file():
-        raise UserError(f"{args.run}: no run there; give the directory of a run's checkpoints")
+    refuse_unless_run(args.run)
     flags, logs = (load_json(args.run / f"checkpoint_{name}.json") for name in ("args", "logs"))
     if not logs.get("epoch"):
         raise UserError(f"{args.run}: no epoch is finished yet")
@@ -58,6 +57,16 @@ def parse_arguments(argv):
         help="directories whose pictures are listed with those of the run",
     )  # fmt: skip
     return parser.parse_args(argv)
+
+
+def refuse_unless_run(directory):
+    """Raise UserError, naming the runs directly below it, if a directory holds none itself."""
+    record = "checkpoint_args.json"
+    if (directory / record).exists():
+        return
+    below = sorted(str(path.parent) for path in directory.glob(f"*/{record}"))
+    advice = f"choose one below it: {first_few(below)}" if below else "give its --pathCheckpoint"
+    raise UserError(f"{directory}: there is no run in it, or no checkpoint of one yet; {advice}")
 
 
 def pictures_of_run(run, flags):

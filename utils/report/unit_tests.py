@@ -23,7 +23,7 @@ import train
 import trainer
 from dataset import AudioDataset, read_phone_labels, scan_corpus
 from utils.arguments import build_parser
-from utils.capture import CaptureReader, CaptureWriter
+from utils.capture import CapturedWindow, CaptureReader, CaptureWriter
 from utils.files import save_json
 from utils.misc import SAMPLE_RATE, UserError, device_from
 from utils.report import line_chart, pictures, plot_capture, summary
@@ -221,6 +221,12 @@ def test_audio_is_that_of_the_window_across_files(tmp_path, database):
         reader.window(2), *plot_capture.file_border(reader, reader.window(2))
     )
     assert title == "window 2, 7/a.wav from 1.28 s, speaker 7, after 0.38 s 8/b.wav"
+
+
+@pytest.mark.parametrize(("file", "speaker"), [("203/1/a.wav", "203"), ("a.wav", "2"), (None, "2")])
+def test_the_speaker_is_named_by_the_folder_where_there_is_one(file, speaker):
+    window = CapturedWindow(0, {"speaker_align": torch.tensor(2)}, file, 0)
+    assert plot_capture.title_of(window).endswith(f", speaker {speaker}")
 
 
 def test_missing_audio_is_said_or_refused(tmp_path, capsys):
@@ -1029,11 +1035,6 @@ def test_a_browser_runs_nothing_that_a_name_smuggles_in(whole_report, tmp_path):
 # --------------------------------------------------------------------------------- the summary
 
 
-def test_a_summary_needs_a_run(tmp_path, capsys):
-    with ends_refused(capsys, "no run there; give the directory"):
-        summary.main([str(tmp_path)])
-
-
 def test_a_summary_lists_the_pictures_of_its_run_alone(reported_run, tmp_path, capsys):
     place = reported_run.parent.parent
     other = place / "other"
@@ -1071,3 +1072,14 @@ def test_a_summary_has_accuracies_only_where_they_mean_anything(by_ctc, shown, t
     assert re.search(r"validation loss +5\.500 +3\.767\n", said)
     assert ("validation accuracy" in said) == shown
     assert "phones told apart by a linear probe" in said
+
+
+def test_a_summary_of_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "model.pt").touch()
+    for place in (tmp_path / "missing", tmp_path, tmp_path / "model.pt"):
+        with ends_refused(capsys, f"{place}: there is no run in it.*give its --pathCheckpoint"):
+            summary.main([str(place)])
+    for name in "ba":
+        save_json(tmp_path / name / "checkpoint_args.json", {})
+    with ends_refused(capsys, f"no run in it.*one below it: {tmp_path}/a, {tmp_path}/b$"):
+        summary.main([str(tmp_path)])
