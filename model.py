@@ -92,8 +92,7 @@ class _BlockPairs(torch.autograd.Function):
     def forward(ctx, blocks, halves, bias):
         ctx.save_for_backward(blocks, halves)
         first, second = halves.unsqueeze(1).expand(-1, len(blocks), -1, -1)
-        output = torch.baddbmm(bias, blocks[:, :-1], first)
-        return torch.baddbmm(output, blocks[:, 1:], second)
+        return torch.baddbmm(bias, blocks[:, :-1], first).baddbmm_(blocks[:, 1:], second)
 
     @staticmethod
     @once_differentiable

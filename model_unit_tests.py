@@ -27,7 +27,7 @@ from model import (
     build_encoder,
     build_model,
 )
-from transformers import CausalAttention, build_transformer, dropout_
+from transformers import CausalAttention, build_transformer, dropout, relu_with_dropout_
 from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
 from utils.testing import (
     ROOT,
@@ -552,18 +552,34 @@ def test_short_sequences_are_prefixes_and_long_ones_are_refused():
 
 def test_dropout():
     x = torch.full((100, 1001), 2.0)
-    dropped = dropout_(x.clone(), 0.1, training=True)
+    dropped = dropout(x)
     fraction = (dropped == 0).float().mean().item()
     assert fraction == pytest.approx(0.1, abs=0.005)
     assert dropped.mean().item() == pytest.approx(2, rel=0.01)
     kept_values = dropped[dropped != 0]
     assert_close(kept_values, torch.full_like(kept_values, 2 / 0.9), 1e-4)
     torch.manual_seed(5)
-    again = dropout_(x.clone(), 0.1, training=True)
+    again = dropout(x)
     torch.manual_seed(5)
-    assert torch.equal(again, dropout_(x.clone(), 0.1, training=True))
+    assert torch.equal(again, dropout(x))
     assert not torch.equal(again, dropped)
-    assert torch.equal(dropout_(x.clone(), 0.1, training=False), x)
+
+
+def test_relu_with_dropout_drops_what_dropout_drops_in_value_and_gradient():
+    x, upstream = torch.randn(2, 50, 101, dtype=torch.float64)
+    results = []
+    for function in (lambda x: F.relu(dropout(x)), lambda x: relu_with_dropout_(x.clone(), True)):
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_()
+        output = function(leaf)
+        output.backward(upstream)
+        results.append((output.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    kept = results[0][0] > 0
+    assert_close(results[0][1][kept], upstream[kept] / 0.9, 1e-4)
+    assert torch.equal(results[0][1] != 0, kept)
+    assert torch.equal(relu_with_dropout_(x.clone(), False), F.relu(x))
 
 
 def test_dropout_acts_on_attention_and_feed_forward_in_training_only():
