@@ -425,14 +425,15 @@ class AudioDataset:
             return n_frames * SAMPLES_PER_FRAME if whole_frames else samples
         labels = self.phone_labels.labels
         n_labels = np.array([len(labels[s.name]) for s in self.sequences], dtype=np.int64)
-        missing = n_labels < n_frames
-        different = missing | (n_labels * SAMPLES_PER_FRAME >= samples + SAMPLES_PER_FRAME)
-        if different.any():
-            first = self.sequences[int(np.argmax(different))]
+        too_few, too_many = n_frames - n_labels, n_labels - np.ceil(samples / SAMPLES_PER_FRAME)
+        difference = np.maximum(too_few, too_many).astype(np.int64)
+        if (difference > 0).any():
+            worst = self.sequences[int(np.argmax(difference))]
             print(
-                f"{self.title}: {different.sum()} of {len(samples)} files are shorter or longer "
-                f"than their labels, first {first_few([first.path])} ({first.samples} samples, "
-                f"{len(labels[first.name])} labels); both are cut to the shorter"
+                f"{self.title}: {(difference > 0).sum()} of {len(samples)} files are shorter or "
+                f"longer than their labels, by {counted(int(difference.max()), 'frame')} at most: "
+                f"{first_few([worst.path])} ({worst.samples} samples, {len(labels[worst.name])} "
+                "labels); both are cut to the shorter"
             )
         return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
 
