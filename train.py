@@ -386,7 +386,8 @@ def build_hooks(job):
 def capture_hook(job):
     args, data, stats = job.args, job.data, job.stats
     names, sequences = captured_names(args), data.capture_sequences()
-    if "phone_align" in names and not any(s.name in data.labels.labels for s in sequences):
+    optional = "phone_align" in names and "phone_align" not in stats.needs
+    if optional and not any(s.name in data.labels.labels for s in sequences):
         print(
             f"warning: {args.path_phone_data} has labels for none of the {len(sequences)} "
             "sequences to capture: everything but phone_align is captured"
@@ -471,6 +472,7 @@ def build_step(args, data, checkpoint=None):
     if source:
         take_weights(criterion, source, args, data)
     if args.compile:
+        print("the first steps wait for the compiler, up to some minutes", flush=True)
         for part in model.modules():
             if isinstance(part, CPCModel):
                 part.gEncoder.compile()

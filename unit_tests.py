@@ -962,6 +962,12 @@ def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(
     names = {path.parts[1] for path in captured(tmp_path / "capture")}
     assert names == {"conv_repr", "ctx_repr", "speaker_align", "pred"}
     assert "labels for none" in capsys.readouterr().out
+    stats = ["--captureSetStats", f"phoneSim:ctx_repr,{tmp_path}"]
+    again = ["--onlyCapture", "--pathCheckpoint", tmp_path / "run", *on(tiny_corpus)[:2]]
+    assert run(*again, *flags, *stats) == 2
+    said = capsys.readouterr()
+    assert "labels for none" in said.err
+    assert "warning" not in said.out
 
 
 def test_a_capture_that_can_not_be_written_costs_no_epoch(tiny_corpus, tmp_path, capsys):
