@@ -131,7 +131,8 @@ def add_checkpoint_flags(group):
     add("--restart", action="store_true", help="begin anew even if there is a checkpoint; the old "
         "ones stay until the first new one is written")
     add("--load", nargs="+", metavar="FILE",
-        help="start from these checkpoints' weights; the features of several are concatenated")
+        help="start from these checkpoints' weights; the features of several are concatenated. A "
+        "directory stands for its newest checkpoint")
     add("--loadCriterion", action="store_true",
         help="take the criterion's weights from the first checkpoint, too (needs --load)")
     add("--gru_level", type=int, default=-1, metavar="N",
@@ -159,10 +160,10 @@ def add_optimisation_flags(group):
         help="epochs in all; a resumed run goes on up to it")
     add("--batchSizeGPU", type=int, default=8, metavar="WINDOWS",
         help="windows in a batch, for each process")
-    add("--learningRate", type=float, default=2e-4, help="Adam's learning rate")
-    add("--beta1", type=float, default=0.9, help="Adam's beta 1")
-    add("--beta2", type=float, default=0.999, help="Adam's beta 2")
-    add("--epsilon", type=float, default=1e-8, help="Adam's epsilon")
+    add("--learningRate", type=float, default=2e-4, metavar="RATE", help="Adam's learning rate")
+    add("--beta1", type=float, default=0.9, metavar="B", help="Adam's beta 1")
+    add("--beta2", type=float, default=0.999, metavar="B", help="Adam's beta 2")
+    add("--epsilon", type=float, default=1e-8, metavar="EPS", help="Adam's epsilon")
     add("--schedulerStep", type=int, default=-1, metavar="EPOCHS",
         help="halve the learning rate every so many epochs (default: never)")
     add("--schedulerRamp", type=int, metavar="EPOCHS",
@@ -254,10 +255,11 @@ def add_probe_flags(group):
     add("--linsep_n_epoch", type=int, default=10, metavar="N", help="epochs of a probe")
     add("--linsepBatchSizeGPU", type=int, default=8, metavar="WINDOWS", help="a probe's batch")
     add("--linsep_net_layers", type=int, default=1, metavar="N", help="layers of a probe")
-    add("--linsep_lr", type=float, default=2e-4, help="learning rate of a probe")
-    add("--linsep_beta1", type=float, default=0.9, help="Adam's beta 1 in a probe")
-    add("--linsep_beta2", type=float, default=0.999, help="Adam's beta 2 in a probe")
-    add("--linsep_epsilon", type=float, default=2e-8, help="Adam's epsilon in a probe")
+    add("--linsep_lr", type=float, default=2e-4, metavar="RATE", help="learning rate of a probe")
+    add("--linsep_beta1", type=float, default=0.9, metavar="B", help="Adam's beta 1 in a probe")
+    add("--linsep_beta2", type=float, default=0.999, metavar="B", help="Adam's beta 2 in a probe")
+    add("--linsep_epsilon", type=float, default=2e-8, metavar="EPS",
+        help="Adam's epsilon in a probe")
     add("--linsep_logs_dir", metavar="DIR", help="where the probes' logs go")
     add("--linsep_checkpoint_dir", metavar="DIR",
         help="where the best classifiers go (default: they aren't kept)")
