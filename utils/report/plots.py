@@ -16,9 +16,9 @@ def save_figure(figure, path, dpi=110):
 def draw_curves(logs, path, step="prediction step", with_accuracy=True):
     """Draw `checkpoint_logs.json` (a dict): losses, accuracies, probes and the learning rate.
 
-    Thin lines are single steps, from the nearest (dark) to the farthest (light); thick ones are
-    their means, full for validation and dashed for training. `step` and `with_accuracy`: the
-    `step_name` of the run, and whether it `has_accuracy` (utils/logs.py).
+    Thin lines are single steps, from the nearest (dark) to the farthest (light), these two with
+    their numbers; thick ones are their means, full for validation and dashed for training. `step`
+    and `with_accuracy`: the `step_name` of the run, and whether it `has_accuracy` (utils/logs.py).
     """
     figure = Figure(figsize=(11, 7.5))
     margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95}
@@ -52,6 +52,10 @@ def _draw_series(axes, epochs, values, **style):
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
 
 
+def _write_beside(axes, point, text):
+    axes.annotate(text, point, (4, 0), textcoords="offset points", va="center", fontsize="small")
+
+
 def _say(axes, text):
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
@@ -64,6 +68,8 @@ def _draw_steps(axes, epochs, logs, key, scale=1):
             shade = str(0.25 + 0.55 * step / max(steps - 1, 1))
             values = [row and row[step] * scale for row in rows]
             axes.plot(epochs[: len(values)], values, color=shade, linewidth=0.8)
+            if step in (0, steps - 1) and steps > 1 and values[-1] is not None:
+                _write_beside(axes, (epochs[len(values) - 1], values[-1]), step + 1)
         means = [row and scale * sum(row) / len(row) for row in rows]
         name = {"train": "training", "val": "validation"}[part]
         _draw_series(axes, epochs, means, color=color, linestyle=dashes, linewidth=2, label=name)
