@@ -5,6 +5,8 @@ from matplotlib.figure import Figure
 
 from utils.files import atomic_path
 
+MOST_MARKERS = 40  # of more epochs, markers would run into each other and hide dashes
+
 
 def save_figure(figure, path, dpi=110):
     """Write a figure as PNG, atomically. Figures made with `Figure()` need no closing."""
@@ -49,7 +51,8 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True):
 def _draw_series(axes, epochs, values, **style):
     points = [(e, v) for e, v in zip(epochs, values, strict=False) if v is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
+        marker = "o" if len(points) <= MOST_MARKERS else None
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, **style)
 
 
 def _write_beside(axes, point, text):
