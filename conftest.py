@@ -17,3 +17,14 @@ def _seeded():
     """Tests don't depend on their order; their tensors are too small for several threads."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_cpu(request):
+    """Only gpu_unit_tests.py sees a GPU: what other tests compare is the same to the last bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "gpu_unit_tests":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
+        yield

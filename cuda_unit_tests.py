@@ -4,6 +4,7 @@ gpu_unit_tests.py tests the same things on a GPU.
 """
 
 import contextlib
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 import trainer
 from dataset import Batch, on_device
-from unit_tests import EXAMPLE, assert_same, trained
+from unit_tests import EXAMPLE, SMALL, assert_same, on, run, trained
 from utils.arguments import build_parser
 from utils.cuda_graph import RecordedPasses
+from utils.misc import command
+from utils.testing import ends_refused
 
 
 class Recording(TorchDispatchMode):
@@ -210,3 +213,28 @@ def test_what_can_be_recorded(words, expected):
         assert trainer.Trainer.can_be_recorded(other) is False
     args.compile = False
     assert trainer.Trainer.can_be_recorded(one) is False
+
+
+def test_a_compiler_without_triton_is_refused(tiny_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", "--compile"]
+    assert run(*words) == 2
+    assert "--compile on a GPU needs Triton" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_without_room_is_told_in_one_line(capsys):
+    told = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
+        "of which 1.05 GiB is free. Including non-PyTorch memory, this process has 78.05 GiB "
+        "memory in use. Of the allocated memory 77.00 GiB is allocated by PyTorch.\nMore lines"
+    )
+
+    @command
+    def program(argv):
+        raise torch.OutOfMemoryError(told)
+
+    with ends_refused(capsys, r"Tried to allocate 2.00 GiB. .* 1.05 GiB is free. Smaller batches"):
+        program()

@@ -9,6 +9,7 @@ from a checkpoint depends on its class; each flag is in exactly one:
 - INHERITED: the command line's where it is given there, else the checkpoint's.
 """
 
+import importlib.util
 import math
 import os
 
@@ -675,6 +676,11 @@ def check_machine(args):
     refuse_if(
         args.precision != "fp32" and not cuda,
         f"--precision {args.precision} needs a CUDA device; use fp32",
+    )
+    refuse_if(
+        args.compile and cuda and importlib.util.find_spec("triton") is None,
+        "--compile on a GPU needs Triton, which isn't installed here; install it, or leave out "
+        "--compile",
     )
     refuse_if(args.nGPU == 0 or args.nGPU < -1, f"--nGPU {args.nGPU}: -1 (all) or a number from 1")
     n_gpus = torch.cuda.device_count() if cuda else args.nGPU

@@ -178,10 +178,19 @@ def discard_output():
         os.close(nowhere)
 
 
+def _in_one_line(error):
+    """What to tell of a UserError, or of a GPU without room, of which PyTorch tells statistics."""
+    if isinstance(error, UserError):
+        return str(error)
+    told = str(error).partition("\n")[0].partition(" Including non-PyTorch memory")[0]
+    return f"{told} Smaller batches need less; other programs on that GPU may be in the way"
+
+
 def command(main):
     """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2.
 
-    One whose output nobody reads any more ends as if by SIGPIPE, without a word.
+    So does a GPU's memory where it doesn't suffice. A program whose output nobody reads any more
+    ends as if by SIGPIPE, without a word.
     """
 
     @functools.wraps(main)
@@ -194,10 +203,10 @@ def command(main):
         except BrokenPipeError:  # whoever read what is printed has gone, as in `| head`
             discard_output()
             sys.exit(UNREAD)
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError) as error:
             with contextlib.suppress(OSError):  # what it says on stderr must be said
                 sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_in_one_line(error)}", file=sys.stderr)
             sys.exit(REFUSED)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
