@@ -5,6 +5,9 @@ gpu_unit_tests.py tests the same things on a GPU.
 
 import contextlib
 import importlib.util
+import os
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 import trainer
 from dataset import Batch, on_device
 from unit_tests import EXAMPLE, SMALL, assert_same, on, run, trained
-from utils.arguments import build_parser
+from utils.arguments import build_parser, check_compilers
 from utils.cuda_graph import RecordedPasses
-from utils.misc import command
+from utils.misc import UserError, command
 from utils.testing import ends_refused
 
 
@@ -223,6 +226,19 @@ def test_a_compiler_without_triton_is_refused(tiny_corpus, tmp_path, monkeypatch
     assert run(*words) == 2
     assert "--compile on a GPU needs Triton" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "variable", "told"), [(False, "CXX", "(g++)"), (True, "CC", "(gcc or clang)")]
+)
+def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, told):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setenv(variable, sys.executable)
+    check_compilers(cuda)
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(UserError, match=re.escape(f"a compiler {told}, which isn't installed")):
+        check_compilers(cuda)
 
 
 def test_a_gpu_without_room_is_told_in_one_line(capsys):

@@ -12,6 +12,7 @@ from a checkpoint depends on its class; each flag is in exactly one:
 import importlib.util
 import math
 import os
+import shutil
 
 import torch
 
@@ -677,17 +678,30 @@ def check_machine(args):
         args.precision != "fp32" and not cuda,
         f"--precision {args.precision} needs a CUDA device; use fp32",
     )
-    refuse_if(
-        args.compile and cuda and importlib.util.find_spec("triton") is None,
-        "--compile on a GPU needs Triton, which isn't installed here; install it, or leave out "
-        "--compile",
-    )
+    if args.compile:
+        check_compilers(cuda)
     refuse_if(args.nGPU == 0 or args.nGPU < -1, f"--nGPU {args.nGPU}: -1 (all) or a number from 1")
     n_gpus = torch.cuda.device_count() if cuda else args.nGPU
     refuse_if(args.nGPU > n_gpus, f"--nGPU {args.nGPU}: PyTorch sees {counted(n_gpus, 'GPU')} here")
     refuse_if(
         args.nGPU > 1 and args.only_classif_metric,
         f"--nGPU {args.nGPU}: probes of a checkpoint are trained in one process; leave it out",
+    )
+
+
+def check_compilers(cuda):
+    """What PyTorch compiles with: Triton and a C compiler for a GPU, a C++ compiler for a CPU."""
+    refuse_if(
+        cuda and importlib.util.find_spec("triton") is None,
+        "--compile on a GPU needs Triton, which isn't installed here; install it, or leave out "
+        "--compile",
+    )
+    variable, usual = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
+    tried = [os.environ[variable]] if variable in os.environ else usual
+    refuse_if(
+        not any(map(shutil.which, tried)),
+        f"--compile needs a compiler ({' or '.join(tried)}), which isn't installed here; install "
+        f"one, name one in the environment variable {variable}, or leave out --compile",
     )
 
 
