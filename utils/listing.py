@@ -134,7 +134,7 @@ def _load(root, extension):
     path = os.path.join(root, LISTING)
     try:
         columns = _kept_columns(path).get(extension)
-        return columns and _checked(columns, extension)
+        return None if columns is None else _checked(columns, extension)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
