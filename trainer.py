@@ -428,7 +428,8 @@ class Trainer:
         check_resumable(checkpoint, self.step.model.state_dict())
         state = checkpoint.state
         self.position = Position(*state["position"])
-        self.logs.update(state["logs"])
+        own = self.logs.keys() - {"epoch"}  # the settings of this call
+        self.logs |= {key: value for key, value in state["logs"].items() if key not in own}
         print(f"going on from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
         self.best = state["best"]

@@ -363,6 +363,14 @@ def test_keep_counts_saved_epochs_and_has_the_best_weights_anyway(
     assert_equal_trees(state["best"], every["gEncoder"], "best")
 
 
+def test_the_logs_say_how_often_this_call_saves_and_logs(tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    words = ["--nEpoch", 2, "--save_step", 3, "--logging_step", 4]
+    assert run("--pathCheckpoint", tmp_path, *words) == 0
+    logs = checkpoint(tmp_path, 1)["logs"]
+    assert (logs["saveStep"], logs["logging_step"], logs["epoch"]) == (3, 4, [0, 1])
+
+
 def test_keep_removes_nothing_before_the_new_checkpoint_is_there(
     tiny_corpus, tmp_path, monkeypatch, accuracies
 ):
