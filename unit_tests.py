@@ -1053,6 +1053,16 @@ def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tm
     assert not (tmp_path / "l" / "1" / "speaker").exists()
 
 
+@pytest.mark.parametrize("words", [["--CTC"], ["--onEncoder", "--nLevelsPhone", "2"]])
+def test_speakers_can_be_probed_in_a_network_trained_on_phones(words, tiny_corpus, tmp_path):
+    phones = ["--path_phone_data", tiny_corpus / "phones.txt"]
+    trained(tiny_corpus, tmp_path / "run", "--supervised", *phones, *words, epochs=1)
+    probe = ["--only_classif_metric", "--speaker_sep", "--linsep_n_epoch", "1"]
+    logs = ["--linsep_logs_dir", tmp_path / "l"]
+    assert run("--pathCheckpoint", tmp_path / "run", *probe, *logs) == 0
+    assert [path.name for path in (tmp_path / "l" / "0").iterdir()] == ["speaker"]
+
+
 @pytest.mark.parametrize(
     "words", [[], ["PHONES"], ["PHONES", "--CTC"], ["PHONES", "--onEncoder", "--nLevelsPhone", "2"]]
 )

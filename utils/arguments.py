@@ -590,8 +590,8 @@ def check_criterion(args, given):
 
 def check_supervised(args, given):
     refuse_without("--supervised", args.supervised, names("CTC nLevelsPhone onEncoder"), given)
-    if not args.supervised:
-        return
+    if not args.supervised or args.onlyCapture or args.only_classif_metric:
+        return  # what a model was trained to name matters only while it is
     refuse_if(args.CTC and not args.path_phone_data, "--CTC needs --path_phone_data FILE")
     refuse_if(
         args.CTC and args.onEncoder,
