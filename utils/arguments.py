@@ -360,8 +360,8 @@ def stored_arguments(stored, source):
 def follow_checkpoint(args, given, kept):
     """Complete `args` by the arguments `kept` in the checkpoint that the run goes on from.
 
-    Changes `args` as the flags' classes say, and returns a line for every flag given on the
-    command line whose value isn't used.
+    Changes `args` as the flags' classes say, and returns a line for every flag whose value, on the
+    command line or in the checkpoint, isn't used although it might be expected.
     """
     follows = INHERITED - given
     if args.onlyCapture or args.only_classif_metric:
@@ -375,13 +375,16 @@ def follow_checkpoint(args, given, kept):
     for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
         if chosen in given:
             follows -= {other}
-    overruled = []
+    unused = []
     for name in sorted(ARCHITECTURE | follows):
         value = getattr(kept, name)
         if name in given and getattr(args, name) != value:
-            overruled.append(f"--{name}: using the checkpoint's value, {value}")
+            unused.append(f"--{name}: using the checkpoint's value, {value}")
         setattr(args, name, value)
-    return overruled
+    if args.onlyCapture and "path_phone_data" not in given and gone("path_phone_data", kept):
+        unused.append(f"--path_phone_data: {args.path_phone_data} is gone: no phones are captured")
+        args.path_phone_data = None
+    return unused
 
 
 def gone(name, kept):

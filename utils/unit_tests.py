@@ -249,6 +249,18 @@ def test_capture_on_a_checkpoint_takes_what_to_capture_from_the_command_line(tmp
     assert (args.rnnMode, args.pathDB, args.batchSizeGPU) == ("linear", "db", 4)
 
 
+def test_a_capture_does_without_the_labels_of_the_run_where_they_are_gone(tmp_path):
+    labels = tmp_path / "labels.txt"
+    stored = {"path_phone_data": str(labels), "pathDB": str(tmp_path)}
+    args, said = resumed(["--onlyCapture"], stored, tmp_path)
+    assert args.path_phone_data is None
+    assert "labels.txt is gone" in said[0]
+    assert resumed([], stored, tmp_path)[0].path_phone_data == str(labels)  # probes need them
+    labels.touch()
+    args, said = resumed(["--onlyCapture"], stored, tmp_path)
+    assert (args.path_phone_data, said) == (str(labels), [])
+
+
 def test_of_two_exclusive_flags_the_one_given_replaces_the_stored_one(tmp_path):
     args, _ = resumed(["--captureDStotNr", "3"], {"captureDSfreq": 10}, tmp_path)
     assert (args.captureDSfreq, args.captureDStotNr) == (None, 3)
