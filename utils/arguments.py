@@ -16,7 +16,7 @@ import os
 import torch
 
 from utils.files import check_writable
-from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError, counted
+from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError, counted, device_from
 
 
 def names(text):
@@ -330,11 +330,17 @@ def parse_arguments(argv):
     given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not unset}
     for name in PATHS:
         if getattr(args, name) is not None:
-            setattr(args, name, os.path.abspath(getattr(args, name)))
-    args.load = [os.path.abspath(path) for path in args.load] if args.load else None
+            setattr(args, name, absolute(getattr(args, name), f"--{name}"))
+    args.load = [absolute(path, "--load") for path in args.load] if args.load else None
     check_mode(args, given)
     check_machine(args)
     return args, given
+
+
+def absolute(path, flag):
+    """The absolute path. Raises UserError where it is empty, as from a variable that isn't set."""
+    refuse_if(not path, f"{flag}: an empty path; is a variable of the shell not set?")
+    return os.path.abspath(path)
 
 
 def stored_arguments(stored, source):
@@ -430,6 +436,7 @@ AT_LEAST = {
     ),
     2: names("hiddenEncoder"),  # a norm over a single channel would be zero everywhere
 }
+MOST_THREADS = 1024  # far more end the process in the C library, without a word
 BETAS = ("beta1", "beta2", "linsep_beta1", "linsep_beta2")
 
 
@@ -671,11 +678,8 @@ def check_capture(args, given):
 
 
 def check_machine(args):
-    refuse_if(
-        args.device == "cuda" and not torch.cuda.is_available(),
-        "--device cuda: PyTorch sees no CUDA device here; use --device cpu",
-    )
-    cuda = args.device != "cpu" and torch.cuda.is_available()
+    refuse_if(args.threads > MOST_THREADS, f"--threads {args.threads}: at most {MOST_THREADS}")
+    cuda = device_from(args.device).type == "cuda"
     refuse_if(
         args.precision != "fp32" and not cuda,
         f"--precision {args.precision} needs a CUDA device; use fp32",

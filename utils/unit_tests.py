@@ -171,6 +171,7 @@ def paths(tmp_path):
         ("--load /no/such.pt", "--load /no/such.pt: no such file or directory"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
         ("--nGPU 0", "--nGPU 0"),
+        ("--threads 99999999999", "--threads 99999999999: at most 1024"),
         ("--only_classif_metric --speaker_sep --linsep_logs_dir d --nGPU 2", "one process"),
         ("--arMode lstm", "invalid choice"),
         ("--random_seed -1", "--random_seed"),
@@ -198,6 +199,12 @@ def test_a_run_needs_a_place_and_audio(tmp_path):
         checked("--pathCheckpoint", str(tmp_path))
     with pytest.raises(UserError, match="--pathDB .*: no such directory"):
         checked("--pathDB", str(tmp_path / "none"), "--pathCheckpoint", str(tmp_path))
+
+
+def test_an_empty_path_is_no_name_of_the_present_folder(paths, tmp_path):
+    for words in (["--pathCheckpoint", ""], ["--pathDB", ""], ["--load", str(tmp_path), ""]):
+        with pytest.raises(UserError, match=f"{words[0]}: an empty path"):
+            parse_arguments([*paths, *words])
 
 
 def test_contexts_have_the_encoders_channels_where_no_recurrent_network_makes_them(paths):
