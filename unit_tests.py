@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import trainer
 from criterion import build_criterion
 from dataset import Batch
 from eval import linear_separability
-from model import CPCAR, build_model
+from model import CPCAR, CPCModelNullspace, build_model
 from stats.stats_utils import STATS, usage
 from utils.arguments import build_parser
 from utils.hooks import CaptureHook
@@ -803,6 +804,49 @@ def test_weights_are_loaded_with_the_architecture_they_had(tiny_corpus, tmp_path
     keys = checkpoint(tmp_path / "c", 0)["gEncoder"].keys()
     assert "gAR.baseNet.weight_ih_l0" in keys
     assert "gAR.baseNet.weight_ih_l1" not in keys
+
+
+def test_what_is_to_be_loaded_must_be_there(tiny_corpus, tmp_path, capsys):
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run"]
+    assert run(*flags, "--load", tmp_path / "none.pt") == 2
+    assert f"{tmp_path}/none.pt: no such directory or file" in capsys.readouterr().err
+
+
+def test_a_run_begun_with_a_model_keeps_hidden_states_if_its_own_sampling_says_so(
+    tiny_corpus, tmp_path
+):
+    assert trained(tiny_corpus, tmp_path / "a", epochs=1)["hidden"] is None
+    flags = [*on(tiny_corpus), *SMALL, "--samplingType", "sequential", "--load", tmp_path / "a"]
+    assert run(*flags, "--nEpoch", 1, "--pathCheckpoint", tmp_path / "b") == 0
+    assert checkpoint(tmp_path / "b", 0)["hidden"] is not None
+    assert run(*flags, "--nEpoch", 2, "--pathCheckpoint", tmp_path / "c") == 0
+    assert run("--nEpoch", 2, "--pathCheckpoint", tmp_path / "b") == 0
+    assert_same(*(checkpoint(tmp_path / name, 1) for name in "bc"), without=("args", "machine"))
+    assert trained(tiny_corpus, tmp_path / "d", "--load", tmp_path / "b")["hidden"] is None
+
+
+def test_flags_are_judged_by_the_criterion_that_is_loaded(tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path / "plain", epochs=1)
+    trained(tiny_corpus, tmp_path / "aligned", *EXAMPLE, epochs=1)
+    flags = [*on(tiny_corpus), *SMALL, "--nEpoch", 1, "--pathCheckpoint", tmp_path / "run"]
+    flags += ["--pathCaptureDS", f"{tiny_corpus}/test.txt", "--pathCaptureSave", tmp_path / "c"]
+    flags += ["--captureCPCCTCalign", "--loadCriterion", "--load"]
+    assert run(*flags, tmp_path / "plain", *EXAMPLE) == 2
+    assert "--captureCPCCTCalign needs --CPCCTC" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run(*flags, tmp_path / "aligned") == 0
+    assert (tmp_path / "c" / "0" / "cpcctc_align").is_dir()
+
+
+def test_a_run_begun_with_a_projected_model_goes_on_whatever_its_width(tiny_corpus, tmp_path):
+    """Its features have a width that the transformer under the projection couldn't have."""
+    trained(tiny_corpus, tmp_path / "a", "--arMode", "transformer", epochs=1)
+    state = checkpoint(tmp_path / "a", 0)
+    model = CPCModelNullspace(build_model(Namespace(**state["args"])), torch.eye(8)[:, :5])
+    torch.save({**state, "gEncoder": model.state_dict()}, tmp_path / "projected.pt")
+    words = ["--load", tmp_path / "projected.pt", "--nullspace"]
+    assert trained(tiny_corpus, tmp_path / "b", *words, epochs=1)["args"]["hiddenGar"] == 5
+    assert run("--pathCheckpoint", tmp_path / "b", "--nEpoch", 2) == 0
 
 
 def test_several_loaded_models_are_trained_side_by_side(tiny_corpus, tmp_path):

@@ -440,15 +440,18 @@ MOST_THREADS = 1024  # far more end the process in the C library, without a word
 BETAS = ("beta1", "beta2", "linsep_beta1", "linsep_beta2")
 
 
-def check_arguments(args, given, resumed=False):
+def check_arguments(args, given, resumed=False, began_with_load=False):
     """Refuse what can't work, before anything is loaded. Completes what follows from other flags.
 
     `given` holds the flags that the user has a say in: contradictions are judged between these.
-    `resumed`: the run goes on from a checkpoint, so that files to start from aren't needed.
-    Raises UserError with the flag and the cure.
+    `resumed`: the run goes on from a checkpoint. `began_with_load`: its model wasn't built from
+    these flags, which tell only the widths of its features. Raises UserError with the flag and the
+    cure.
     """
     check_numbers(args)
-    check_model(args, given)
+    check_window(args)
+    if not began_with_load:
+        check_model(args, given)
     check_criterion(args, given)
     check_supervised(args, given)
     check_probes(args, given)
@@ -525,13 +528,16 @@ def check_mode(args, given):
         refuse_if(args.gru_level > 0, "--gru_level needs --load")
 
 
-def check_model(args, given):
+def check_window(args):
     frames, rest = divmod(args.sizeWindow, SAMPLES_PER_FRAME)
     refuse_if(
         rest,
         f"--sizeWindow {args.sizeWindow}: must be a multiple of {SAMPLES_PER_FRAME} samples, "
         f"such as {max(frames, 1) * SAMPLES_PER_FRAME}",
     )
+
+
+def check_model(args, given):
     refuse_if(args.abspos and args.arMode != "transformer", "--abspos needs --arMode transformer")
     recurrent = args.arMode in ("LSTM", "GRU", "RNN")
     refuse_if(
@@ -545,14 +551,18 @@ def check_model(args, given):
             f"encoder's {args.hiddenEncoder} channels; leave it out",
         )
         args.hiddenGar = args.hiddenEncoder
-    refuse_if(
-        "transformer" in (args.arMode, args.rnnMode) and args.hiddenEncoder % 8,
-        f"--hiddenEncoder {args.hiddenEncoder}: a transformer has 8 attention heads, so it must "
-        "be a multiple of 8",
-    )
+    check_heads("arMode", args)
     refuse_if(
         "normMode" in given and args.encoder_type != "cpc" and args.normMode != "layerNorm",
         f"--normMode {args.normMode} needs --encoder_type cpc",
+    )
+
+
+def check_heads(flag, args):
+    refuse_if(
+        getattr(args, flag) == "transformer" and args.hiddenEncoder % 8,
+        f"--hiddenEncoder {args.hiddenEncoder}: --{flag} transformer has 8 attention heads, so it "
+        "must be a multiple of 8",
     )
 
 
@@ -567,6 +577,7 @@ def check_criterion(args, given):
         )
         return
     refuse_without("--CPCCTC", args.CPCCTC, CPCCTC_ONLY, given)
+    check_heads("rnnMode", args)
     if args.rnnMode == "transformer":
         refuse_if(
             args.hiddenGar != args.hiddenEncoder,
@@ -731,8 +742,6 @@ def check_paths(args, resumed):
         path = getattr(args, name)
         if path:
             check_writable(path, f"--{name} {path}: results")
-    for path in [] if resumed else args.load or []:
-        refuse_if(not os.path.exists(path), f"--load {path}: no such file or directory")
 
 
 def labels_in(folder):

@@ -168,10 +168,10 @@ def paths(tmp_path):
         ("--onlyCapture --restart", "leave out --restart"),
         ("--onlyCapture", "--onlyCapture needs --pathCaptureDS"),
         ("--pathTrain /no/such/list", "--pathTrain /no/such/list: no such file"),
-        ("--load /no/such.pt", "--load /no/such.pt: no such file or directory"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
         ("--nGPU 0", "--nGPU 0"),
         ("--threads 99999999999", "--threads 99999999999: at most 1024"),
+        ("--hiddenEncoder 100 --arMode transformer --rnnMode linear", "8 attention heads"),
         ("--only_classif_metric --speaker_sep --linsep_logs_dir d --nGPU 2", "one process"),
         ("--arMode lstm", "invalid choice"),
         ("--random_seed -1", "--random_seed"),
@@ -205,6 +205,11 @@ def test_an_empty_path_is_no_name_of_the_present_folder(paths, tmp_path):
     for words in (["--pathCheckpoint", ""], ["--pathDB", ""], ["--load", str(tmp_path), ""]):
         with pytest.raises(UserError, match=f"{words[0]}: an empty path"):
             parse_arguments([*paths, *words])
+
+
+def test_without_heads_the_width_is_free(paths):
+    for words in ("--supervised", "--cpc_mode none", "--rnnMode linear"):
+        checked(*paths, "--hiddenEncoder", "13", "--hiddenGar", "13", *words.split())
 
 
 def test_contexts_have_the_encoders_channels_where_no_recurrent_network_makes_them(paths):
