@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from criterion import NoneCriterion, build_criterion, parse_mask_rules
+from criterion import NoneCriterion, build_criterion, mask_rules
 from dataset import (
     AudioDataset,
     BatchLoader,
@@ -253,10 +253,7 @@ def parse_specs(args):
 
     Returns a StatsCollector of `--captureSetStats`.
     """
-    try:
-        parse_mask_rules(args.CPCCTCMasq)
-    except ValueError as error:
-        raise UserError(f"--CPCCTCMasq: {error}") from error
+    mask_rules(args.CPCCTCMasq)
     stats = parse_stats(args.captureSetStats) if args.captureSetStats else []
     check_needs(stats, capturable_names(args))
     return StatsCollector(stats, vars(args))
