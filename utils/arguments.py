@@ -12,6 +12,8 @@ from a checkpoint depends on its class; each flag is in exactly one:
 import importlib.util
 import math
 import os
+import shutil
+import sys
 
 import torch
 
@@ -699,6 +701,12 @@ def check_machine(args):
         args.compile and cuda and importlib.util.find_spec("triton") is None,
         "--compile on a GPU needs Triton, which isn't installed here; install it, or leave out "
         "--compile",
+    )
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    refuse_if(
+        args.compile and not cuda and shutil.which(compiler) is None,
+        f"--compile on a CPU needs a C++ compiler, and there is no {compiler} here; install one, "
+        "name it in the environment variable CXX, or leave out --compile",
     )
     refuse_if(args.nGPU == 0 or args.nGPU < -1, f"--nGPU {args.nGPU}: -1 (all) or a number from 1")
     n_gpus = torch.cuda.device_count() if cuda else args.nGPU

@@ -207,6 +207,13 @@ def test_an_empty_path_is_no_name_of_the_present_folder(paths, tmp_path):
             parse_arguments([*paths, *words])
 
 
+def test_a_compiler_that_is_not_there_is_refused(paths, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    parse_arguments(paths)
+    with pytest.raises(UserError, match="--compile on a CPU .*there is no /no/such/compiler here"):
+        parse_arguments([*paths, "--compile"])
+
+
 def test_without_heads_the_width_is_free(paths):
     for words in ("--supervised", "--cpc_mode none", "--rnnMode linear"):
         checked(*paths, "--hiddenEncoder", "13", "--hiddenGar", "13", *words.split())
