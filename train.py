@@ -60,6 +60,7 @@ from utils.arguments import (
 )
 from utils.checkpoint import (
     Checkpoint,
+    check_speakers,
     follow_speaker_order,
     load_weights,
     newest_checkpoint,
@@ -187,6 +188,7 @@ def prepare_training(job, words):
         world=job.world,
         report=report,
         models=models,
+        speakers=list(data.corpus.speakers) if tells_speakers_apart(args) else None,
     )
     if job.checkpoint:
         trainer.restore(job.checkpoint)
@@ -403,6 +405,11 @@ def trains_on_phones(args):
     return args.supervised and args.path_phone_data is not None
 
 
+def tells_speakers_apart(args):
+    """Whether the criterion has weights for each speaker."""
+    return args.speakerEmbedding > 0 or (args.supervised and not trains_on_phones(args))
+
+
 # ------------------------------------------------------------------------------------------ hooks
 
 
@@ -525,6 +532,7 @@ def take_weights(criterion, source, args, data):
     """Load the criterion's weights from a checkpoint."""
     listing = Path(args.pathDB, "_seqs_cache.txt")
     follow_speaker_order(source, criterion, data.corpus.speakers, listing)
+    check_speakers(source, data.corpus.speakers)
     load_weights(criterion, source.state["cpcCriterion"], source.path)
 
 

@@ -806,6 +806,20 @@ def test_weights_are_loaded_with_the_architecture_they_had(tiny_corpus, tmp_path
     assert "gAR.baseNet.weight_ih_l1" not in keys
 
 
+@pytest.mark.parametrize("words", [["--speakerEmbedding", 3], ["--supervised"]])
+def test_weights_for_speakers_are_never_given_to_others(words, tmp_path, capsys):
+    """With one speaker renamed there are as many as before, but with other numbers."""
+    corpus = write_tiny_corpus(tmp_path / "corpus")
+    state = trained(corpus, tmp_path / "run", *words, epochs=1)
+    names = sorted(path.name for path in (corpus / "audio").iterdir() if path.is_dir())
+    assert state["speakers"] == names
+    (corpus / "audio" / names[0]).rename(corpus / "audio" / f"{names[-1]}x")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2, "--ignore_cache") == 2
+    told = capsys.readouterr().err
+    assert f"other speakers: {names[0]}, {names[-1]}x are in one" in told
+    assert "speakers" not in trained(corpus, tmp_path / "plain", epochs=1)
+
+
 def test_what_is_to_be_loaded_must_be_there(tiny_corpus, tmp_path, capsys):
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run"]
     assert run(*flags, "--load", tmp_path / "none.pt") == 2
