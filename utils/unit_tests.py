@@ -48,11 +48,11 @@ from utils.files import (
 )
 from utils.lock import LOCK_NAME, locked
 from utils.logs import Clock, RunningMeans, append_epoch
-from utils.misc import UserError, seed_from
+from utils.misc import UserError, command, seed_from
 from utils.report.plots import draw_curves
 from utils.schedule import learning_rate
 from utils.stopping import Stopped, StopSignals
-from utils.testing import GOLDEN, assert_close, golden_cases
+from utils.testing import GOLDEN, assert_close, ends_refused, golden_cases
 
 # ------------------------------------------------------------------------------------- arguments
 
@@ -1092,3 +1092,10 @@ def test_what_there_is_instead(tmp_path):
 )
 def test_names_of_predictions_are_in_the_order_of_the_criterion(flags, names):
     assert prediction_names(3, flags) == names
+
+
+def test_memory_without_room_is_told_in_one_line(capsys):
+    with ends_refused(capsys, rf"tried to allocate {2**60} bytes. .* Smaller batches"):
+        command(lambda argv: torch.empty(2**58))()
+    with pytest.raises(RuntimeError, match="[Ss]hape"):  # another error is as it was
+        command(lambda argv: torch.empty(2).view(3))()
