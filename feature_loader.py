@@ -38,13 +38,7 @@ PART = re.compile(r"((?:models\.\d+\.)+)(.*)")  # a key of one of several concat
 
 
 def load_model(
-    checkpoints,
-    *,
-    load_best=False,
-    gru_level=-1,
-    nullspace=False,
-    sampling=None,
-    load_weights=True,
+    checkpoints, *, load_best=False, gru_level=-1, nullspace=False, sampling=None, load_weights=True
 ):
     """The model of a checkpoint, or those of several, their features side by side.
 

@@ -269,12 +269,8 @@ def find_checkpoint(args):
 
 def load_start(args):
     """What `--load` and the flags about it name."""
-    model = load_model(
-        args.load,
-        gru_level=args.gru_level,
-        nullspace=args.nullspace,
-        sampling=args.samplingType,
-    )[0]
+    options = {"gru_level": args.gru_level, "nullspace": args.nullspace}
+    model = load_model(args.load, sampling=args.samplingType, **options)[0]
     return Loaded(model, open_checkpoint(args.load[0]) if args.loadCriterion else None)
 
 

@@ -591,6 +591,11 @@ def check_criterion(args, given):
             "--speakerEmbedding can't be used with --rnnMode transformer; choose another "
             "--rnnMode, such as linear",
         )
+    check_reach(args)
+
+
+def check_reach(args):
+    """The predictions must fit in the matched frames, and what is predicted in the window."""
     frames = args.sizeWindow // SAMPLES_PER_FRAME
     extra = args.CPCCTCSelfLoop + args.CPCCTCLearnBlank
     reach, name = (
