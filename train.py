@@ -251,7 +251,7 @@ def settle_arguments(args, given):
 
 
 def parse_specs(args):
-    """Look into the flags that are small languages, before anything is loaded.
+    """Look into the flags that are small languages, before audio is looked for.
 
     Returns a StatsCollector of `--captureSetStats`.
     """

@@ -443,7 +443,7 @@ BETAS = ("beta1", "beta2", "linsep_beta1", "linsep_beta2")
 
 
 def check_arguments(args, given, resumed=False, began_with_load=False):
-    """Refuse what can't work, before anything is loaded. Completes what follows from other flags.
+    """Refuse what can't work, before audio is looked for. Completes what follows from other flags.
 
     `given` holds the flags that the user has a say in: contradictions are judged between these.
     `resumed`: the run goes on from a checkpoint. `began_with_load`: its model wasn't built from
