@@ -229,7 +229,11 @@ def test_a_compiler_without_triton_is_refused(tiny_corpus, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("cuda", "variable", "told"), [(False, "CXX", "(g++)"), (True, "CC", "(gcc or clang)")]
+    ("cuda", "variable", "told"),
+    [
+        (False, "CXX", "a C++ compiler, and there is no g++ here"),
+        (True, "CC", "no gcc or clang here"),
+    ],
 )
 def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, told):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
@@ -237,7 +241,7 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, to
     check_compilers(cuda)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", os.devnull)
-    with pytest.raises(UserError, match=re.escape(f"a compiler {told}, which isn't installed")):
+    with pytest.raises(UserError, match=re.escape(told)):
         check_compilers(cuda)
 
 

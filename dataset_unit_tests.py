@@ -378,6 +378,8 @@ def change(**columns):
         lambda content: b"\x80\x04\x95\xff",
         lambda content: json.dumps({**content, "format": 99}),
         lambda content: json.dumps({**content, "extensions": [1]}),
+        lambda content: json.dumps({**content, "extensions": {".flac": {}}}),
+        lambda content: json.dumps({**content, "extensions": {".flac": ""}}),
         lambda content: json.dumps({**content, "extensions": {".flac": {"path": ["a.flac"]}}}),
         change(path="/etc/passwd.flac"),
         change(path="../a.flac"),

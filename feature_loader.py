@@ -37,13 +37,16 @@ PHONE_WEIGHT = re.compile(r"PhoneCriterionClassifier\.(\d+\.)?weight")
 PART = re.compile(r"((?:models\.\d+\.)+)(.*)")  # a key of one of several concatenated models
 
 
-def load_model(checkpoints, *, load_best=False, gru_level=-1, nullspace=False, load_weights=True):
+def load_model(
+    checkpoints, *, load_best=False, gru_level=-1, nullspace=False, sampling=None, load_weights=True
+):
     """The model of a checkpoint, or those of several, their features side by side.
 
     checkpoints: paths of files, or of a run's directory for the newest in it; or `Checkpoint`s
     load_best: the weights of the run's best epoch instead of its last
     gru_level: if above 0, keep only that many layers of the recurrent context network
     nullspace: insist on a null-space model, one whose features are projected
+    sampling: a `--samplingType` instead of that of the run: `sequential` keeps hidden states
     load_weights: False: the same architecture with fresh weights
 
     Returns the model, on the CPU, and the widths of its contexts and of its encoded frames. The
@@ -59,6 +62,8 @@ def load_model(checkpoints, *, load_best=False, gru_level=-1, nullspace=False, l
             if nullspace and NULLSPACE not in part.state:
                 raise UserError(f"{part.source}: isn't a checkpoint of a null-space model")
             part = _keep_layers(part, gru_level)
+            for flags in part.arguments if sampling else ():
+                flags.samplingType = sampling
             parts.append(_build(part, load_weights))
             arguments += part.arguments
     model = parts[0] if len(parts) == 1 else ConcatenatedModel(parts)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from criterion import NoneCriterion, build_criterion, parse_mask_rules
+from criterion import NoneCriterion, build_criterion, mask_rules
 from dataset import (
     AudioDataset,
     BatchLoader,
@@ -60,6 +60,7 @@ from utils.arguments import (
 )
 from utils.checkpoint import (
     Checkpoint,
+    check_speakers,
     follow_speaker_order,
     load_weights,
     newest_checkpoint,
@@ -107,10 +108,18 @@ class Job(NamedTuple):
 
     args: argparse.Namespace
     checkpoint: Checkpoint | None  # that this call of the program goes on from, or works on
+    loaded: "Loaded | None"  # what a new run begins with
     stats: StatsCollector
     data: "Data"
     device: torch.device
     world: World
+
+
+class Loaded(NamedTuple):
+    """What a run begins with (`--load`)."""
+
+    model: torch.nn.Module  # with the flags of each of its parts (feature_loader.load_model)
+    source: Checkpoint | None  # of the criterion's weights (`--loadCriterion`)
 
 
 def run(args, given, words, world):
@@ -118,7 +127,7 @@ def run(args, given, words, world):
 
     args, given: what it says, and the names of the flags on it; words: itself.
     """
-    args, checkpoint, stats = world.together(lambda: settle_arguments(args, given))
+    args, checkpoint, loaded, stats = world.together(lambda: settle_arguments(args, given))
     world.agree_on(
         checkpoint and checkpoint.state["position"],
         f"--pathCheckpoint {args.pathCheckpoint}: not all processes find the same checkpoint; "
@@ -134,7 +143,7 @@ def run(args, given, words, world):
     device = prepare_machine(args, world)
     corpus = world.from_first(lambda: find_audio(args))
     data = world.together(lambda: Data(args, corpus))
-    job = Job(args, checkpoint, stats, data, device, world)
+    job = Job(args, checkpoint, loaded, stats, data, device, world)
     if once:
         model, criterion, hooks = world.together(lambda: prepare_hooks(job))
         for hook in hooks:
@@ -160,7 +169,7 @@ def prepare_training(job, words):
     args, data, stats = job.args, job.data, job.stats
     if args.supervised and not args.path_phone_data:
         print("note: --supervised without --path_phone_data trains the network to name speakers")
-    step, models = build_step(args, data, job.checkpoint)
+    step, models = build_step(args, data, job.checkpoint, job.loaded)
     report = RunReport(
         args,
         build_parser().parse_args([]),
@@ -179,6 +188,7 @@ def prepare_training(job, words):
         world=job.world,
         report=report,
         models=models,
+        speakers=list(data.corpus.speakers) if tells_speakers_apart(args) else None,
     )
     if job.checkpoint:
         trainer.restore(job.checkpoint)
@@ -219,31 +229,33 @@ def lock_directory(path):
 def settle_arguments(args, given):
     """The arguments, completed by those of the checkpoint that is gone on from or worked on.
 
-    Returns them, the Checkpoint (None at the beginning of a run), and the StatsCollector.
+    Returns them, the Checkpoint (None at the beginning of a run), what the run begins with (a
+    Loaded, or None), and the StatsCollector.
     """
     if args.captureSetStats:
         args.captureSetStats = with_absolute_directories(args.captureSetStats)
-    checkpoint = find_checkpoint(args)
+    checkpoint, loaded = find_checkpoint(args), None
     if checkpoint:
         kept = stored_arguments(checkpoint.state["args"], checkpoint.path)
-        for overruled in follow_checkpoint(args, given, kept):
-            print(overruled)
-        given -= ARCHITECTURE | ORDER  # the checkpoint's values count: nothing to contradict
-    check_arguments(args, given, resumed=checkpoint is not None)
+        for unused in follow_checkpoint(args, given, kept):
+            print(unused)
+        given = given - ARCHITECTURE - ORDER  # the checkpoint's values count: no contradictions
+    elif args.load:
+        loaded = load_start(args)
+        given = given - follow_loaded(args, loaded)
+    began_with_load = loaded is not None or (checkpoint and "models" in checkpoint.state)
+    check_arguments(args, given, resumed=checkpoint is not None, began_with_load=began_with_load)
     if args.random_seed is None:
         args.random_seed = random.SystemRandom().randrange(2**31)
-    return args, checkpoint, parse_specs(args)
+    return args, checkpoint, loaded, parse_specs(args)
 
 
 def parse_specs(args):
-    """Look into the flags that are small languages, before anything is loaded.
+    """Look into the flags that are small languages, before audio is looked for.
 
     Returns a StatsCollector of `--captureSetStats`.
     """
-    try:
-        parse_mask_rules(args.CPCCTCMasq)
-    except ValueError as error:
-        raise UserError(f"--CPCCTCMasq: {error}") from error
+    mask_rules(args.CPCCTCMasq)
     stats = parse_stats(args.captureSetStats) if args.captureSetStats else []
     check_needs(stats, capturable_names(args))
     return StatsCollector(stats, vars(args))
@@ -253,6 +265,32 @@ def find_checkpoint(args):
     if args.onlyCapture or args.only_classif_metric:
         return open_checkpoint(args.pathCheckpoint)
     return None if args.restart else newest_checkpoint(args.pathCheckpoint)
+
+
+def load_start(args):
+    """What `--load` and the flags about it name."""
+    options = {"gru_level": args.gru_level, "nullspace": args.nullspace}
+    model = load_model(args.load, sampling=args.samplingType, **options)[0]
+    return Loaded(model, open_checkpoint(args.load[0]) if args.loadCriterion else None)
+
+
+def follow_loaded(args, loaded):
+    """Change the flags that describe what is loaded to what it is; returns the names of these."""
+    followed = {}
+    if loaded.source:
+        kept = stored_arguments(loaded.source.state["args"], loaded.source.path)
+        followed = {name: getattr(kept, name) for name in ARCHITECTURE - MODEL}
+    parts = loaded.model.arguments
+    for name in MODEL:
+        values = [getattr(flags, name) for flags in parts]
+        if all(value == values[0] for value in values):
+            followed[name] = values[0]
+    widths = {"hiddenEncoder": loaded.model.dim_encoded, "hiddenGar": loaded.model.dim_context}
+    for name, value in sorted((followed | widths).items()):
+        if getattr(args, name) != value:
+            print(f"--{name}: {value}, as in what is loaded (instead of {getattr(args, name)})")
+            setattr(args, name, value)
+    return followed.keys() | MODEL
 
 
 def prepare_machine(args, world):
@@ -363,6 +401,11 @@ def trains_on_phones(args):
     return args.supervised and args.path_phone_data is not None
 
 
+def tells_speakers_apart(args):
+    """Whether the criterion has weights for each speaker."""
+    return args.speakerEmbedding > 0 or (args.supervised and not trains_on_phones(args))
+
+
 # ------------------------------------------------------------------------------------------ hooks
 
 
@@ -452,7 +495,7 @@ def probe_hook(job, task, sets, n_classes):
 # --------------------------------------------------------------------------------------- networks
 
 
-def build_step(args, data, checkpoint=None):
+def build_step(args, data, checkpoint=None, loaded=None):
     """The networks: new, loaded (`--load`), or those of the checkpoint.
 
     Returns a TrainStep and, where the model began with `--load`, the flags of each of its parts.
@@ -462,9 +505,9 @@ def build_step(args, data, checkpoint=None):
     if checkpoint:
         model = load_model(checkpoint)[0]
         models = checkpoint.state.get("models")
-    elif args.load:
-        source = open_checkpoint(args.load[0]) if args.loadCriterion else None
-        model, models = loaded_model(args, source)
+    elif loaded:
+        model, source = loaded
+        models = [vars(flags) for flags in model.arguments]
     else:
         model = build_model(args)
     n_phones = data.labels.n_phones if trains_on_phones(args) else 0
@@ -481,32 +524,11 @@ def build_step(args, data, checkpoint=None):
     return TrainStep(criterion, model), models
 
 
-def loaded_model(args, source):
-    """The model of `--load`, and the flags of each of its parts.
-
-    `args` follow the model and, with `--loadCriterion`, the criterion of the checkpoint `source`.
-    """
-    model = load_model(args.load, gru_level=args.gru_level, nullspace=args.nullspace)[0]
-    followed = {}
-    if source:
-        kept = stored_arguments(source.state["args"], source.path)
-        followed = {name: getattr(kept, name) for name in ARCHITECTURE - MODEL}
-    for name in MODEL:
-        values = [getattr(flags, name) for flags in model.arguments]
-        if all(value == values[0] for value in values):
-            followed[name] = values[0]
-    followed |= {"hiddenEncoder": model.dim_encoded, "hiddenGar": model.dim_context}
-    for name, value in sorted(followed.items()):
-        if getattr(args, name) != value:
-            print(f"--{name}: {value}, as in what is loaded (instead of {getattr(args, name)})")
-            setattr(args, name, value)
-    return model, [vars(flags) for flags in model.arguments]
-
-
 def take_weights(criterion, source, args, data):
     """Load the criterion's weights from a checkpoint."""
     listing = Path(args.pathDB, "_seqs_cache.txt")
     follow_speaker_order(source, criterion, data.corpus.speakers, listing)
+    check_speakers(source, data.corpus.speakers)
     load_weights(criterion, source.state["cpcCriterion"], source.path)
 
 

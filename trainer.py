@@ -68,9 +68,9 @@ class Trainer:
 
     args: the flags; step: a TrainStep on `device`; train_set, val_set: AudioDatasets;
     hooks: see utils/hooks.py; report: a RunReport (utils/report/page.py), or None; models: flags of
-    each part of a model that began with `--load`, or None; world: the processes that train
-    together, all with the same weights and the same position, each on batches of its own. The first
-    one prints and writes.
+    each part of a model that began with `--load`, or None; speakers: the names of all, by number,
+    if the criterion has weights for each; world: the processes that train together, all with the
+    same weights and the same position, each on batches of its own. The first one prints and writes.
     """
 
     def __init__(
@@ -84,11 +84,13 @@ class Trainer:
         device,
         report=None,
         models=None,
+        speakers=None,
         world,
     ):
         self.args, self.step, self.hooks, self.device = args, step, hooks, device
         self.report, self.world, self.stop = report, world, world.stop
-        self.directory, self.models = Path(args.pathCheckpoint), models
+        self.directory = Path(args.pathCheckpoint)
+        self.models, self.speakers = models, speakers
         self.fingerprint = f"{train_set.fingerprint()}-{val_set.fingerprint()}"
         loader = {"batch_size": args.batchSizeGPU, "seed": args.random_seed, "world": world}
         self.train_loader = BatchLoader(
@@ -421,14 +423,16 @@ class Trainer:
         }
         if self.running.batches:  # between epochs a checkpoint holds nothing but what was computed
             state["clock"] = self.clock.state()
-        return state | ({"models": self.models} if self.models else {})
+        rest = {"models": self.models, "speakers": self.speakers}
+        return state | {key: value for key, value in rest.items() if value}
 
     def restore(self, checkpoint):
         """Go on from a checkpoint, of this program or of the original."""
         check_resumable(checkpoint, self.step.model.state_dict())
         state = checkpoint.state
         self.position = Position(*state["position"])
-        self.logs.update(state["logs"])
+        own = self.logs.keys() - {"epoch"}  # the settings of this call
+        self.logs |= {key: value for key, value in state["logs"].items() if key not in own}
         print(f"going on from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
         self.best = state["best"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import trainer
 from criterion import build_criterion
 from dataset import Batch
 from eval import linear_separability
-from model import CPCAR, build_model
+from model import CPCAR, CPCModelNullspace, build_model
 from stats.stats_utils import STATS, usage
 from utils.arguments import build_parser
 from utils.hooks import CaptureHook
@@ -361,6 +362,14 @@ def test_keep_counts_saved_epochs_and_has_the_best_weights_anyway(
     state = trained(tiny_corpus, tmp_path / "kept", "--keep", 2, "--save_step", 2, epochs=6)
     assert numbers(tmp_path / "kept") == [4, 5]
     assert_equal_trees(state["best"], every["gEncoder"], "best")
+
+
+def test_the_logs_say_how_often_this_call_saves_and_logs(tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    words = ["--nEpoch", 2, "--save_step", 3, "--logging_step", 4]
+    assert run("--pathCheckpoint", tmp_path, *words) == 0
+    logs = checkpoint(tmp_path, 1)["logs"]
+    assert (logs["saveStep"], logs["logging_step"], logs["epoch"]) == (3, 4, [0, 1])
 
 
 def test_keep_removes_nothing_before_the_new_checkpoint_is_there(
@@ -797,6 +806,63 @@ def test_weights_are_loaded_with_the_architecture_they_had(tiny_corpus, tmp_path
     assert "gAR.baseNet.weight_ih_l1" not in keys
 
 
+@pytest.mark.parametrize("words", [["--speakerEmbedding", 3], ["--supervised"]])
+def test_weights_for_speakers_are_never_given_to_others(words, tmp_path, capsys):
+    """With one speaker renamed there are as many as before, but with other numbers."""
+    corpus = write_tiny_corpus(tmp_path / "corpus")
+    state = trained(corpus, tmp_path / "run", *words, epochs=1)
+    names = sorted(path.name for path in (corpus / "audio").iterdir() if path.is_dir())
+    assert state["speakers"] == names
+    (corpus / "audio" / names[0]).rename(corpus / "audio" / f"{names[-1]}x")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2, "--ignore_cache") == 2
+    told = capsys.readouterr().err
+    assert f"other speakers: {names[0]}, {names[-1]}x are in one" in told
+    assert "speakers" not in trained(corpus, tmp_path / "plain", epochs=1)
+
+
+def test_what_is_to_be_loaded_must_be_there(tiny_corpus, tmp_path, capsys):
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run"]
+    assert run(*flags, "--load", tmp_path / "none.pt") == 2
+    assert f"{tmp_path}/none.pt: no such directory or file" in capsys.readouterr().err
+
+
+def test_a_run_begun_with_a_model_keeps_hidden_states_if_its_own_sampling_says_so(
+    tiny_corpus, tmp_path
+):
+    assert trained(tiny_corpus, tmp_path / "a", epochs=1)["hidden"] is None
+    flags = [*on(tiny_corpus), *SMALL, "--samplingType", "sequential", "--load", tmp_path / "a"]
+    assert run(*flags, "--nEpoch", 1, "--pathCheckpoint", tmp_path / "b") == 0
+    assert checkpoint(tmp_path / "b", 0)["hidden"] is not None
+    assert run(*flags, "--nEpoch", 2, "--pathCheckpoint", tmp_path / "c") == 0
+    assert run("--nEpoch", 2, "--pathCheckpoint", tmp_path / "b") == 0
+    assert_same(*(checkpoint(tmp_path / name, 1) for name in "bc"), without=("args", "machine"))
+    assert trained(tiny_corpus, tmp_path / "d", "--load", tmp_path / "b")["hidden"] is None
+
+
+def test_flags_are_judged_by_the_criterion_that_is_loaded(tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path / "plain", epochs=1)
+    trained(tiny_corpus, tmp_path / "aligned", *EXAMPLE, epochs=1)
+    flags = [*on(tiny_corpus), *SMALL, "--nEpoch", 1, "--pathCheckpoint", tmp_path / "run"]
+    flags += ["--pathCaptureDS", f"{tiny_corpus}/test.txt", "--pathCaptureSave", tmp_path / "c"]
+    flags += ["--captureCPCCTCalign", "--loadCriterion", "--load"]
+    assert run(*flags, tmp_path / "plain", *EXAMPLE) == 2
+    assert "--captureCPCCTCalign needs --CPCCTC" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run(*flags, tmp_path / "aligned") == 0
+    assert (tmp_path / "c" / "0" / "cpcctc_align").is_dir()
+
+
+def test_a_run_begun_with_a_projected_model_goes_on_whatever_its_width(tiny_corpus, tmp_path):
+    """Its features have a width that the transformer under the projection couldn't have."""
+    trained(tiny_corpus, tmp_path / "a", "--arMode", "transformer", epochs=1)
+    state = checkpoint(tmp_path / "a", 0)
+    model = CPCModelNullspace(build_model(Namespace(**state["args"])), torch.eye(8)[:, :5])
+    torch.save({**state, "gEncoder": model.state_dict()}, tmp_path / "projected.pt")
+    words = ["--load", tmp_path / "projected.pt", "--nullspace"]
+    assert trained(tiny_corpus, tmp_path / "b", *words, epochs=1)["args"]["hiddenGar"] == 5
+    assert run("--pathCheckpoint", tmp_path / "b", "--nEpoch", 2) == 0
+
+
 def test_several_loaded_models_are_trained_side_by_side(tiny_corpus, tmp_path):
     trained(tiny_corpus, tmp_path / "a", epochs=1)
     trained(tiny_corpus, tmp_path / "b", "--hiddenGar", "5", "--arMode", "RNN", epochs=1)
@@ -1043,6 +1109,16 @@ def test_probes_on_a_checkpoint_write_nothing_into_its_directory(tiny_corpus, tm
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert (tmp_path / "l" / "1" / "phone" / "logs.json").is_file()
     assert not (tmp_path / "l" / "1" / "speaker").exists()
+
+
+@pytest.mark.parametrize("words", [["--CTC"], ["--onEncoder", "--nLevelsPhone", "2"]])
+def test_speakers_can_be_probed_in_a_network_trained_on_phones(words, tiny_corpus, tmp_path):
+    phones = ["--path_phone_data", tiny_corpus / "phones.txt"]
+    trained(tiny_corpus, tmp_path / "run", "--supervised", *phones, *words, epochs=1)
+    probe = ["--only_classif_metric", "--speaker_sep", "--linsep_n_epoch", "1"]
+    logs = ["--linsep_logs_dir", tmp_path / "l"]
+    assert run("--pathCheckpoint", tmp_path / "run", *probe, *logs) == 0
+    assert [path.name for path in (tmp_path / "l" / "0").iterdir()] == ["speaker"]
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def build_trainer(name, root, options, world):
     flags += ["--samplingType", "uniform"]  # every batch is full
     flags += ["--precision", options.precision] + ["--compile"] * options.compile
     with contextlib.redirect_stdout(io.StringIO()):
-        args, _, _ = settle_arguments(*arguments.parse_arguments(flags))
+        args, *_ = settle_arguments(*arguments.parse_arguments(flags))
         device = prepare_machine(args, world)
         data = Data(args, find_audio(args))
         step, _ = build_step(args, data)

@@ -6,7 +6,14 @@ from criterion.prediction import CriterionOutput
 from criterion.soft_align import CPCCTCCriterion, parse_mask_rules
 from utils.misc import SAMPLES_PER_FRAME, UserError
 
-__all__ = ["CPCCTCCriterion", "CPCCriterion", "CriterionOutput", "NoneCriterion", "build_criterion"]
+__all__ = [
+    "CPCCTCCriterion",
+    "CPCCriterion",
+    "CriterionOutput",
+    "NoneCriterion",
+    "build_criterion",
+    "mask_rules",
+]
 
 
 def build_criterion(args, n_speakers, n_phones=0):
@@ -42,7 +49,7 @@ def build_criterion(args, n_speakers, n_phones=0):
         self_loop=args.CPCCTCSelfLoop,
         learn_blank=args.CPCCTCLearnBlank,
         no_negatives_in_match_window=args.CPCCTCNoNegsMatchWin,
-        mask_rules=_mask_rules(args.CPCCTCMasq),
+        mask_rules=mask_rules(args.CPCCTCMasq),
         loss_temperature=args.CPCCTCLossTemp,
         normalize_encodings=args.CPCCTCNormalizeEncs,
         normalize_predictions=args.CPCCTCNormalizePreds,
@@ -58,7 +65,8 @@ def _build_classifier(args, n_speakers, n_phones):
     return kind(n_features, n_phones, args.onEncoder, args.nLevelsPhone)
 
 
-def _mask_rules(text):
+def mask_rules(text):
+    """What `parse_mask_rules` makes of `--CPCCTCMasq`. Raises UserError, naming the flag."""
     try:
         return parse_mask_rules(text)
     except ValueError as error:

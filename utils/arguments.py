@@ -17,7 +17,7 @@ import shutil
 import torch
 
 from utils.files import check_writable
-from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError, counted
+from utils.misc import SAMPLES_PER_FRAME, CommandLine, UserError, counted, device_from
 
 
 def names(text):
@@ -331,11 +331,17 @@ def parse_arguments(argv):
     given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not unset}
     for name in PATHS:
         if getattr(args, name) is not None:
-            setattr(args, name, os.path.abspath(getattr(args, name)))
-    args.load = [os.path.abspath(path) for path in args.load] if args.load else None
+            setattr(args, name, absolute(getattr(args, name), f"--{name}"))
+    args.load = [absolute(path, "--load") for path in args.load] if args.load else None
     check_mode(args, given)
     check_machine(args)
     return args, given
+
+
+def absolute(path, flag):
+    """The absolute path. Raises UserError where it is empty, as from a variable that isn't set."""
+    refuse_if(not path, f"{flag}: an empty path; is a variable of the shell not set?")
+    return os.path.abspath(path)
 
 
 def stored_arguments(stored, source):
@@ -361,8 +367,8 @@ def stored_arguments(stored, source):
 def follow_checkpoint(args, given, kept):
     """Complete `args` by the arguments `kept` in the checkpoint that the run goes on from.
 
-    Changes `args` as the flags' classes say, and returns a line for every flag given on the
-    command line whose value isn't used.
+    Changes `args` as the flags' classes say, and returns a line for every flag whose value, on the
+    command line or in the checkpoint, isn't used although it might be expected.
     """
     follows = INHERITED - given
     if args.onlyCapture or args.only_classif_metric:
@@ -376,13 +382,16 @@ def follow_checkpoint(args, given, kept):
     for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
         if chosen in given:
             follows -= {other}
-    overruled = []
+    unused = []
     for name in sorted(ARCHITECTURE | follows):
         value = getattr(kept, name)
         if name in given and getattr(args, name) != value:
-            overruled.append(f"--{name}: using the checkpoint's value, {value}")
+            unused.append(f"--{name}: using the checkpoint's value, {value}")
         setattr(args, name, value)
-    return overruled
+    if args.onlyCapture and "path_phone_data" not in given and gone("path_phone_data", kept):
+        unused.append(f"--path_phone_data: {args.path_phone_data} is gone: no phones are captured")
+        args.path_phone_data = None
+    return unused
 
 
 def gone(name, kept):
@@ -428,18 +437,22 @@ AT_LEAST = {
     ),
     2: names("hiddenEncoder"),  # a norm over a single channel would be zero everywhere
 }
+MOST_THREADS = 1024  # far more end the process in the C library, without a word
 BETAS = ("beta1", "beta2", "linsep_beta1", "linsep_beta2")
 
 
-def check_arguments(args, given, resumed=False):
-    """Refuse what can't work, before anything is loaded. Completes what follows from other flags.
+def check_arguments(args, given, resumed=False, began_with_load=False):
+    """Refuse what can't work, before audio is looked for. Completes what follows from other flags.
 
     `given` holds the flags that the user has a say in: contradictions are judged between these.
-    `resumed`: the run goes on from a checkpoint, so that files to start from aren't needed.
-    Raises UserError with the flag and the cure.
+    `resumed`: the run goes on from a checkpoint. `began_with_load`: its model wasn't built from
+    these flags, which tell only the widths of its features. Raises UserError with the flag and the
+    cure.
     """
     check_numbers(args)
-    check_model(args, given)
+    check_window(args)
+    if not began_with_load:
+        check_model(args, given)
     check_criterion(args, given)
     check_supervised(args, given)
     check_probes(args, given)
@@ -516,13 +529,16 @@ def check_mode(args, given):
         refuse_if(args.gru_level > 0, "--gru_level needs --load")
 
 
-def check_model(args, given):
+def check_window(args):
     frames, rest = divmod(args.sizeWindow, SAMPLES_PER_FRAME)
     refuse_if(
         rest,
         f"--sizeWindow {args.sizeWindow}: must be a multiple of {SAMPLES_PER_FRAME} samples, "
         f"such as {max(frames, 1) * SAMPLES_PER_FRAME}",
     )
+
+
+def check_model(args, given):
     refuse_if(args.abspos and args.arMode != "transformer", "--abspos needs --arMode transformer")
     recurrent = args.arMode in ("LSTM", "GRU", "RNN")
     refuse_if(
@@ -536,14 +552,18 @@ def check_model(args, given):
             f"encoder's {args.hiddenEncoder} channels; leave it out",
         )
         args.hiddenGar = args.hiddenEncoder
-    refuse_if(
-        "transformer" in (args.arMode, args.rnnMode) and args.hiddenEncoder % 8,
-        f"--hiddenEncoder {args.hiddenEncoder}: a transformer has 8 attention heads, so it must "
-        "be a multiple of 8",
-    )
+    check_heads("arMode", args)
     refuse_if(
         "normMode" in given and args.encoder_type != "cpc" and args.normMode != "layerNorm",
         f"--normMode {args.normMode} needs --encoder_type cpc",
+    )
+
+
+def check_heads(flag, args):
+    refuse_if(
+        getattr(args, flag) == "transformer" and args.hiddenEncoder % 8,
+        f"--hiddenEncoder {args.hiddenEncoder}: --{flag} transformer has 8 attention heads, so it "
+        "must be a multiple of 8",
     )
 
 
@@ -558,6 +578,7 @@ def check_criterion(args, given):
         )
         return
     refuse_without("--CPCCTC", args.CPCCTC, CPCCTC_ONLY, given)
+    check_heads("rnnMode", args)
     if args.rnnMode == "transformer":
         refuse_if(
             args.hiddenGar != args.hiddenEncoder,
@@ -569,6 +590,11 @@ def check_criterion(args, given):
             "--speakerEmbedding can't be used with --rnnMode transformer; choose another "
             "--rnnMode, such as linear",
         )
+    check_reach(args)
+
+
+def check_reach(args):
+    """The predictions must fit in the matched frames, and what is predicted in the window."""
     frames = args.sizeWindow // SAMPLES_PER_FRAME
     extra = args.CPCCTCSelfLoop + args.CPCCTCLearnBlank
     reach, name = (
@@ -591,8 +617,8 @@ def check_criterion(args, given):
 
 def check_supervised(args, given):
     refuse_without("--supervised", args.supervised, names("CTC nLevelsPhone onEncoder"), given)
-    if not args.supervised:
-        return
+    if not args.supervised or args.onlyCapture or args.only_classif_metric:
+        return  # what a model was trained to name matters only while it is
     refuse_if(args.CTC and not args.path_phone_data, "--CTC needs --path_phone_data FILE")
     refuse_if(
         args.CTC and args.onEncoder,
@@ -669,11 +695,8 @@ def check_capture(args, given):
 
 
 def check_machine(args):
-    refuse_if(
-        args.device == "cuda" and not torch.cuda.is_available(),
-        "--device cuda: PyTorch sees no CUDA device here; use --device cpu",
-    )
-    cuda = args.device != "cpu" and torch.cuda.is_available()
+    refuse_if(args.threads > MOST_THREADS, f"--threads {args.threads}: at most {MOST_THREADS}")
+    cuda = device_from(args.device).type == "cuda"
     refuse_if(
         args.precision != "fp32" and not cuda,
         f"--precision {args.precision} needs a CUDA device; use fp32",
@@ -696,12 +719,15 @@ def check_compilers(cuda):
         "--compile on a GPU needs Triton, which isn't installed here; install it, or leave out "
         "--compile",
     )
-    variable, usual = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
+    device, language, variable, usual = (
+        ("GPU", "C", "CC", ["gcc", "clang"]) if cuda else ("CPU", "C++", "CXX", ["g++"])
+    )
     tried = [os.environ[variable]] if variable in os.environ else usual
     refuse_if(
         not any(map(shutil.which, tried)),
-        f"--compile needs a compiler ({' or '.join(tried)}), which isn't installed here; install "
-        f"one, name one in the environment variable {variable}, or leave out --compile",
+        f"--compile on a {device} needs a {language} compiler, and there is no "
+        f"{' or '.join(tried)} here; install one, name it in the environment variable {variable}, "
+        "or leave out --compile",
     )
 
 
@@ -738,8 +764,6 @@ def check_paths(args, resumed):
         path = getattr(args, name)
         if path:
             check_writable(path, f"--{name} {path}: results")
-    for path in [] if resumed else args.load or []:
-        refuse_if(not os.path.exists(path), f"--load {path}: no such file or directory")
 
 
 def labels_in(folder):

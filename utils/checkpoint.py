@@ -6,7 +6,8 @@ A run's directory holds
   the whole CPC model), `cpcCriterion`, `optimizer`, `best` (state of the best model so far). Ours
   besides: `args`, `logs`, `position` (where training goes on), `running` (sums of the epoch in
   progress), `best_accuracy`, `hidden` (kept hidden state), `fingerprint` (of the corpus),
-  `machine`, `models` (flags of each part of a model that began with `--load`) and `format`;
+  `machine`, `models` (flags of each part of a model that began with `--load`), `speakers` (by
+  number, where the criterion has weights for each of them) and `format`;
 - `checkpoint_resume.pt`, the same inside an epoch, newer than every other or absent. It has a
   `clock` besides: what of the epoch's time and windows is done;
 - `checkpoint_args.json` and `checkpoint_logs.json`, copies of `args` and `logs` for people and for
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from utils.files import load_json, load_tensors, remove_leftovers, save_json, save_tensors
-from utils.misc import UserError
+from utils.misc import UserError, first_few
 
 FORMAT = 1  # of our additions to the original's keys
 RESUME_NAME = "checkpoint_resume.pt"
@@ -208,6 +209,8 @@ def _check_types(path, state):
         and all(isinstance(number, int) and number >= 0 for number in position)
         and isinstance(state.get("models", []), list)
         and all(isinstance(flags, dict) for flags in state.get("models", []))
+        and isinstance(state.get("speakers", []), list)
+        and all(isinstance(speaker, str) for speaker in state.get("speakers", []))
     )
     if not sound:
         raise UserError(f"{path}: damaged: parts of the checkpoint are missing or of a wrong type")
@@ -415,6 +418,20 @@ def _check_moments(moments, parameter):
     if shapes != {parameter.shape} or not strided or torch.as_tensor(moments["step"]).numel() != 1:
         raise ValueError("moments of another shape than the weights")
     float(moments["step"])
+
+
+def check_speakers(checkpoint, speakers):
+    """Raise UserError if weights that belong to speakers would be given to others.
+
+    speakers: those of the database in the order of their numbers.
+    """
+    kept = checkpoint.state.get("speakers", list(speakers))  # older checkpoints have none
+    changed = sorted({*kept} ^ {*speakers})
+    if changed:
+        raise UserError(
+            f"{checkpoint.path}: its criterion has weights for each speaker of its database, and "
+            f"this one has other speakers: {first_few(changed)} are in one of the two only"
+        )
 
 
 def follow_speaker_order(checkpoint, criterion, speakers, listing):

@@ -18,9 +18,9 @@ COLUMNS = {"path": str, "samples": int, "rate": int, "fits_int16": bool, "proble
 def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
     """All files below `root` whose names end with `extension`, as columns: name -> list.
 
-    The columns are the files' paths relative to `root` and the fields of their `Header`s. They are
-    taken from the listing of an earlier call, unless `ignore_cache`; then only files that were of
-    no use are opened again. Raises UserError if there is no such file.
+    The columns are the files' paths relative to `root` and the fields of their `Header`s. Unless
+    `ignore_cache`, they are taken from the listing of an earlier call, and only files that were of
+    no use then are opened again. Raises UserError if there is no such file.
     """
     columns = None if ignore_cache else _load(root, extension)
     if columns is None:
@@ -134,7 +134,7 @@ def _load(root, extension):
     path = os.path.join(root, LISTING)
     try:
         columns = _kept_columns(path).get(extension)
-        return columns and _checked(columns, extension)
+        return None if columns is None else _checked(columns, extension)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -179,18 +179,24 @@ def discard_output():
 
 
 def _in_one_line(error):
-    """What to tell of a UserError, or of a GPU without room, of which PyTorch tells statistics."""
+    """What to tell of a UserError, or of a lack of memory, of which PyTorch tells much more.
+
+    None where it is another error.
+    """
     if isinstance(error, UserError):
         return str(error)
     told = str(error).partition("\n")[0].partition(" Including non-PyTorch memory")[0]
-    return f"{told} Smaller batches need less; other programs on that GPU may be in the way"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{told} Smaller batches need less; other programs on that GPU may be in the way"
+    _, of_cpu, told = told.partition("DefaultCPUAllocator: ")
+    return f"{told}. Smaller batches and networks need less" if of_cpu else None
 
 
 def command(main):
     """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2.
 
-    So does a GPU's memory where it doesn't suffice. A program whose output nobody reads any more
-    ends as if by SIGPIPE, without a word.
+    So does memory where it doesn't suffice. A program whose output nobody reads any more ends as
+    if by SIGPIPE, without a word.
     """
 
     @functools.wraps(main)
@@ -203,10 +209,13 @@ def command(main):
         except BrokenPipeError:  # whoever read what is printed has gone, as in `| head`
             discard_output()
             sys.exit(UNREAD)
-        except (UserError, torch.OutOfMemoryError) as error:
+        except (UserError, RuntimeError) as error:
+            told = _in_one_line(error)
+            if told is None:
+                raise
             with contextlib.suppress(OSError):  # what it says on stderr must be said
                 sys.stdout.flush()
-            print(f"error: {_in_one_line(error)}", file=sys.stderr)
+            print(f"error: {told}", file=sys.stderr)
             sys.exit(REFUSED)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

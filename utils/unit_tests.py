@@ -48,11 +48,11 @@ from utils.files import (
 )
 from utils.lock import LOCK_NAME, locked
 from utils.logs import Clock, RunningMeans, append_epoch
-from utils.misc import UserError, seed_from
+from utils.misc import UserError, command, seed_from
 from utils.report.plots import draw_curves
 from utils.schedule import learning_rate
 from utils.stopping import Stopped, StopSignals
-from utils.testing import GOLDEN, assert_close, golden_cases
+from utils.testing import GOLDEN, assert_close, ends_refused, golden_cases
 
 # ------------------------------------------------------------------------------------- arguments
 
@@ -168,9 +168,10 @@ def paths(tmp_path):
         ("--onlyCapture --restart", "leave out --restart"),
         ("--onlyCapture", "--onlyCapture needs --pathCaptureDS"),
         ("--pathTrain /no/such/list", "--pathTrain /no/such/list: no such file"),
-        ("--load /no/such.pt", "--load /no/such.pt: no such file or directory"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
         ("--nGPU 0", "--nGPU 0"),
+        ("--threads 99999999999", "--threads 99999999999: at most 1024"),
+        ("--hiddenEncoder 100 --arMode transformer --rnnMode linear", "8 attention heads"),
         ("--only_classif_metric --speaker_sep --linsep_logs_dir d --nGPU 2", "one process"),
         ("--arMode lstm", "invalid choice"),
         ("--random_seed -1", "--random_seed"),
@@ -198,6 +199,24 @@ def test_a_run_needs_a_place_and_audio(tmp_path):
         checked("--pathCheckpoint", str(tmp_path))
     with pytest.raises(UserError, match="--pathDB .*: no such directory"):
         checked("--pathDB", str(tmp_path / "none"), "--pathCheckpoint", str(tmp_path))
+
+
+def test_an_empty_path_is_no_name_of_the_present_folder(paths, tmp_path):
+    for words in (["--pathCheckpoint", ""], ["--pathDB", ""], ["--load", str(tmp_path), ""]):
+        with pytest.raises(UserError, match=f"{words[0]}: an empty path"):
+            parse_arguments([*paths, *words])
+
+
+def test_a_compiler_that_is_not_there_is_refused(paths, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    parse_arguments(paths)
+    with pytest.raises(UserError, match="--compile on a CPU .*there is no /no/such/compiler here"):
+        parse_arguments([*paths, "--compile"])
+
+
+def test_without_heads_the_width_is_free(paths):
+    for words in ("--supervised", "--cpc_mode none", "--rnnMode linear"):
+        checked(*paths, "--hiddenEncoder", "13", "--hiddenGar", "13", *words.split())
 
 
 def test_contexts_have_the_encoders_channels_where_no_recurrent_network_makes_them(paths):
@@ -247,6 +266,18 @@ def test_capture_on_a_checkpoint_takes_what_to_capture_from_the_command_line(tmp
     args, _ = resumed(["--onlyCapture", "--captureDStotNr", "3"], stored, tmp_path)
     assert (args.captureConvRepr, args.pathCaptureDS, args.captureDSfreq) == (False, None, None)
     assert (args.rnnMode, args.pathDB, args.batchSizeGPU) == ("linear", "db", 4)
+
+
+def test_a_capture_does_without_the_labels_of_the_run_where_they_are_gone(tmp_path):
+    labels = tmp_path / "labels.txt"
+    stored = {"path_phone_data": str(labels), "pathDB": str(tmp_path)}
+    args, said = resumed(["--onlyCapture"], stored, tmp_path)
+    assert args.path_phone_data is None
+    assert "labels.txt is gone" in said[0]
+    assert resumed([], stored, tmp_path)[0].path_phone_data == str(labels)  # probes need them
+    labels.touch()
+    args, said = resumed(["--onlyCapture"], stored, tmp_path)
+    assert (args.path_phone_data, said) == (str(labels), [])
 
 
 def test_of_two_exclusive_flags_the_one_given_replaces_the_stored_one(tmp_path):
@@ -1061,3 +1092,10 @@ def test_what_there_is_instead(tmp_path):
 )
 def test_names_of_predictions_are_in_the_order_of_the_criterion(flags, names):
     assert prediction_names(3, flags) == names
+
+
+def test_memory_without_room_is_told_in_one_line(capsys):
+    with ends_refused(capsys, rf"tried to allocate {2**60} bytes. .* Smaller batches"):
+        command(lambda argv: torch.empty(2**58))()
+    with pytest.raises(RuntimeError, match="[Ss]hape"):  # another error is as it was
+        command(lambda argv: torch.empty(2).view(3))()
