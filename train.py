@@ -269,6 +269,9 @@ def find_checkpoint(args):
 
 def load_start(args):
     """What `--load` and the flags about it name."""
+    for path in args.load:
+        if not os.path.exists(path):
+            raise UserError(f"--load {path}: no such directory or file")
     options = {"gru_level": args.gru_level, "nullspace": args.nullspace}
     model = load_model(args.load, sampling=args.samplingType, **options)[0]
     return Loaded(model, open_checkpoint(args.load[0]) if args.loadCriterion else None)

@@ -823,7 +823,7 @@ def test_weights_for_speakers_are_never_given_to_others(words, tmp_path, capsys)
 def test_what_is_to_be_loaded_must_be_there(tiny_corpus, tmp_path, capsys):
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run"]
     assert run(*flags, "--load", tmp_path / "none.pt") == 2
-    assert f"{tmp_path}/none.pt: no such directory or file" in capsys.readouterr().err
+    assert f"--load {tmp_path}/none.pt: no such directory or file" in capsys.readouterr().err
 
 
 def test_a_run_begun_with_a_model_keeps_hidden_states_if_its_own_sampling_says_so(

@@ -527,6 +527,11 @@ def check_mode(args, given):
         for name in ("loadCriterion", "nullspace"):
             refuse_if(getattr(args, name), f"--{name} needs --load")
         refuse_if(args.gru_level > 0, "--gru_level needs --load")
+    refuse_if(
+        args.loadCriterion and len(args.load) > 1,
+        "--loadCriterion: a criterion fits the one model that it was trained with, not several "
+        "side by side; leave it out, or give --load one checkpoint",
+    )
 
 
 def check_window(args):

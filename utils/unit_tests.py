@@ -168,6 +168,7 @@ def paths(tmp_path):
         ("--onlyCapture --restart", "leave out --restart"),
         ("--onlyCapture", "--onlyCapture needs --pathCaptureDS"),
         ("--pathTrain /no/such/list", "--pathTrain /no/such/list: no such file"),
+        ("--load a.pt b.pt --loadCriterion", "--loadCriterion: a criterion fits the one model"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
         ("--nGPU 0", "--nGPU 0"),
         ("--threads 99999999999", "--threads 99999999999: at most 1024"),
