@@ -1019,6 +1019,16 @@ def test_capture_on_a_checkpoint_equals_the_one_during_training(words, tiny_corp
     assert index["windows"][0]["file"].endswith(".flac")
 
 
+def test_a_capture_says_that_it_replaces_another(tiny_corpus, tmp_path, capsys):
+    flags = capture_flags(tiny_corpus, tmp_path / "captures")
+    trained(tiny_corpus, tmp_path / "run", *flags, epochs=1)
+    assert "in place of" not in capsys.readouterr().out
+    files = len(captured(tmp_path / "captures"))
+    again = ["--onlyCapture", "--pathCheckpoint", tmp_path / "run", *on(tiny_corpus)[:2]]
+    assert run(*again, *flags) == 0
+    assert f"0, in place of {files} files of an earlier capture" in capsys.readouterr().out
+
+
 def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(
     tiny_corpus, tmp_path, capsys
 ):

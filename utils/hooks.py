@@ -11,7 +11,7 @@ import torch
 
 from utils.capture import CaptureWriter
 from utils.logs import progress
-from utils.misc import generator_from
+from utils.misc import counted, generator_from
 
 PREDICTED = frozenset(("pred", "cpcctc_align", "cpcctc_log_scores"))  # captured in the criterion
 
@@ -103,7 +103,9 @@ class CaptureHook:
         """Write the index, draw the stats; returns their values."""
         if writer:
             writer.close()
-            print(f"epoch {epoch}: captured {', '.join(self.what)} in {writer.directory}")
+            removed = counted(writer.removed, "file")
+            replaced = f", in place of {removed} of an earlier capture" * bool(writer.removed)
+            print(f"epoch {epoch}: captured {', '.join(self.what)} in {writer.directory}{replaced}")
         values = self.collector.logStats(epoch)
         for name, value in values.items():
             print(f"    {name}: {value:.4g}")
