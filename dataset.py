@@ -32,6 +32,7 @@ from utils.workers import Workers
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
 LIBRISPEECH_FOLDERS = 2  # above a file: the speaker's, the chapter's
+USUAL_DIFFERENCE = 2  # frames that alignments are often shorter or longer than their audio
 LONGEST_NAME = 255  # of a file, on any usual system
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # As files of LibriSpeech are named after their speaker and chapter, with a folder above both.
@@ -427,12 +428,13 @@ class AudioDataset:
         n_labels = np.array([len(labels[s.name]) for s in self.sequences], dtype=np.int64)
         too_few, too_many = n_frames - n_labels, n_labels - np.ceil(samples / SAMPLES_PER_FRAME)
         difference = np.maximum(too_few, too_many).astype(np.int64)
-        if (difference > 0).any():
+        if (difference > USUAL_DIFFERENCE).any():
             worst = self.sequences[int(np.argmax(difference))]
             print(
-                f"{self.title}: {(difference > 0).sum()} of {len(samples)} files are shorter or "
-                f"longer than their labels, by {counted(int(difference.max()), 'frame')} at most: "
-                f"{first_few([worst.path])} ({worst.samples} samples, {len(labels[worst.name])} "
+                f"warning: {self.title}: {(difference > 0).sum()} of {len(samples)} files are "
+                "shorter or longer than their labels, by "
+                f"{counted(int(difference.max()), 'frame')} at most: {first_few([worst.path])} "
+                f"({worst.samples} samples, {len(labels[worst.name])} "
                 "labels); both are cut to the shorter"
             )
         return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
@@ -458,6 +460,14 @@ class AudioDataset:
         if self.phone_labels:
             text += f", {n_files} of {n_files + self.n_unlabelled} files have phone labels"
         return text
+
+    def no_window(self):
+        """The UserError that the set gives nothing to work on."""
+        return UserError(
+            f"{self.title}: not a single window of {self.size_window} samples in "
+            f"{counted(len(self.sequences), 'file')}; more audio or a smaller --sizeWindow is "
+            "needed"
+        )
 
     def fingerprint(self):
         """Short text that depends on the paths and lengths of the sequences and nothing else."""
@@ -591,20 +601,13 @@ class BatchLoader:
     def _check_size(self):
         n_batches = self.n_batches(0)
         if n_batches == 0:
-            raise self._no_window()
+            raise self.dataset.no_window()
         if self.training and n_batches < self.world.size:
             raise UserError(
                 f"{self.dataset.title}: {n_batches} batches of {self.batch_size} windows are too "
                 f"few for {self.world.size} processes; use fewer (--nGPU) or a smaller "
                 "--batchSizeGPU"
             )
-
-    def _no_window(self):
-        dataset = self.dataset
-        return UserError(
-            f"{dataset.title}: not a single window of {dataset.size_window} samples in "
-            f"{len(dataset.sequences)} files; more audio or a smaller --sizeWindow is needed"
-        )
 
     def __len__(self):
         """Batches for this process in the current epoch, if no more files turn out to be bad."""
@@ -669,7 +672,7 @@ class BatchLoader:
             if mine and not self.training:
                 yield mine
             if turn == 0 and first == (epoch, 0, 0):
-                raise self._no_window()
+                raise self.dataset.no_window()
         except BaseException:  # also when the iteration is abandoned
             self.close()
             raise

@@ -780,6 +780,14 @@ def test_audio_and_labels_are_cut_to_the_shorter(small_corpus, tmp_path, capsys)
         small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
 
 
+def test_labels_that_differ_by_a_frame_or_two_are_no_news(small_corpus, tmp_path, capsys):
+    for n_labels, is_news in ((52, False), (53, True)):  # b-2 has 50 frames
+        path = tmp_path / "labels.txt"
+        path.write_text(f"b-2 {' '.join(['3'] * n_labels)}\n")
+        small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
+        assert ("than their labels" in capsys.readouterr().out) == is_news
+
+
 def test_whole_frames(small_corpus):
     audio = small_set(small_corpus, whole_frames=True)
     assert audio.samples.tolist() == [n // 160 * 160 for n in LENGTHS.values()]

@@ -58,6 +58,7 @@ from utils.arguments import (
     parse_arguments,
     stored_arguments,
 )
+from utils.capture import refuse_to_lose
 from utils.checkpoint import (
     Checkpoint,
     check_speakers,
@@ -237,8 +238,11 @@ def settle_arguments(args, given):
     checkpoint, loaded = find_checkpoint(args), None
     if checkpoint:
         kept = stored_arguments(checkpoint.state["args"], checkpoint.path)
-        for unused in follow_checkpoint(args, given, kept):
-            print(unused)
+        unused = follow_checkpoint(args, given, kept)
+        for line in unused:
+            print(f"warning: {line}")
+        if unused and not args.onlyCapture and not args.only_classif_metric:
+            print(f"the run in {args.pathCheckpoint} goes on; a new one needs another directory")
         given = given - ARCHITECTURE - ORDER  # the checkpoint's values count: no contradictions
     elif args.load:
         loaded = load_start(args)
@@ -432,6 +436,8 @@ def build_hooks(job):
 def capture_hook(job):
     args, data, stats = job.args, job.data, job.stats
     names, sequences = captured_names(args), data.capture_sequences()
+    if names and args.onlyCapture:
+        refuse_to_lose(Path(args.pathCaptureSave, str(job.checkpoint.epoch)), names)
     optional = "phone_align" in names and "phone_align" not in stats.needs
     if optional and not any(s.name in data.labels.labels for s in sequences):
         print(
@@ -477,6 +483,9 @@ def probe_hooks(job):
 
 def probe_hook(job, task, sets, n_classes):
     args = job.args
+    for audio in sets:
+        if not audio.n_windows:
+            raise audio.no_window()
 
     def probe(epoch, model):
         result = run_probe(

@@ -40,6 +40,8 @@ from utils.schedule import learning_rate
 from utils.stopping import Stopped
 
 CURVES = "checkpoint_curves.png"
+LEARNED = 0.02  # of the validation loss at the start: what less than that is worth a word
+EPOCHS_BETWEEN_WORDS = 10  # about a loss that stays where it was
 NO_MORE = 2**31  # as the pack of a position: nothing of the epoch is left to train on
 STEPS_BETWEEN_AGREEMENTS = 8  # about stopping, among several processes
 
@@ -166,6 +168,8 @@ class Trainer:
             **self.validate(epoch, f"epoch {epoch}: validation"),
         }
         self.print_epoch(epoch, values)
+        if (epoch + 1) % EPOCHS_BETWEEN_WORDS == 0 or epoch + 1 == self.args.nEpoch:
+            self.tell_if_stuck(values["locLoss_val"])
         failure = self.run_hooks(epoch, values)
         with self.stop.deferred():
             self.end_epoch(epoch, values, save_now=failure is not None)
@@ -519,6 +523,19 @@ class Trainer:
             accuracies = " ".join(f"{100 * accuracy:.0f}" for accuracy in values["locAcc_val"])
             print(f"    validation accuracy by {name} (%): {accuracies}", flush=True)
 
+    def tell_if_stuck(self, losses):
+        """Say so where the validation losses are hardly below those before training."""
+        if "before_training" not in self.logs or not self.args.learningRate:
+            return
+        before, now = mean(self.logs["before_training"]["locLoss_val"]), mean(losses)
+        if now > before - LEARNED * abs(before):
+            print(
+                f"note: the validation loss, {before:.4f} before training, is still {now:.4f}. If "
+                "that doesn't change, try another --random_seed, a --schedulerRamp, or another "
+                "--learningRate",
+                flush=True,
+            )
+
     def print_summary(self):
         """What the run came to, and where to look."""
         epochs, losses, accuracies = (
@@ -539,7 +556,7 @@ class Trainer:
         print(f"\n{'validation':<20}{'loss':>10}" + f"{'accuracy':>12}" * with_accuracy)
         for name, loss, accuracy in rows:
             print(f"{name:<20}{loss:>10.4f}" + f"{percent(accuracy):>12}" * with_accuracy)
-        print(f"{'speed':<20}{self.clock}")
+        print(f"{'speed, last epoch':<20}{self.clock}")
         print(f"{'checkpoints, logs':<20}{self.directory}")
         print(f"{'curves':<20}{self.directory / CURVES}")
         if self.report:

@@ -1027,6 +1027,25 @@ def test_a_capture_says_that_it_replaces_another(tiny_corpus, tmp_path, capsys):
     again = ["--onlyCapture", "--pathCheckpoint", tmp_path / "run", *on(tiny_corpus)[:2]]
     assert run(*again, *flags) == 0
     assert f"0, in place of {files} files of an earlier capture" in capsys.readouterr().out
+    assert run(*again, *flags[3:], "--captureCtxRepr") == 2
+    assert "0: holds a capture of conv_repr, " in capsys.readouterr().err
+    assert len(captured(tmp_path / "captures")) == files
+
+
+def test_a_probe_without_a_window_is_noticed_at_the_start(tiny_corpus, tmp_path, capsys):
+    lines = (tiny_corpus / "phones.txt").read_text().splitlines()
+    labels = written(tmp_path / "labels", "".join(f"{line.split()[0]} 1 2\n" for line in lines))
+    probe = ["--supervised_classif_metric", "--path_phone_data", labels, "--linsep_logs_dir", "L"]
+    words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", *probe]
+    assert run(*words, "--nEpoch", 30) == 2
+    assert "of the phone probe: not a single window" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+@pytest.mark.parametrize(("rate", "is_stuck"), [("1e-9", True), ("1e-2", False), ("0", False)])
+def test_a_run_that_learns_nothing_says_so(rate, is_stuck, tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path, "--learningRate", rate, "--rnnMode", "linear", epochs=3)
+    assert ("note: the validation loss, " in capsys.readouterr().out) == is_stuck
 
 
 def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(

@@ -526,7 +526,8 @@ class Probe:
         training = "" if self.options.ctc else f" (training {percent(best.train_accuracy)})"
         print(
             f"{self.name}: {self._score_text(best.score)}{training} in epoch {best.epoch} (of 0 to "
-            f"{n_epochs - 1}); always the commonest {self.task}: {percent(self.baseline)}",
+            f"{n_epochs - 1}); always the commonest {self.task} of the training set: "
+            f"{percent(self.baseline)}",
             flush=True,
         )
         result = ProbeResult(

@@ -118,7 +118,8 @@ def add_data_flags(group):
         help="training audio held in memory at once, 2 bytes a sample; lower it when memory is "
         "short: a larger corpus is then read in packs, the next one in the background")
     add("--max_bad_files", type=float, default=0.01, metavar="SHARE",
-        help="stop when more than this share of the files can't be decoded")
+        help="stop when more than this share of the files can't be decoded; unless it is 0, a "
+        "quarter of them may be bad in any case, but no more than three, and always one")
     add("--ignore_cache", action="store_true",
         help="list the audio files anew; needed when files were added or removed")
     add("--debug", action="store_true",
@@ -758,7 +759,9 @@ def check_paths(args, resumed):
         used |= {"pathCaptureDS"}
     for name in sorted(used):
         path = getattr(args, name)
-        refuse_if(path and os.path.isdir(path), f"--{name} {path}: is a folder{labels_in(path)}")
+        meant = labels_in(path) if name == "path_phone_data" else None
+        hint = f"its phone labels are {meant}" if meant else "give a file"
+        refuse_if(path and os.path.isdir(path), f"--{name} {path}: is a folder; {hint}")
         refuse_if(path and not os.path.isfile(path), f"--{name} {path}: no such file")
     written = set()
     if args.pathCaptureDS and not args.only_classif_metric:
@@ -772,6 +775,6 @@ def check_paths(args, resumed):
 
 
 def labels_in(folder):
-    """Which file was probably meant where a folder of converted alignments is given."""
+    """The phone labels in a folder of converted alignments; None where there are none."""
     labels = os.path.join(folder or "", "converted_aligned_phones.txt")
-    return f"; its phone labels are {labels}" if os.path.isfile(labels) else "; give a file"
+    return labels if os.path.isfile(labels) else None

@@ -115,6 +115,17 @@ class CaptureWriter:
             ) from error
 
 
+def refuse_to_lose(directory, what):
+    """Raise UserError if the capture in `directory` holds more than one of `what` would."""
+    held = {name for name, *_ in _capture_files(directory)} if directory.is_dir() else set()
+    lost = sorted(held - set(what))
+    if lost:
+        raise UserError(
+            f"{directory}: holds a capture of {', '.join(lost)}, which this one would remove; "
+            "capture these as well, or name another directory with --pathCaptureSave"
+        )
+
+
 def _as_stored(tensor):
     """As a CPU tensor of the type to be stored, with a storage that holds nothing else."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
@@ -140,7 +151,7 @@ def _remove_capture(directory):
         return 0
     (directory / INDEX).unlink(missing_ok=True)
     files = [path for *_, path in _capture_files(directory)]
-    for path in files:
+    for path in (*files, *directory.glob("pictures/window_*.png")):  # of the windows in them
         path.unlink()
     for folder in (directory, *directory.iterdir()):
         if not folder.is_symlink():

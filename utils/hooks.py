@@ -109,6 +109,9 @@ class CaptureHook:
         values = self.collector.logStats(epoch)
         for name, value in values.items():
             print(f"    {name}: {value:.4g}")
+        drawn = {str(s.directory) for s in self.collector.stats.values() if hasattr(s, "directory")}
+        if drawn:
+            print(f"    pictures of the statistics: {', '.join(sorted(drawn))}")
         return values
 
     @torch.no_grad()

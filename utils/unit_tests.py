@@ -26,7 +26,7 @@ from utils.arguments import (
     parse_arguments,
     stored_arguments,
 )
-from utils.capture import CaptureReader, CaptureWriter, prediction_names
+from utils.capture import CaptureReader, CaptureWriter, prediction_names, refuse_to_lose
 from utils.checkpoint import (
     Checkpoint,
     check_resumable,
@@ -154,6 +154,7 @@ def paths(tmp_path):
         ("--only_classif_metric --speaker_sep", "--only_classif_metric needs --linsep_logs_dir"),
         ("--only_classif_metric --linsep_logs_dir X", "--only_classif_metric needs --speaker_sep"),
         ("--path_phone_data DIR", "DIR: is a folder; its phone labels are DIR/converted_aligned"),
+        ("--pathTrain DIR", "--pathTrain DIR: is a folder; give a file"),
         ("--pathTrain DIR/db", "--pathTrain DIR/db: is a folder; give a file"),
         ("--speaker_sep", "--speaker_sep needs --supervised_classif_metric"),
         ("--supervised_classif_metric --linsep_logs_dir X --path_phone_data LIST --CTCphones "
@@ -942,6 +943,8 @@ def test_an_earlier_capture_is_replaced_and_nothing_else(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     write(elsewhere, [1], ["phone_align"])
     (directory / "linked").symlink_to(elsewhere / "phone_align")
+    (directory / "pictures").mkdir()
+    (directory / "pictures" / "window_00000.png").write_text("of the earlier one")
 
     written = write(directory, [5], ["ctx_repr"])
     assert set(files(directory)) == kept | {"index.json", "ctx_repr/ctx_repr_batch0-4.pt"}
@@ -953,6 +956,14 @@ def test_the_writer_says_what_it_replaced(tmp_path):
     assert CaptureWriter(tmp_path, ["ctx_repr"], epoch=0).removed == 0
     write(tmp_path, [4, 4], ["ctx_repr", "pred"])
     assert CaptureWriter(tmp_path, ["ctx_repr"], epoch=0).removed == 4
+
+
+def test_what_would_be_lost_is_not_replaced(tmp_path):
+    refuse_to_lose(tmp_path / "none", ["pred"])
+    write(tmp_path, [4], ["ctx_repr", "pred"])
+    refuse_to_lose(tmp_path, ["pred", "conv_repr", "ctx_repr"])
+    with pytest.raises(UserError, match=f"{tmp_path}: holds a capture of ctx_repr, which this"):
+        refuse_to_lose(tmp_path, ["pred", "conv_repr"])
 
 
 def test_directories_are_made_even_without_a_batch(tmp_path):

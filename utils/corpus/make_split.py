@@ -4,11 +4,11 @@
     python utils/corpus/make_split.py AUDIO OUT --by speaker
 
 Writes OUT/train.txt and OUT/val.txt, for --pathTrain and --pathVal: a name a line, that of the file
-without folder and extension. By utterance, every speaker is in both lists, as probes of the speaker
-need it; by speaker, no speaker is in both, which shows how a model does on voices it never heard.
-The same seed gives the same lists, and new speakers leave those of the others as they were, unless
-it goes by speaker. Lists that are there already and differ are replaced only with --force, since an
-experiment may rest on them.
+without folder and extension. By utterance, speakers with two or more are in both lists, as probes
+of the speaker need it; by speaker, no speaker is in both, which shows how a model does on voices it
+never heard. The same seed gives the same lists, and new speakers leave those of the others as they
+were, unless it goes by speaker. Lists that are there already and differ are replaced only with
+--force, since an experiment may rest on them.
 """
 
 import argparse

@@ -20,8 +20,8 @@ def single(title, pairs, from_zero=False):
     return chart(title, [Line("latest", pairs, "other")], from_zero=from_zero)
 
 
-def step_chart(title, steps, name="step", first=1):
-    """A chart of a family of lines, which are paler the later they come."""
+def step_chart(title, steps, name, first=1):
+    """A chart of a family of lines, `name` 1, 2, ..., which are paler the later they come."""
     last = max(len(steps) - 1, 1)
     lines = [
         Line(f"{name} {index + first}", pairs, "step", 1 - index / last)

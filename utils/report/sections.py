@@ -69,7 +69,7 @@ def by_step(logs, step):
     for title, key, scale in (("Loss", "locLoss_val", 1), ("Accuracy (%)", "locAcc_val", 100)):
         steps = step_points(logs, key, scale)
         if len(steps) > 1:
-            yield step_chart(f"{title} by {step}, validation", steps)
+            yield step_chart(f"{title} by {step}, validation", steps, step)
 
 
 def last_epoch_by_step(logs, step):
