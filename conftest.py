@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.testing import write_tiny_corpus
+from tests.helpers import write_tiny_corpus
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +21,9 @@ def _seeded():
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_the_cpu(request):
-    """Only gpu_unit_tests.py sees a GPU: what other tests compare is the same to the last bit."""
+    """Only tests/test_gpu.py sees a GPU: what other tests compare is the same to the last bit."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ != "gpu_unit_tests":
+        if request.module.__name__ != "tests.test_gpu":
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setattr(torch.cuda, "device_count", lambda: 0)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts

@@ -7,18 +7,15 @@ batch, `L` the samples in a window.
 """
 
 import hashlib
-import mmap
-import os
-import re
 from bisect import bisect_right
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from utils.audio import decode_into
-from utils.distributed import ALONE
-from utils.listing import list_audio_files
+from utils.data.corpus import in_order
+from utils.data.packs import PackDecoding
+from utils.data.windows import Layout, cumulated, plan_pack, split_in_packs
 from utils.misc import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -27,297 +24,17 @@ from utils.misc import (
     first_few,
     generator_from,
 )
-from utils.windows import Layout, cumulated, plan_pack, split_in_packs
-from utils.workers import Workers
+from utils.run.distributed import ALONE
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
-LIBRISPEECH_FOLDERS = 2  # above a file: the speaker's, the chapter's
 USUAL_DIFFERENCE = 2  # frames that alignments are often shorter or longer than their audio
-LONGEST_NAME = 255  # of a file, on any usual system
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# As files of LibriSpeech are named after their speaker and chapter, with a folder above both.
-BELOW_A_SUBSET = re.compile(r".+/([^/]+)/([^/]+)/\1[-_]\2[-_][^/]+")
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
 # --------------------------------------------------------------------------- listing and choosing
 
 
-class Sequence(NamedTuple):
-    """One audio file of a corpus, as its header describes it."""
-
-    speaker: int  # index into Corpus.speakers
-    path: str  # relative to the root of the database, with "/"
-    samples: int
-    rate: int = SAMPLE_RATE  # Hz
-    fits_int16: bool = True  # mono, and 16 bits hold its samples exactly
-    problem: str = ""  # why the file can't be used, if it can't
-
-    @property
-    def name(self):
-        """What lists and label files call it: the file's name without folder and extension."""
-        file = self.path.rpartition("/")[2]
-        return file.rpartition(".")[0] or file
-
-
-class Corpus(NamedTuple):
-    """All audio files below `root`: speakers in sorted order, sequences by speaker and name."""
-
-    root: str
-    sequences: tuple[Sequence, ...]
-    speakers: tuple[str, ...]
-
-
-def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_threads=8):
-    """Find every file below `root` whose name ends with `extension` and read its header.
-
-    The speaker of a file is the first `speaker_level` folders of its path, joined by "/" ("" if
-    there are none); speaker ids follow the sorted order of these strings. Files that can't be
-    used are kept, with the reason in `problem`, so that ids don't depend on them. The list is kept
-    in the database (see utils/listing.py) and read from there next time, unless `ignore_cache`.
-
-    Returns a `Corpus`. Raises UserError if there is no such directory or no such file in it.
-    """
-    root = os.fspath(root)
-    if not os.path.isdir(root):
-        raise UserError(f"no such directory: {root} (--pathDB)")
-    columns = list_audio_files(root, extension, ignore_cache, n_threads)
-    level = max(0, speaker_level)
-    names = ["/".join(path.split("/")[:-1][:level]) for path in columns["path"]]
-    speakers = tuple(sorted(set(names)))
-    number = {speaker: i for i, speaker in enumerate(speakers)}
-    rows = zip((number[name] for name in names), *columns.values(), strict=True)
-    return Corpus(root, tuple(_in_order(map(Sequence._make, rows))), speakers)
-
-
-def _in_order(sequences):
-    return sorted(sequences, key=lambda s: (s.speaker, s.name, s.path))
-
-
-def warn_of_single_speaker(corpus):
-    """Say so where all files count as one speaker's: --pathDB may be a folder too high."""
-    if len(corpus.speakers) > 1:
-        return
-    speaker = corpus.speakers[0]
-    print(
-        f"warning: {corpus.root}: one speaker only: the speaker of a file is the first folder "
-        f"below --pathDB, and here that is {speaker or 'none'} for every file"
-    )
-    if all(sequence.path.count("/") > LIBRISPEECH_FOLDERS for sequence in corpus.sequences):
-        inner = os.path.join(corpus.root, speaker)
-        print(f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}")
-
-
-def warn_of_subsets(corpus):
-    """Say so where each of several subsets counts as one speaker: --pathDB is a folder too high.
-
-    Only the names of the files can tell: they begin with the speaker and the chapter.
-    """
-    matches = [BELOW_A_SUBSET.fullmatch(sequence.path) for sequence in corpus.sequences]
-    if len(corpus.speakers) > 1 and all(matches):
-        n_speakers = len({match[1] for match in matches})
-        print(
-            f"warning: {corpus.root}: {first_few(corpus.speakers)} count as one speaker each: the "
-            f"speaker of a file is the first folder below --pathDB. By the files' names there are "
-            f"{counted(n_speakers, 'speaker')}: give --pathDB one of these folders, or one with "
-            "links to the speakers in all of them"
-        )
-
-
-def read_sequence_list(path):
-    """The names in a list: one per line, without the blanks that end it; empty lines are ignored.
-
-    Raises UserError if the file can't be read, names nothing, or is no such list.
-    """
-    names = [name for line in _lines_of(path) if (name := line.rstrip())]
-    if not names:
-        raise UserError(f"{path}: an empty list of sequences")
-    if any(len(name) > LONGEST_NAME or CONTROL.search(name) for name in names):
-        raise UserError(
-            f"{path}: doesn't look like a list of names, one in each line: some are longer than "
-            f"{LONGEST_NAME} characters or hold control characters"
-        )
-    return names
-
-
-def _lines_of(path):
-    """The lines of a text file, whatever their ends, without a byte order mark."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            yield from file
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
-
-
-def select_sequences(sequences, names, list_path):
-    """The sequences whose name is among `names`, sorted by name; `list_path` is for messages.
-
-    Files of the same name in different folders are all kept. Says how many names have no file.
-    Raises UserError if none has one.
-    """
-    wanted = set(names)
-    chosen = sorted((s for s in sequences if s.name in wanted), key=lambda s: s.name)
-    missing = sorted(wanted - {s.name for s in chosen})
-    if not missing:
-        return chosen
-    found = (
-        f"{list_path}: {len(missing)} of {len(wanted)} names have no file in the database: "
-        f"{first_few(missing)} (names go without folder and extension; files that are new in the "
-        "database are seen with --ignore_cache)"
-    )
-    if not chosen:
-        raise UserError(found)
-    print(found)
-    return chosen
-
-
-def keep_percentage(sequences, percentage):
-    """About `percentage` % of the sequences (above 0), spread evenly over their order."""
-    kept = []
-    for i, sequence in enumerate(sequences):
-        if 100 * len(kept) / (i + 1) < percentage:
-            kept.append(sequence)
-    return kept
-
-
-def keep_total(sequences, total):
-    """`total` of the sequences, or all where there are fewer, spread evenly over their order."""
-    step = max(len(sequences) / total, 1.0)
-    kept, last = [], -1.0
-    for i, sequence in enumerate(sequences):
-        if i >= round(last + step):
-            kept.append(sequence)
-            last += step
-    return kept
-
-
-class PhoneLabels(NamedTuple):
-    """Phone classes of sequences by name, one label for each frame of 10 ms."""
-
-    labels: dict[str, np.ndarray]  # (frames,) int16
-    n_phones: int  # highest label + 1
-    path: str
-
-
-def read_phone_labels(path):
-    """Read lines `name label label ...`, labels from 0 to 32766; empty lines are ignored.
-
-    Raises UserError, with the number of the line, for anything else: other text, a name without
-    labels, a name that has labels already.
-    """
-    labels, highest = {}, -1
-    for number, line in enumerate(_lines_of(path), start=1):
-        if not line.strip():
-            continue
-        name, *rest = line.split(maxsplit=1)
-        try:
-            if name in labels:
-                raise ValueError(f"{first_few([name])} has labels already")
-            labels[name] = _parse_labels(rest)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        highest = max(highest, int(labels[name].max()))
-    if not labels:
-        raise UserError(f"{path}: no labels in this file")
-    return PhoneLabels(labels, highest + 1, os.fspath(path))
-
-
-def _parse_labels(rest):
-    """Labels, (frames,) int16, from the text after the name, if any. Raises ValueError."""
-    if not rest:
-        raise ValueError("no labels after the name (a line is: name label label ...)")
-    try:
-        labels = np.fromstring(rest[0], dtype=np.int64, sep=" ")  # seven times as fast as int()
-    except ValueError:
-        raise ValueError("labels must be whole numbers (a line is: name label label ...)") from None
-    if labels.min() < 0 or labels.max() >= np.iinfo(np.int16).max:
-        raise ValueError("labels must be from 0 to 32766")
-    return labels.astype(np.int16)
-
-
 # ------------------------------------------------------------------------------------------- packs
-
-
-class Pack(NamedTuple):
-    """Decoded audio of several files, one after the other, with the labels of its frames."""
-
-    audio: torch.Tensor  # (samples,) int16 or float32
-    labels: torch.Tensor | None  # (samples // 160,) int16
-    layout: Layout
-
-
-def allocate_audio(samples, dtype):
-    """An empty (samples,) tensor with a mapping of its own.
-
-    Dropping it gives the memory back to the system, which the allocator wouldn't do here (see
-    `utils.misc.keep_freed_memory`). Pages that nothing was written to take no memory.
-    """
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-    try:
-        memory = mmap.mmap(-1, max(1, samples) * dtype.itemsize, **flags)
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"no memory for {samples} samples of audio ({samples * dtype.itemsize / 1e9:.1f} GB); "
-            "a smaller --max_size_loaded needs less"
-        ) from error
-    return torch.frombuffer(memory, dtype=dtype)[:samples]
-
-
-class PackDecoding:
-    """A pack being filled by threads: they start at once, `finish` waits for them.
-
-    The processes of a machine have one pack in common, and each decodes a part of its files; what
-    is bad on one machine is left out on all.
-    """
-
-    def __init__(self, dataset, files, world=ALONE):
-        """`files`: (n,) ascending indices of the dataset's sequences."""
-        self.dataset, self.world = dataset, world
-        self.layout = Layout.of(files, dataset.samples)
-        size = int(self.layout.boundaries[-1])
-        # Also where a machine has one process only: others may have more, and all must call this.
-        allocate = world.shared_tensor if world.group is not None else allocate_audio
-        self.audio = allocate(size, dataset.dtype)
-        parts = np.split(self.audio.numpy(), self.layout.boundaries[1:-1])
-        sequences = [dataset.sequences[i] for i in files]
-        items = [
-            (part, os.path.join(dataset.root, sequence.path), sequence.samples)
-            for part, sequence in zip(parts, sequences, strict=True)
-        ]
-        self.own = range(world.local_rank, len(items), world.local_size)
-        own_items = [items[i] for i in self.own]
-        self.workers = Workers(lambda item: decode_into(*item), own_items, dataset.n_threads)
-
-    def finish(self):
-        """The `Pack`, without files that turned out to be bad (see `AudioDataset.skip`)."""
-        problems, files = self._problems(), self.layout.files
-        good = np.ones(len(files), dtype=bool)
-        good[list(problems)] = False
-        if problems:
-            bad = {self.dataset.sequences[files[i]].path: p for i, p in problems.items()}
-            self.world.together(lambda: self.dataset.skip(bad))
-            if self.world.local_rank == 0:
-                close_gaps(self.audio, self.layout.boundaries, good)
-            self.world.agree()  # nobody reads before that is done
-        layout = Layout.of(files[good], self.dataset.samples)
-        audio = self.audio[: int(layout.boundaries[-1])]
-        return Pack(audio, self.dataset.labels_of(layout.files), layout)
-
-    def _problems(self):
-        """Wait for all processes' threads; what is wrong with which of the files, by position."""
-        own = zip(self.own, self.workers.results("decoding", " files"), strict=True)
-        found = self.world.gather({i: problem for i, problem in own if problem})
-        return {i: problem for part in reversed(found) for i, problem in part.items()}
-
-
-def close_gaps(audio, boundaries, good):
-    """Move the good files of a pack together, in place."""
-    waveform, end = audio.numpy(), 0
-    for i in np.flatnonzero(good):
-        begin, length = boundaries[i], boundaries[i + 1] - boundaries[i]
-        if end < begin:
-            waveform[end : end + length] = waveform[begin : begin + length]
-        end += length
 
 
 def allowed_bad_files(n_files, fraction):
@@ -371,7 +88,7 @@ class AudioDataset:
         self._problems, self._n_files = {}, len(sequences)
         self._n_allowed = allowed_bad_files(self._n_files, max_bad_files)
         self._only_pack = None
-        usable = self._usable(_in_order(sequences))
+        usable = self._usable(in_order(sequences))
         self.sequences = tuple(self._labelled(usable, labelled_only) if phone_labels else usable)
         self.n_unlabelled = len(usable) - len(self.sequences)
         self.samples = self._lengths_in_use(whole_frames)

@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
-from model import ConcatenatedModel, CPCModelNullspace, build_model
+from model import ConcatenatedModel, CPCModelNullspace, build_model, untouched
 from transformers import CausalAttention
-from utils.arguments import ARCHITECTURE, stored_arguments
-from utils.audio import open_audio, reason
-from utils.checkpoint import Checkpoint, open_checkpoint
-from utils.checkpoint import load_weights as load_state
-from utils.hooks import untouched
+from utils.data.audio import open_audio, reason
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.run.checkpoint import Checkpoint, open_checkpoint
+from utils.run.checkpoint import load_weights as load_state
+from utils.run.flags import ARCHITECTURE, stored_arguments
 
 # --------------------------------------------------------------------------------------- loading
 

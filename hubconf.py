@@ -45,7 +45,7 @@ def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
             )
         model, *_ = _own("feature_loader").load_model([_download(url, progress, misc.UserError)])
         return model
-    loader, arguments = _own("feature_loader"), _own("utils.arguments")
+    loader, arguments = _own("feature_loader"), _own("utils.run.flags")
     unknown = sorted(flags.keys() - loader.MODEL_FLAGS)
     if unknown:
         raise misc.UserError(f"{', '.join(unknown)}: not a flag of the architecture")

@@ -7,6 +7,7 @@ languages" (2020). Attributes named unlike the rest (`gEncoder`, `batchNorm0`, `
 of checkpoints.
 """
 
+import contextlib
 import math
 import warnings
 
@@ -488,3 +489,25 @@ class ConcatenatedModel(nn.Module):
 def build_model(args):
     """The CPC model that the architecture flags describe, with fresh weights."""
     return CPCModel(build_encoder(args), build_ar(args))
+
+
+@contextlib.contextmanager
+def untouched(model, criterion=None):
+    """A block after which the networks are as before it.
+
+    Restores train or eval mode and `requires_grad` everywhere, and the model's kept hidden state.
+    Weights and buffers are the block's own business: it must not train them.
+    """
+    networks = [model] if criterion is None else [model, criterion]
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    gradients = [(p, p.requires_grad) for network in networks for p in network.parameters()]
+    hidden = model.hidden_state()
+    model.reset_hidden()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires in gradients:
+            parameter.requires_grad_(requires)
+        model.set_hidden_state(hidden)

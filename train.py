@@ -27,26 +27,41 @@ from typing import NamedTuple
 import torch
 
 from criterion import NoneCriterion, build_criterion, mask_rules
-from dataset import (
-    AudioDataset,
-    BatchLoader,
-    keep_percentage,
-    keep_total,
-    read_phone_labels,
-    read_sequence_list,
-    scan_corpus,
-    select_sequences,
-    warn_of_shared_files,
-    warn_of_single_speaker,
-    warn_of_subsets,
-)
+from dataset import AudioDataset, BatchLoader, warn_of_shared_files
+from eval.hooks import PREDICTED, CaptureHook, ProbeHook
 from eval.probe import ProbeOptions, run_probe
 from feature_loader import load_model
 from model import CPCModel, build_model
 from stats.stats_collector import StatsCollector
 from stats.stats_utils import check_needs, parse_stats, with_absolute_directories
 from trainer import Trainer, TrainStep, say_finished
-from utils.arguments import (
+from utils.capture import refuse_to_lose
+from utils.data.corpus import (
+    keep_percentage,
+    keep_total,
+    read_sequence_list,
+    scan_corpus,
+    select_sequences,
+    warn_of_single_speaker,
+    warn_of_subsets,
+)
+from utils.data.labels import read_phone_labels
+from utils.misc import UserError, generator_from, seed_from
+from utils.report.page import RunReport
+from utils.report.run_record import RunRecord, machine_in_words
+from utils.run.checkpoint import (
+    Checkpoint,
+    check_speakers,
+    follow_speaker_order,
+    load_weights,
+    newest_checkpoint,
+    open_checkpoint,
+    remove_stale,
+)
+from utils.run.command import command
+from utils.run.console import DroppedWhenFull
+from utils.run.distributed import World, joined_world
+from utils.run.flags import (
     ARCHITECTURE,
     MODEL,
     ORDER,
@@ -58,32 +73,10 @@ from utils.arguments import (
     parse_arguments,
     stored_arguments,
 )
-from utils.capture import refuse_to_lose
-from utils.checkpoint import (
-    Checkpoint,
-    check_speakers,
-    follow_speaker_order,
-    load_weights,
-    newest_checkpoint,
-    open_checkpoint,
-    remove_stale,
-)
-from utils.distributed import World, joined_world
-from utils.hooks import PREDICTED, CaptureHook, ProbeHook
-from utils.launch import launch, processes_to_start
-from utils.lock import locked
-from utils.logs import DroppedWhenFull
-from utils.misc import (
-    UserError,
-    command,
-    device_from,
-    generator_from,
-    keep_freed_memory,
-    seed_from,
-)
-from utils.report.page import RunReport
-from utils.report.run_record import RunRecord, machine_in_words
-from utils.stopping import Stopped, StopSignals
+from utils.run.launch import launch, processes_to_start
+from utils.run.lock import locked
+from utils.run.machine import device_from, keep_freed_memory
+from utils.run.stopping import Stopped, StopSignals
 
 
 @command

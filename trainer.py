@@ -11,7 +11,13 @@ from pathlib import Path
 import torch
 
 from dataset import BatchLoader, Position, on_device
-from utils.checkpoint import (
+from model import untouched
+from utils.files import save_json
+from utils.misc import UserError, counted, generator_from, seed_from
+from utils.report.page import REPORT
+from utils.report.plots import draw_curves
+from utils.report.run_record import epoch_speed
+from utils.run.checkpoint import (
     check_resumable,
     copy_to_cpu,
     load_optimizer,
@@ -19,25 +25,19 @@ from utils.checkpoint import (
     save_checkpoint,
     saved_checkpoints,
 )
-from utils.cuda_graph import RecordedPasses
-from utils.files import save_json
-from utils.hooks import untouched
-from utils.logs import (
+from utils.run.console import progress
+from utils.run.cuda_graph import RecordedPasses
+from utils.run.logs import (
     Clock,
     RunningMeans,
     append_epoch,
     has_accuracy,
     mean,
     percent,
-    progress,
     step_name,
 )
-from utils.misc import UserError, counted, generator_from, seed_from
-from utils.report.page import REPORT
-from utils.report.plots import draw_curves
-from utils.report.run_record import epoch_speed
+from utils.run.stopping import Stopped
 from utils.schedule import learning_rate
-from utils.stopping import Stopped
 
 CURVES = "checkpoint_curves.png"
 LEARNED = 0.02  # of the validation loss at the start: what less than that is worth a word
@@ -69,7 +69,7 @@ class Trainer:
     """A run: networks, data, optimiser, and how far it has come.
 
     args: the flags; step: a TrainStep on `device`; train_set, val_set: AudioDatasets;
-    hooks: see utils/hooks.py; report: a RunReport (utils/report/page.py), or None; models: flags of
+    hooks: see eval/hooks.py; report: a RunReport (utils/report/page.py), or None; models: flags of
     each part of a model that began with `--load`, or None; speakers: the names of all, by number,
     if the criterion has weights for each; world: the processes that train together, all with the
     same weights and the same position, each on batches of its own. The first one prints and writes.
@@ -410,7 +410,7 @@ class Trainer:
         return scores.index(max(scores))
 
     def state(self):
-        """Everything that a later call needs to go on exactly from here (utils/checkpoint.py)."""
+        """Everything that a later call needs to resume from here (utils/run/checkpoint.py)."""
         state = {
             "gEncoder": self.step.model.state_dict(),
             "cpcCriterion": self.step.criterion.state_dict(),

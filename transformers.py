@@ -14,8 +14,8 @@ from operator import attrgetter
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from utils.fast_dropout import dropout, relu_with_dropout_
 from utils.misc import SAMPLES_PER_FRAME, UserError
 
 N_HEADS = 8
@@ -125,68 +125,7 @@ class FeedForward(nn.Module):
         """x: (B, S, dim) -> (B, S, dim)."""
         # Without a batch dimension, or `hidden` is a view, and in-place changes cost copies.
         hidden = self.lin1(x.flatten(0, 1))
-        return self.lin2(relu_with_dropout_(hidden, self.training)).view_as(x)
-
-
-# PyTorch's dropout draws a number for each element, which on a CPU takes as long as the products
-# around it. Here 16 random bits decide over an element: the generator yields 64 of them at a time.
-# Compiled, PyTorch's is as good.
-
-
-def dropout(x):
-    """Dropout as in training."""
-    return _Dropout.apply(x) if _draws_bits(x) else F.dropout(x, DROPOUT)
-
-
-def relu_with_dropout_(x, training):
-    """ReLU in place, with dropout in training."""
-    if training and _draws_bits(x):
-        return _ReLUWithDropout.apply(x)
-    return F.relu(F.dropout(x, DROPOUT, training, inplace=True), inplace=True)
-
-
-def _draws_bits(x):
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _drawn(x):
-    """Which elements of a tensor dropout keeps, and the factor that makes up for the others."""
-    n_values = 2**16
-    n_dropped = round(DROPOUT * n_values)
-    draws = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 4 + 1,)).view(torch.int16)
-    kept = draws[: x.numel()].view(x.shape) >= n_dropped - n_values // 2
-    return kept, n_values / (n_values - n_dropped)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        kept, ctx.factor = _drawn(x)
-        ctx.save_for_backward(kept)
-        return (x * kept).mul_(ctx.factor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (kept,) = ctx.saved_tensors
-        return (gradient * kept).mul_(ctx.factor)
-
-
-class _ReLUWithDropout(torch.autograd.Function):
-    """In place. What comes out as 0 was dropped or negative: backward needs nothing else."""
-
-    @staticmethod
-    def forward(ctx, x):
-        kept, ctx.factor = _drawn(x)
-        ctx.mark_dirty(x.mul_(kept).relu_().mul_(ctx.factor))
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (output,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(gradient, output, 0).mul_(ctx.factor)
+        return self.lin2(relu_with_dropout_(hidden, DROPOUT, self.training)).view_as(x)
 
 
 class MultiHeadAttention(nn.Module):
@@ -242,7 +181,7 @@ class CausalAttention(nn.Module):
         else:
             position_scores = relative_scores(query, self.Krelpos)
         weights = ((query * dim_head**-0.5) @ key.mT + position_scores).softmax(dim=-1)
-        return dropout(weights) @ value
+        return dropout(weights, DROPOUT) @ value
 
 
 def attend(query, key, value, krelpos, training):

@@ -28,7 +28,7 @@ from eval.abx_groups import across_cells, cell_errors, group_items, mean_error, 
 from eval.abx_items import Items
 from eval.dtw import cosine_distance, dtw, normalize_with_singularity
 from utils.files import save_json
-from utils.misc import keep_freed_memory
+from utils.run.machine import keep_freed_memory
 
 PHONES, CONTEXTS, ITEMS_PER_SPEAKER, SIZES, DIM = 8, 4, 100, (5, 25), 256
 MAX_SIZE_GROUP, MAX_X_ACROSS = 10, 5

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from criterion import sampling
 from criterion.soft_align import FORBIDDEN, soft_align
 from utils.files import save_json
-from utils.misc import keep_freed_memory
+from utils.run.machine import keep_freed_memory
 
 N_FRAMES, DIM, N_PREDICTIONS, N_NEGATIVES = 128, 256, 12, 128
 N_MATCHED, N_SYMBOLS, SKIPS = 12, 9, (1, 2)

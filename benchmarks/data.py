@@ -21,9 +21,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import soundfile
 
-from dataset import AudioDataset, BatchLoader, scan_corpus
+from dataset import AudioDataset, BatchLoader
+from utils.data.corpus import scan_corpus
 from utils.files import save_json
-from utils.misc import SAMPLE_RATE, keep_freed_memory
+from utils.misc import SAMPLE_RATE
+from utils.run.machine import keep_freed_memory
 
 SECONDS = 12  # of a file, about as in LibriSpeech
 WINDOW, BATCH = 20_480, 8

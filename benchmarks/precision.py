@@ -21,10 +21,10 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from tests.helpers import ROOT
 from utils.corpus import make_demo
 from utils.files import load_json, save_json
-from utils.logs import progress
-from utils.testing import ROOT
+from utils.run.console import progress
 
 MODEL = (
     "--nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSkipBeg 1 "

@@ -21,12 +21,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from dataset import AudioDataset, read_phone_labels, scan_corpus
+from dataset import AudioDataset
 from eval.probe import Probe, ProbeOptions
 from model import build_model
-from utils.arguments import build_parser as build_train_parser
-from utils.misc import keep_freed_memory
-from utils.testing import write_tiny_corpus
+from tests.helpers import write_tiny_corpus
+from utils.data.corpus import scan_corpus
+from utils.data.labels import read_phone_labels
+from utils.run.flags import build_parser as build_train_parser
+from utils.run.machine import keep_freed_memory
 
 PROBES = {"phone": {}, "phone by CTC": {"ctc": True}, "speaker": {}}
 

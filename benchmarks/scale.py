@@ -28,11 +28,12 @@ import torch.distributed as dist
 from benchmarks.data import in_new_process, measure_decoding, write_corpus
 from benchmarks.train_step import CONFIGURATIONS, all_batches, build_trainer
 from dataset import MAX_SIZE_LOADED
-from utils.distributed import joined_world
 from utils.files import load_json, save_json
-from utils.launch import launch
-from utils.misc import SAMPLE_RATE, device_from
-from utils.stopping import StopSignals
+from utils.misc import SAMPLE_RATE
+from utils.run.distributed import joined_world
+from utils.run.launch import launch
+from utils.run.machine import device_from
+from utils.run.stopping import StopSignals
 
 N_FILES = 100  # of 12 s
 BUCKET_MB = 25  # of gradients that DistributedDataParallel sends at a time

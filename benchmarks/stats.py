@@ -26,7 +26,7 @@ import torch
 from stats.distances import METRICS, frame_distances
 from stats.repr_diff_stat import ReprDiffStat
 from utils.files import save_json
-from utils.misc import keep_freed_memory
+from utils.run.machine import keep_freed_memory
 
 N_FRAMES, DIM = 128, 256
 CALLS = 50  # of ReprDiffStat, for one of a loop

@@ -42,12 +42,11 @@ from model import CPCEncoder
 from train import Data, build_step, find_audio, prepare_machine, settle_arguments
 from trainer import Trainer
 from transformers import SIZE_FEED_FORWARD
-from utils import arguments
-from utils.distributed import World
 from utils.files import save_json
-from utils.logs import progress
 from utils.misc import SAMPLES_PER_FRAME
-from utils.stopping import StopSignals
+from utils.run.console import progress
+from utils.run.distributed import World
+from utils.run.stopping import StopSignals
 
 EXAMPLE = (
     "--nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSkipBeg 1 "
@@ -195,7 +194,7 @@ def build_trainer(name, root, options, world):
     flags += ["--samplingType", "uniform"]  # every batch is full
     flags += ["--precision", options.precision] + ["--compile"] * options.compile
     with contextlib.redirect_stdout(io.StringIO()):
-        args, *_ = settle_arguments(*arguments.parse_arguments(flags))
+        args, *_ = settle_arguments(*flags.parse_arguments(flags))
         device = prepare_machine(args, world)
         data = Data(args, find_audio(args))
         step, _ = build_step(args, data)

@@ -39,17 +39,12 @@ from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
 from model import CPCAR
-from utils.checkpoint import open_checkpoint
+from utils.data.listing import find_files
 from utils.files import load_tensors, save_json
-from utils.listing import find_files
-from utils.misc import (
-    CommandLine,
-    UserError,
-    command,
-    device_from,
-    first_few,
-    keep_freed_memory,
-)
+from utils.misc import UserError, first_few
+from utils.run.checkpoint import open_checkpoint
+from utils.run.command import CommandLine, command
+from utils.run.machine import device_from, keep_freed_memory
 
 NO_TRIPLET = {
     "within": "it takes two examples of a phone by one speaker, and another phone in the context",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from eval.dtw import FRAME_DISTANCES, dtw, normalize_with_singularity
-from utils.logs import progress
+from utils.run.console import progress
 
 # Floats held at once: as many as make each step worth its overhead, and few enough for caches.
 TABLE_FLOATS = {"cpu": 2**24, "cuda": 2**28}  # in tables of distances between frames

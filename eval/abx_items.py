@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from eval.abx_distances import Frames, ranges
-from utils.logs import progress
 from utils.misc import UserError
+from utils.run.console import progress
 
 COLUMNS = "file onset offset phone previous-phone next-phone speaker"
 SLICINGS = {

@@ -32,20 +32,13 @@ from feature_loader import (
     load_model,
     load_phone_classifier,
 )
-from utils.checkpoint import open_checkpoint
+from utils.data.listing import find_files
 from utils.files import atomic_path, load_json, remove_leftovers, save_json, save_tensors
-from utils.listing import find_files
-from utils.logs import progress
-from utils.misc import (
-    SAMPLE_RATE,
-    SAMPLES_PER_FRAME,
-    CommandLine,
-    UserError,
-    command,
-    device_from,
-    first_few,
-    keep_freed_memory,
-)
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.run.checkpoint import open_checkpoint
+from utils.run.command import CommandLine, command
+from utils.run.console import progress
+from utils.run.machine import device_from, keep_freed_memory
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that features depend on

@@ -27,21 +27,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion.seq_alignment import best_label_sequences, phone_error_rate
-from dataset import read_phone_labels, read_sequence_list, scan_corpus, select_sequences
 from eval.utterances import UtteranceSet, features_of
 from feature_loader import load_model, shortest_input
-from utils.checkpoint import load_weights, open_checkpoint
+from utils.data.corpus import read_sequence_list, scan_corpus, select_sequences
+from utils.data.labels import read_phone_labels
 from utils.files import load_json, load_tensors, save_json, save_tensors
-from utils.logs import percent, progress
-from utils.misc import (
-    SAMPLES_PER_FRAME,
-    CommandLine,
-    UserError,
-    command,
-    device_from,
-    generator_from,
-    keep_freed_memory,
-)
+from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
+from utils.run.checkpoint import load_weights, open_checkpoint
+from utils.run.command import CommandLine, command
+from utils.run.console import progress
+from utils.run.logs import percent
+from utils.run.machine import device_from, keep_freed_memory
 
 BEAM = 20  # phone sequences kept while outputs are decoded
 VALIDATION_SHARE = 0.1  # of the utterances, where there is no list of them

@@ -23,30 +23,25 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from dataset import (
-    AudioDataset,
-    read_phone_labels,
+from dataset import AudioDataset
+from eval.center_push import push_to_nearest, read_centers
+from eval.probe import Probe, ProbeOptions
+from feature_loader import load_model
+from model import CPCModelNullspace
+from utils.data.corpus import (
     read_sequence_list,
     scan_corpus,
     select_sequences,
     warn_of_single_speaker,
     warn_of_subsets,
 )
-from eval.center_push import push_to_nearest, read_centers
-from eval.probe import Probe, ProbeOptions
-from feature_loader import load_model
-from model import CPCModelNullspace
-from utils.arguments import stored_arguments
-from utils.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
+from utils.data.labels import read_phone_labels
 from utils.files import check_writable, load_json, load_tensors, save_json
-from utils.misc import (
-    SAMPLES_PER_FRAME,
-    CommandLine,
-    UserError,
-    command,
-    device_from,
-    keep_freed_memory,
-)
+from utils.misc import SAMPLES_PER_FRAME, UserError
+from utils.run.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
+from utils.run.command import CommandLine, command
+from utils.run.flags import stored_arguments
+from utils.run.machine import device_from, keep_freed_memory
 
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
 DECISIVE = (  # flags that say what is measured; the others say how the classifier is trained

@@ -21,18 +21,13 @@ from criterion.classification import (
 )
 from criterion.seq_alignment import best_label_sequences, collapse_label_chain, phone_error_rate
 from dataset import BatchLoader
-from utils.corpus.alignments import symbols_beside
+from utils.data.labels import symbols_beside
 from utils.files import remove_leftovers, save_json, save_tensors
-from utils.logs import RunningMeans, append_epoch, percent, progress
-from utils.misc import (
-    SAMPLES_PER_FRAME,
-    UserError,
-    available_memory,
-    counted,
-    generator_from,
-    seed_from,
-)
+from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, seed_from
 from utils.report.plot_confusion import draw_confusion
+from utils.run.console import progress
+from utils.run.logs import RunningMeans, append_epoch, percent
+from utils.run.machine import available_memory
 
 BEAM = 20  # label sequences kept while CTC outputs are decoded; 100 would take four times as long
 MEMORY_SHARE = 0.5  # of the free memory may be filled with features
@@ -125,7 +120,7 @@ def run_probe(
     classifier, with the model it belongs to, to `<checkpoint_dir>/<CPC epoch>/<task>/`.
 
     Nothing is drawn from the global random generators. The model's weights stay as they are, its
-    mode and kept hidden state don't: `utils.hooks.untouched` puts those back.
+    mode and kept hidden state don't: `model.untouched` puts those back.
     """
     place = Path(str(options.cpc_epoch), task)
     log = Path(logs_dir, place, "logs.json")

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from dataset import AudioDataset
 from eval.probe import storage_for
 from feature_loader import load_waveform, longest_input
-from utils.logs import progress
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.run.console import progress
 
 
 class Utterance(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from stats.arguments import REPRESENTATIONS, choice, picture_directory
 from stats.empty_stat import Stat
 from stats.pictures import new_figure, save_picture
-from utils.corpus.alignments import symbols_beside
+from utils.data.labels import symbols_beside
 
 
 class PhoneSimilarityStat(Stat):

@@ -78,6 +78,15 @@ def check_regular(path):
         raise OSError("not a regular file")
 
 
+def lines_of(path):
+    """The lines of a text file, whatever their ends, without a byte order mark."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            yield from file
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+
+
 def write_lines(path, lines):
     """Write lines of text, given without their ends, atomically."""
     encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # any name of a file

@@ -8,8 +8,8 @@ import subprocess
 from collections import Counter
 
 from benchmarks.trials.runs import OWN_PROCESS, PHASES, TINY, Run, content, differences, on
+from tests.helpers import write_tiny_corpus
 from utils.files import TEMPORARY_PREFIX
-from utils.testing import write_tiny_corpus
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DISK_SIZE = 4 * 2**20

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import torch
 
-from utils.listing import LISTING
+from utils.data.listing import LISTING
 
 PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body></body></html>\n"
 ODD_NAMES = (

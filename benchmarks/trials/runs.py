@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 import trainer
-from dataset import AudioDataset, BatchLoader, PackDecoding
+from dataset import AudioDataset, BatchLoader
+from eval.hooks import CaptureHook, ProbeHook
+from tests.helpers import ROOT, assert_equal_trees
 from train import main as train
-from utils.hooks import CaptureHook, ProbeHook
+from utils.data.packs import PackDecoding
 from utils.report.page import RunReport
 from utils.report.plots import draw_curves
-from utils.testing import ROOT, assert_equal_trees
 
 TINY = (
     "--hiddenEncoder 8 --hiddenGar 8 --rnnMode linear --negativeSamplingExt 4 --nPredicts 2 "

@@ -13,9 +13,9 @@ import soundfile
 
 from dataset import BatchLoader
 from train import Data, find_audio
-from utils.arguments import parse_arguments
 from utils.capture import CaptureReader
-from utils.listing import LISTING
+from utils.data.listing import LISTING
+from utils.run.flags import parse_arguments
 
 
 def check_training_sets(words):

@@ -21,11 +21,12 @@ import numpy as np
 import soundfile
 import torch
 
-from utils.audio import open_audio, read_header, reason
+from utils.data.audio import open_audio, read_header, reason
+from utils.data.listing import find_files
+from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
-from utils.listing import find_files
-from utils.misc import SAMPLE_RATE, CommandLine, UserError, command, first_few
-from utils.workers import Workers
+from utils.misc import SAMPLE_RATE, UserError, first_few
+from utils.run.command import CommandLine, command
 
 BLOCK, MARGIN = 60, 1  # seconds that are resampled at once, and before and after them
 CONVERTED, THERE = "converted", "there already"

@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from praatio import textgrid
 from praatio.utilities.errors import PraatioException
 
-from utils.corpus.alignments import (
+from utils.data.labels import (
     FRAMES_PER_SECOND,
     LABELS,
     SILENCE,
@@ -42,10 +42,11 @@ from utils.corpus.alignments import (
     write_labels,
     write_symbols,
 )
+from utils.data.listing import find_files
 from utils.files import refuse_to_replace
-from utils.listing import find_files
-from utils.logs import progress
-from utils.misc import CommandLine, UserError, command, first_few
+from utils.misc import UserError, first_few
+from utils.run.command import CommandLine, command
+from utils.run.console import progress
 
 STRESS = re.compile(r"([A-Z]+)[0-2]")  # AH0, AH1, AH2
 POSITION = re.compile(r"(.+)_[BIES]")  # Kaldi's AH0_B: beginning, inside, end of a word, single

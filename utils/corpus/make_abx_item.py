@@ -16,10 +16,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from dataset import read_phone_labels
-from utils.corpus.alignments import FRAMES_PER_SECOND, SILENCE, read_symbols, runs
+from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
 from utils.files import atomic_path
-from utils.misc import CommandLine, UserError, command, first_few
+from utils.misc import UserError, first_few
+from utils.run.command import CommandLine, command
 
 HEADER = "#file onset offset #phone prev-phone next-phone speaker"
 

@@ -43,8 +43,9 @@ from utils.corpus.synthesiser import (
     speak,
 )
 from utils.files import TEMPORARY_PREFIX, load_json, remove_leftovers, save_json, write_lines
-from utils.logs import progress
-from utils.misc import SAMPLE_RATE, CommandLine, UserError, command
+from utils.misc import SAMPLE_RATE, UserError
+from utils.run.command import CommandLine, command
+from utils.run.console import progress
 
 VERSION = 1  # of the corpus: to be raised when the same seed gives other bytes
 MANIFEST = "demo_corpus.json"

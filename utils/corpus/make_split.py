@@ -18,10 +18,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from dataset import read_sequence_list
+from utils.data.corpus import read_sequence_list
+from utils.data.listing import find_files
 from utils.files import refuse_to_replace, write_lines
-from utils.listing import find_files
-from utils.misc import CommandLine, UserError, command, first_few, seed_from
+from utils.misc import UserError, first_few, seed_from
+from utils.run.command import CommandLine, command
 
 TRAIN, VALIDATION = "train.txt", "val.txt"
 

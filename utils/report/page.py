@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from utils.files import atomic_path
-from utils.logs import has_accuracy, step_name
 from utils.report.elements import duration, memory, percentage, shown, soft
 from utils.report.markup import Markup, join, tag
 from utils.report.pictures import draw_capture, embed, find_pictures, latest_capture
@@ -37,6 +36,7 @@ from utils.report.values import (
     windows_per_second,
     without_accuracies,
 )
+from utils.run.logs import has_accuracy, step_name
 
 REPORT = "report.html"
 STYLE = Path(__file__).with_name("page.css")

@@ -22,11 +22,12 @@ import torch
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
-from utils.audio import open_audio, reason
 from utils.capture import CaptureReader, prediction_names
-from utils.corpus.alignments import read_symbols, symbols_beside
-from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, command
+from utils.data.audio import open_audio, reason
+from utils.data.labels import read_symbols, symbols_beside
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
 from utils.report.plots import save_figure
+from utils.run.command import command
 
 DRAWN = (
     "conv_repr",

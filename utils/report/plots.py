@@ -20,7 +20,7 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True):
 
     Thin lines are single steps, from the nearest (dark) to the farthest (light), these two with
     their numbers; thick ones are their means, full for validation and dashed for training. `step`
-    and `with_accuracy`: the `step_name` of the run, and whether it `has_accuracy` (utils/logs.py).
+    and `with_accuracy`: the `step_name` of the run, and whether it `has_accuracy`.
     """
     figure = Figure(figsize=(11, 7.5))
     margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95}

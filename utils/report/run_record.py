@@ -21,7 +21,7 @@ RECORD = "report_data.json"
 def epoch_speed(clock, device, processes=1):
     """How an epoch went, for `RunRecord.add`: a dict of plain values.
 
-    clock: the `utils.logs.Clock` of its training, stopped; its windows are those of all processes.
+    clock: the `Clock` of its training, stopped; its windows are those of all processes.
     Memory is in bytes, the largest amount that this process has held so far.
     """
     on_cuda = device.type == "cuda"

@@ -14,12 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from stats.stats_utils import picture_directories
-from utils.arguments import stored_arguments
 from utils.files import load_json
-from utils.logs import has_accuracy, mean, percent
-from utils.misc import CommandLine, UserError, command, first_few
+from utils.misc import UserError, first_few
 from utils.report.run_record import RunRecord
 from utils.report.values import without_accuracies
+from utils.run.command import CommandLine, command
+from utils.run.flags import stored_arguments
+from utils.run.logs import has_accuracy, mean, percent
 
 
 @command

@@ -1,0 +1,261 @@
+"""Tests, without a GPU, of what only a GPU does: stand-ins take the place of CUDA.
+
+test_gpu.py tests the same things on a GPU.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import trainer
+from dataset import Batch, on_device
+from tests.helpers import ends_refused
+from tests.test_train import EXAMPLE, SMALL, assert_same, on, run, trained
+from utils.misc import UserError
+from utils.run.command import command
+from utils.run.cuda_graph import RecordedPasses
+from utils.run.flags import build_parser, check_compilers
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph for the CPU: notes operations, and does them again on the same memory.
+
+    It has to do them also while it notes them, and so takes back afterwards what that changed.
+    """
+
+    def __enter__(self):
+        self.operations, self.replays, self.changed = [], 0, []
+        self.random_state = torch.get_rng_state()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for place, argument in enumerate(function._schema.arguments):
+            tensor = args[place] if place < len(args) else kwargs.get(argument.name)
+            written = argument.alias_info and argument.alias_info.is_write
+            if torch.is_tensor(tensor) and (written or argument.name.startswith("running_")):
+                self.changed.append((tensor, tensor.clone()))
+        result = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, result))
+        return result
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for tensor, before in reversed(self.changed):
+            tensor.detach().copy_(before)
+        torch.set_rng_state(self.random_state)
+
+    def replay(self):
+        self.replays += 1
+        with torch._C._AutoDispatchBelowAutograd():
+            for function, args, kwargs, result in self.operations:
+                again = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if torch.is_tensor(old):
+                        old.copy_(new)
+
+
+class Stream:
+    """Notes who waits for whom."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self):
+        return f"what {self.name} was told"
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """What streams did, with stand-ins for CUDA's."""
+    log = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(log, "other"))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(log, "own"))
+    return log
+
+
+@pytest.fixture
+def graphs(monkeypatch, streams):
+    """The graphs that a run makes with stand-ins for CUDA's."""
+    made = []
+
+    def graph():
+        made.append(Recording())
+        return made[-1]
+
+    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    return made
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dropout", "--rnnMode", "transformer"],
+        EXAMPLE,
+        ["--samplingType", "samespeaker"],
+        ["--normMode", "batchNorm", "--clip_grad_norm", "0.1"],
+    ],
+)
+def test_replayed_steps_are_the_steps(words, tiny_corpus, tmp_path, request):
+    """To the last bit: in weights, in moments, in logs; also where some batches are smaller."""
+    plain = trained(tiny_corpus, tmp_path / "plain", *words, epochs=3)
+    graphs = request.getfixturevalue("graphs")
+    replayed = trained(tiny_corpus, tmp_path / "replayed", *words, epochs=3)
+    assert [graph.replays > 3 for graph in graphs] == [True]
+    assert_same(plain, replayed)
+
+
+def test_a_device_that_refuses_to_record(tiny_corpus, tmp_path, graphs, monkeypatch, capsys):
+    """The run goes on as it does without recording, and says so once."""
+
+    def refuse(graph):
+        raise RuntimeError("capture failed\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    renewed = renewed_generator(monkeypatch)
+    refused = trained(tiny_corpus, tmp_path / "refused")
+    assert capsys.readouterr().out.count("can't be recorded (capture failed)") == 1
+    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: False)
+    assert_same(trained(tiny_corpus, tmp_path / "plain"), refused)
+    assert renewed == ["a copy"]
+
+
+def renewed_generator(monkeypatch):
+    """The states that the stand-in for the device's generator is given from now on."""
+    given = []
+    generator = SimpleNamespace(clone_state=lambda: "a copy", graphsafe_set_state=given.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return given
+
+
+def test_a_recording_that_cannot_be_ended(streams, monkeypatch, capsys):
+    """It says why the passes failed, and goes back to the stream before."""
+
+    @contextlib.contextmanager
+    def noted(stream):
+        try:
+            yield
+        finally:
+            streams.append(f"back from {stream.name}")
+
+    @contextlib.contextmanager
+    def endless(graph):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to an error before")
+
+    def passes(batch):
+        raise RuntimeError("operation not permitted\nand more")
+
+    renewed = renewed_generator(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", endless)
+    parameter = torch.zeros(1, requires_grad=True)
+    recorded = RecordedPasses(passes, [parameter], 1)
+    monkeypatch.setattr(torch.cuda, "stream", noted)
+    assert not recorded.record(Batch(*[torch.zeros(1)] * 5))
+    assert "can't be recorded (operation not permitted)" in capsys.readouterr().out
+    assert streams == ["back from own"]
+    assert renewed == ["a copy"]
+
+
+def test_a_recorded_run_that_was_stopped_goes_on(tiny_corpus, tmp_path, graphs):
+    whole = trained(tiny_corpus, tmp_path / "whole", epochs=3)
+    trained(tiny_corpus, tmp_path / "parts", epochs=1)
+    assert_same(whole, trained(tiny_corpus, tmp_path / "parts", epochs=3))
+
+
+def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypatch):
+    """And each is waited for on its own, not with the next one."""
+    monkeypatch.setattr(Batch, "to", lambda self, device: streams.append("copy") or self)
+    batches = [(i, Batch(*[torch.zeros(1)] * 5)) for i in range(3)]
+    handed_out = on_device(batches, torch.device("cuda"))
+    for i in range(3):
+        position, batch = next(handed_out)
+        assert (position, batch) == batches[i]
+        streams.append(f"use {i}")
+    assert list(handed_out) == []
+    copy, wait = ["other waits for own", "copy"], ["own waits for what other was told"]
+    assert streams == [
+        *copy, *copy, *wait, "use 0", *copy, *wait, "use 1", *wait, "use 2"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], True),
+        (["--samplingType", "sequential"], False),
+        (["--supervised", "--path_phone_data", "x", "--CTC"], False),
+    ],
+)
+def test_what_can_be_recorded(words, expected):
+    args = build_parser().parse_args(["--compile", *words])
+    one = SimpleNamespace(args=args, device=torch.device("cuda"), world=SimpleNamespace(size=1))
+    assert trainer.Trainer.can_be_recorded(one) is expected
+    for change in ({"device": torch.device("cpu")}, {"world": SimpleNamespace(size=2)}):
+        other = SimpleNamespace(**{**vars(one), **change})
+        assert trainer.Trainer.can_be_recorded(other) is False
+    args.compile = False
+    assert trainer.Trainer.can_be_recorded(one) is False
+
+
+def test_a_compiler_without_triton_is_refused(tiny_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", "--compile"]
+    assert run(*words) == 2
+    assert "--compile on a GPU needs Triton" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "variable", "told"),
+    [
+        (False, "CXX", "a C++ compiler, and there is no g++ here"),
+        (True, "CC", "no gcc or clang here"),
+    ],
+)
+def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, told):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setenv(variable, sys.executable)
+    check_compilers(cuda)
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(UserError, match=re.escape(told)):
+        check_compilers(cuda)
+
+
+def test_a_gpu_without_room_is_told_in_one_line(capsys):
+    told = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
+        "of which 1.05 GiB is free. Including non-PyTorch memory, this process has 78.05 GiB "
+        "memory in use. Of the allocated memory 77.00 GiB is allocated by PyTorch.\nMore lines"
+    )
+
+    @command
+    def program(argv):
+        raise torch.OutOfMemoryError(told)
+
+    with ends_refused(capsys, r"Tried to allocate 2.00 GiB. .* 1.05 GiB is free. Smaller batches"):
+        program()

@@ -1,0 +1,1379 @@
+"""Tests of corpora, packs, windows and batches."""
+
+import functools
+import gc
+import json
+import mmap
+import os
+import re
+import shutil
+import sys
+import threading
+import weakref
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from dataset import SAMPLINGS, AudioDataset, BatchLoader, Position, allowed_bad_files
+from tests.helpers import REAL_SPEECH, golden_cases, needs_real_speech
+from utils.data import listing, packs, workers
+from utils.data.corpus import (
+    Corpus,
+    Sequence,
+    keep_percentage,
+    keep_total,
+    read_sequence_list,
+    scan_corpus,
+    select_sequences,
+    warn_of_single_speaker,
+    warn_of_subsets,
+)
+from utils.data.labels import read_phone_labels
+from utils.data.packs import allocate_audio
+from utils.data.windows import Layout, plan_pack, plan_rows, split_in_packs
+from utils.data.workers import Workers
+from utils.misc import SAMPLE_RATE, UserError, first_few, generator_from
+from utils.run.console import PlainProgress
+from utils.run.distributed import World
+
+WINDOW = 1600  # samples: ten frames
+LENGTHS = {  # of the files of `small_corpus`: more and less than a window, odd, whole frames
+    "a/x/a-1.flac": 17_001,
+    "a/x/a-2.flac": 1_600,
+    "a/y/a-3.flac": 900,
+    "b/x/b-1.flac": 12_345,
+    "b/x/b-2.flac": 8_000,
+    "c/x/c-1.flac": 4_799,
+    "c/y/c-2.flac": 21_120,
+}
+
+
+def noise(samples, seed=0):
+    return np.random.default_rng(seed).integers(-20_000, 20_000, samples).astype(np.int16)
+
+
+def write_audio(root, files, **options):
+    """Write path -> samples below `root`."""
+    for path, waveform in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(
+            root / path, waveform, options.get("rate", SAMPLE_RATE), options.get("kind")
+        )
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory):
+    """Seven short files of three speakers; not to be changed by a test."""
+    root = tmp_path_factory.mktemp("small_corpus")
+    write_audio(root, {path: noise(n, seed) for seed, (path, n) in enumerate(LENGTHS.items())})
+    return scan_corpus(root)
+
+
+@pytest.fixture
+def own_corpus(small_corpus, tmp_path):
+    """A copy of `small_corpus`, without its listing, that a test may change; its root."""
+    root = tmp_path / "corpus"
+    shutil.copytree(small_corpus.root, root, ignore=shutil.ignore_patterns(listing.LISTING))
+    return root
+
+
+def small_set(corpus, **options):
+    return AudioDataset(corpus, corpus.sequences, WINDOW, **options)
+
+
+def end_to_end(audio):
+    """What a pack of all files holds, read file by file in float."""
+    paths = [os.path.join(audio.root, s.path) for s in audio.sequences]
+    return np.concatenate([soundfile.read(path, dtype="float32")[0] for path in paths])
+
+
+def summary(item):
+    """A batch and its position as something to compare."""
+    position, batch = item
+    return (*position, batch.window.tolist(), batch.continues.tolist(), batch.waveform.sum().item())
+
+
+# ---------------------------------------------------------------------- listing: golden and formats
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """A copy of the real utterances, which scans may write their listing into."""
+    root = tmp_path_factory.mktemp("speech") / "audio"
+    shutil.copytree(REAL_SPEECH / "audio", root, copy_function=shutil.copyfile)
+    return root
+
+
+@needs_real_speech
+@pytest.mark.parametrize("case", golden_cases("dataset_scan"))
+def test_golden_speakers_and_selection(case, speech):
+    golden = read_golden(case.path)
+    for level in (0, 1, 2):
+        corpus = scan_corpus(speech, speaker_level=level)
+        found = {s.path: corpus.speakers[s.speaker] for s in corpus.sequences}
+        assert found == golden[f"level{level}"]["path_to_speaker"]
+        assert len(corpus.speakers) == golden[f"level{level}"]["n_speakers"]
+    names = {
+        "seq_list.txt": read_sequence_list(REAL_SPEECH / "seven_sequences.txt"),
+        "all.txt": [s.name for s in corpus.sequences][::-1],
+    }
+    for selection in golden["filter"].values():
+        chosen = select_sequences(corpus.sequences, names[selection["list"]], selection["list"])
+        assert [s.path for s in thinned(chosen, **selection["kwargs"])] == selection["result"]
+
+
+@pytest.mark.parametrize("case", golden_cases("dataset_scan"))
+def test_golden_percentage_and_total(case):
+    sequences = [Sequence(0, f"a/{i:03d}.wav", 1) for i in range(37)]
+    for name, expected in read_golden(case.path)["filter_synthetic37"].items():
+        keyword = {"tot": "totalNum", "pct": "percentage"}[name[:3]]
+        assert [s.path for s in thinned(sequences, **{keyword: int(name[3:])})] == expected, name
+
+
+def thinned(sequences, percentage=None, totalNum=None):  # noqa: N803
+    if percentage:
+        return keep_percentage(sequences, percentage)
+    return keep_total(sequences, totalNum) if totalNum else sequences
+
+
+@needs_real_speech
+@pytest.mark.parametrize("case", golden_cases("dataset_scan"))
+def test_golden_phone_labels(case):
+    golden = read_golden(case.path)["phone_labels"]
+    labels = read_phone_labels(REAL_SPEECH / "converted_aligned_phones.txt")
+    assert labels.n_phones == golden["nPhones"]
+    assert {name: len(row) for name, row in labels.labels.items()} == golden["lengths"]
+    assert labels.labels["4051-11218-0044"][:60].tolist() == golden["first60_4051"]
+    assert all(row.dtype == np.int16 for row in labels.labels.values())
+
+
+def golden_window_cases():
+    return [
+        pytest.param(case.values[0], i, id=f"{case.id}-{i}")
+        for case in golden_cases("dataset_windows")
+        for i in range(len(read_golden(case.values[0].path)["cases"]))
+    ]
+
+
+@functools.cache
+def read_golden(path):
+    return json.loads(path.read_text())
+
+
+@needs_real_speech
+@pytest.mark.parametrize(("case", "index"), golden_window_cases())
+def test_golden_windows(case, index, speech):
+    """Boundaries, totals, windows, speakers, samples and labels of the original's first pack."""
+    golden = read_golden(case.path)["cases"][index]
+    corpus = scan_corpus(speech)
+    assert sum(s.samples for s in corpus.sequences) == golden["tot_size"]
+    assert AudioDataset(corpus, corpus.sequences, golden["win"]).n_windows == golden["n_dataset"]
+    in_pack = corpus.sequences
+    if golden["labels"] == "packs":  # which files it holds is told by their lengths alone
+        in_pack = [s for s in in_pack if s.samples in np.diff(golden["seqLabel0"])]
+    audio = AudioDataset(
+        corpus,
+        in_pack,
+        golden["win"],
+        phone_labels=golden_labels(case, golden["labels"]),
+        labelled_only=True,
+    )
+    pack = audio.only_pack()
+    assert pack.layout.boundaries.tolist() == golden["seqLabel0"]
+    assert len(pack.audio) == golden["passes"][0][0]["data_len"]
+    speaker_changes = np.flatnonzero(np.diff(audio.speakers)) + 1
+    inner = pack.layout.boundaries[speaker_changes].tolist()
+    assert [0, *inner, len(pack.audio)] == sorted(set(golden["speakerLabel0"]))
+    compare_windows(audio, pack, golden)
+
+
+def golden_labels(case, kind):
+    files = {
+        "fake": case.path.parent / "fake_phones.txt",
+        "labels2": REAL_SPEECH / "converted_aligned_phones.txt",
+    }
+    return read_phone_labels(files[kind]) if kind in files else None
+
+
+def compare_windows(audio, pack, golden):
+    batches = first_pack_batches(golden)
+    size, kind, batch_size = golden["win"], golden["type"], golden["batchSize"]
+    offsets = [offset for batch in batches for offset in batch["offsets"]]
+    if kind == "sequential":
+        plan = plan_rows(len(pack.audio), 0, size, batch_size)
+    else:
+        plan = plan_pack(pack.layout, audio.speakers, kind, size, batch_size)
+    relative_to = {"samespeaker": golden["speakerLabel0"], "samesequence": golden["seqLabel0"]}
+    starts = np.array(relative_to.get(kind, [0]))
+    relative = [offset - starts[starts <= offset].max() for offset in offsets]
+    if golden["randomOffset"] or any(offset % 160 for offset in relative):
+        return  # the original's random offsets and row strides are no whole frames
+    assert len(set(offsets)) == len(offsets)
+    if kind == "uniform":  # which of the windows are in the dropped batch is random
+        assert set(offsets) <= set(plan.starts.tolist())
+        assert len(offsets) == len(plan.starts) // batch_size * batch_size
+    else:
+        assert set(offsets) == set(plan.starts.tolist())
+        assert len(batches) == plan.n_batches
+    for batch in batches:
+        for i, offset in enumerate(batch["offsets"]):
+            window = pack.audio[offset : offset + size].double() / 32768
+            assert abs(window.sum().item() - batch["sums"][i]) < 2e-5
+            assert audio.speakers[pack.layout.position_of(offset)] == batch["speaker"][i]
+            if pack.labels is not None:
+                labels = pack.labels[offset // 160 : (offset + size) // 160].long()
+                assert labels.sum() == batch["phone_sum"][i]
+                assert labels[:3].tolist() == batch["phone_head"][i][:3]
+
+
+def first_pack_batches(golden):
+    """The batches of a pass until the next pack is loaded."""
+    batches = golden["passes"][0]
+    length = batches[0]["data_len"]
+    others = [i for i, batch in enumerate(batches) if batch["data_len"] != length]
+    return batches[: others[0]] if others else batches
+
+
+def test_speakers_and_sequences_are_sorted(tmp_path):
+    paths = ["b/1/z.wav", "a/2/y.wav", "a/1/x.wav", "a/w.wav", "a/1/y.wav", "v.wav"]
+    write_audio(tmp_path, {path: noise(200) for path in paths})
+    corpus = scan_corpus(tmp_path, ".wav")
+    assert corpus.speakers == ("", "a", "b")
+    assert [(s.speaker, s.path) for s in corpus.sequences] == [
+        (0, "v.wav"),
+        (1, "a/w.wav"),
+        (1, "a/1/x.wav"),
+        (1, "a/1/y.wav"),
+        (1, "a/2/y.wav"),
+        (2, "b/1/z.wav"),
+    ]
+    assert listing.find_files(tmp_path, ".wav") == sorted(paths)
+    assert scan_corpus(tmp_path, ".wav", speaker_level=0).speakers == ("",)
+    assert scan_corpus(tmp_path, ".wav", speaker_level=2).speakers == ("", "a", "a/1", "a/2", "b/1")
+
+
+def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, capsys):
+    libri = {f"train/{speaker}/1/{speaker}-1-0.flac": noise(200) for speaker in (19, 26)}
+    write_audio(tmp_path, libri)
+    warn_of_single_speaker(scan_corpus(tmp_path))
+    said = capsys.readouterr().out
+    assert "that is train for every file" in said
+    assert f"give --pathDB {tmp_path / 'train'}\n" in said
+    warn_of_single_speaker(scan_corpus(tmp_path / "train"))
+    assert capsys.readouterr().out == ""
+    warn_of_single_speaker(scan_corpus(tmp_path / "train" / "19"))
+    said = capsys.readouterr().out
+    assert "that is 1 for every file" in said
+    assert "if the folders in" not in said
+    warn_of_single_speaker(scan_corpus(tmp_path / "train" / "19" / "1"))
+    assert "that is none for every file" in capsys.readouterr().out
+
+
+LIBRISPEECH = ["clean/19/1/19-1-0.flac", "clean/26/1/26-1-0.flac", "other/30/2/30-2-0.flac"]
+
+
+def listed(paths):
+    """A Corpus of files of these names, of which none is there."""
+    speakers = sorted({path.partition("/")[0] for path in paths})
+    numbers = (speakers.index(path.partition("/")[0]) for path in paths)
+    return Corpus("db", tuple(map(Sequence, numbers, paths, [WINDOW] * len(paths))), speakers)
+
+
+@pytest.mark.parametrize("sign", ["-", "_"])
+@pytest.mark.parametrize("between", ["", "audio/"])
+def test_subsets_that_count_as_speakers_are_warned_of(sign, between, capsys):
+    subsets = [path.replace("-", sign).replace("/", f"/{between}", 1) for path in LIBRISPEECH]
+    warn_of_subsets(listed(subsets))
+    said = capsys.readouterr().out
+    assert "warning: db: clean, other count as one speaker each" in said
+    assert "there are 3 speakers: give --pathDB one of these folders" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [path.partition("/")[2] for path in LIBRISPEECH],  # a subset by itself
+        LIBRISPEECH[:2],  # a single one has its own warning
+        [*LIBRISPEECH, "mine/hello.flac"],
+        ["19/1/x/a.flac", "26/1/x/a.flac"],
+        ["19/book/1/19-book-1.flac", "26/book/1/26-book-1.flac"],
+        ["19/book/book-1.flac", "26/book/book-1.flac"],
+        ["19/hello.flac", "26/hello.flac", "27.flac"],
+    ],
+)
+def test_an_ordinary_corpus_is_not_taken_for_subsets(paths, capsys):
+    warn_of_subsets(listed(paths))
+    assert capsys.readouterr().out == ""
+
+
+def test_listing_spares_opening_the_files(own_corpus, monkeypatch):
+    opened = []
+    original = listing.read_header
+    monkeypatch.setattr(listing, "read_header", lambda path: opened.append(path) or original(path))
+    first = scan_corpus(own_corpus)
+    assert len(opened) == len(LENGTHS)
+    assert {s.path: s.samples for s in first.sequences} == LENGTHS
+    assert scan_corpus(own_corpus) == first
+    assert scan_corpus(own_corpus, speaker_level=2).speakers == ("a/x", "a/y", "b/x", "c/x", "c/y")
+    assert len(opened) == len(LENGTHS)
+    scan_corpus(own_corpus, ignore_cache=True)
+    assert len(opened) == 2 * len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("b/x", "b/x"), ("c", "c"), ("", ".")], ids=["audio", "speaker", "root"]
+)
+def test_folders_changed_after_the_listing_are_mentioned(folder, name, own_corpus, capsys):
+    first = scan_corpus(own_corpus)
+    assert scan_corpus(own_corpus) == first
+    assert capsys.readouterr().out == ""
+    later = os.stat(own_corpus / listing.LISTING).st_ctime + 60
+    os.utime(own_corpus / folder, (later, later))
+    assert scan_corpus(own_corpus) == first
+    assert f"1 folder changed since the files were listed: {name} (" in capsys.readouterr().out
+
+
+def test_listing_keeps_extensions_apart(own_corpus):
+    write_audio(own_corpus, {"d/d-1.wav": noise(3200)})
+    assert len(scan_corpus(own_corpus, ".flac").sequences) == len(LENGTHS)
+    assert [s.path for s in scan_corpus(own_corpus, ".wav").sequences] == ["d/d-1.wav"]
+    (own_corpus / "d/d-1.wav").unlink()
+    assert len(scan_corpus(own_corpus, ".flac").sequences) == len(LENGTHS)
+    assert [s.path for s in scan_corpus(own_corpus, ".wav").sequences] == ["d/d-1.wav"]
+    with pytest.raises(UserError, match="no file ends with '.wav'"):
+        scan_corpus(own_corpus, ".wav", ignore_cache=True)
+
+
+def change(**columns):
+    """A change of the listing's content: these columns get these values in the first row."""
+
+    def changed(content):
+        for name, value in columns.items():
+            content["extensions"][".flac"][name][0] = value
+        return json.dumps(content)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: "",
+        lambda content: "{",
+        lambda content: "[]",
+        lambda content: "[" * 100_000,
+        lambda content: b"\x80\x04\x95\xff",
+        lambda content: json.dumps({**content, "format": 99}),
+        lambda content: json.dumps({**content, "extensions": [1]}),
+        lambda content: json.dumps({**content, "extensions": {".flac": {}}}),
+        lambda content: json.dumps({**content, "extensions": {".flac": ""}}),
+        lambda content: json.dumps({**content, "extensions": {".flac": {"path": ["a.flac"]}}}),
+        change(path="/etc/passwd.flac"),
+        change(path="../a.flac"),
+        change(path="a/../../a.flac"),
+        change(path="b/x/b-1.flac"),
+        change(path="a\0.flac"),
+        change(path="\ud800.flac"),
+        change(path="a.txt"),
+        change(path=3),
+        change(samples=-1),
+        change(samples=2**62),
+        change(samples=1e5),
+        change(samples="1"),
+        change(samples=None),
+        change(problem=None),
+    ],
+)
+def test_damaged_listing_is_replaced(own_corpus, capsys, damage):
+    expected = scan_corpus(own_corpus)
+    path = own_corpus / listing.LISTING
+    intact = path.read_text()
+    damaged = damage(json.loads(intact))
+    path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    capsys.readouterr()
+    assert scan_corpus(own_corpus) == expected
+    assert f"{path}: can't be used" in capsys.readouterr().out
+    assert path.read_text() == intact
+
+
+@pytest.mark.parametrize("place", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_a_listing_that_never_ends_is_replaced(place, own_corpus):
+    place(own_corpus / listing.LISTING)
+    assert len(scan_corpus(own_corpus).sequences) == len(LENGTHS)
+    assert (own_corpus / listing.LISTING).is_file()
+
+
+def test_database_that_cannot_be_written_to(own_corpus, capsys):
+    (own_corpus / listing.LISTING / "in the way").mkdir(parents=True)
+    assert len(scan_corpus(own_corpus).sequences) == len(LENGTHS)
+    assert "can't be kept" in capsys.readouterr().out
+    assert not list(own_corpus.glob(".writing-*"))
+
+
+def test_cache_of_the_original_is_left_alone(own_corpus):
+    (own_corpus / "_seqs_cache.txt").write_bytes(b"not ours")
+    scan_corpus(own_corpus)
+    assert (own_corpus / "_seqs_cache.txt").read_bytes() == b"not ours"
+
+
+def test_links_are_followed_and_circles_cut(own_corpus, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write_audio(elsewhere, {"q/d-1.flac": noise(3200)})
+    (own_corpus / "d").symlink_to(elsewhere)
+    (own_corpus / "a/x/up").symlink_to(own_corpus)
+    (elsewhere / "q/round").symlink_to(own_corpus / "d")
+    (own_corpus / "itself").symlink_to(own_corpus / "itself")
+    (own_corpus / "b/gone.flac").symlink_to(own_corpus / "nowhere.flac")
+    corpus = scan_corpus(own_corpus)
+    assert {s.path for s in corpus.sequences} == {*LENGTHS, "d/q/d-1.flac", "b/gone.flac"}
+    problems = {s.path: s.problem for s in corpus.sequences if s.problem}
+    assert problems == {"b/gone.flac": "No such file or directory"}
+
+
+def test_unreadable_folders_are_named(own_corpus, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b/x"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    corpus = scan_corpus(own_corpus)
+    assert corpus.speakers == ("a", "c")
+    assert "b/x (Permission denied)" in capsys.readouterr().out
+
+
+def test_a_pipe_is_not_waited_for(own_corpus):
+    os.mkfifo(own_corpus / "b/pipe.flac")
+    problems = {s.path: s.problem for s in scan_corpus(own_corpus).sequences if s.problem}
+    assert problems == {"b/pipe.flac": "not a regular file"}
+
+
+def test_nothing_to_list(own_corpus, tmp_path):
+    with pytest.raises(UserError, match=r"no such directory: .*nowhere \(--pathDB\)"):
+        scan_corpus(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no file ends with '.ogg'; there are 7 .flac"):
+        scan_corpus(own_corpus, ".ogg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="there are no files in it"):
+        scan_corpus(tmp_path / "empty")
+
+
+def test_strange_file_names(tmp_path, capsys):
+    names = [
+        "two words",
+        "dot.in.it",
+        "café",
+        "日本",
+        b"latin\xe9".decode(errors="surrogateescape"),
+    ]
+    write_audio(tmp_path, {f"s/{name}.wav": noise(3200) for name in names[:-1]})
+    shutil.copy(tmp_path / "s/café.wav", os.fsencode(tmp_path / "s") + b"/latin\xe9.wav")
+    write_audio(tmp_path, {"t/café.wav": noise(1600)})
+    corpus = scan_corpus(tmp_path, ".wav")
+    assert scan_corpus(tmp_path, ".wav") == corpus
+    text = "\ufeff" + "\r\n".join([*names, "", "café", "gone\udce9 "]) + "\r\n"
+    (tmp_path / "list.txt").write_text(text, errors="surrogateescape")
+    listed = read_sequence_list(tmp_path / "list.txt")
+    assert listed == [*names, "café", "gone\udce9"]
+    chosen = select_sequences(corpus.sequences, listed, "list.txt")
+    assert Counter(s.name for s in chosen) == {**dict.fromkeys(names, 1), "café": 2}
+    assert "list.txt: 1 of 6 names have no file" in capsys.readouterr().out
+    audio = AudioDataset(corpus, chosen, WINDOW)
+    assert sum(len(b.window) for _, b in BatchLoader(audio, 4, "uniform", **FIXED).epoch(0)) == 11
+
+
+# -------------------------------------------------------------------------------- lists and labels
+
+
+def test_lists_that_name_nothing(small_corpus, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(UserError, match="empty list"):
+        read_sequence_list(tmp_path / "empty.txt")
+    with pytest.raises(UserError, match="can't be read"):
+        read_sequence_list(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match="list.txt: 2 of 2 names have no file.*x.flac, y"):
+        select_sequences(small_corpus.sequences, ["y", "x.flac"], "list.txt")
+
+
+@pytest.mark.parametrize("content", [b"fLaC\x00\x00\x22\x10\n", b"a-1 " + b"12 " * 100 + b"\n"])
+def test_what_is_no_list_of_names_is_said_so(content, tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"a-1\n" + content)
+    with pytest.raises(UserError, match="doesn't look like a list of names") as refused:
+        read_sequence_list(tmp_path / "list.txt")
+    assert len(str(refused.value)) < len(str(tmp_path)) + 160
+
+
+def test_long_names_are_cut_where_they_are_shown():
+    assert first_few(["a" * 5000, "b\n"]) == "a" * 200 + "..., b?"
+
+
+def test_missing_names_are_counted_and_the_first_few_named(small_corpus, capsys):
+    names = ["b-2", "a-1", *(f"gone-{i}" for i in range(9))]
+    chosen = select_sequences(small_corpus.sequences, names, "list.txt")
+    assert [s.name for s in chosen] == ["a-1", "b-2"]
+    said = capsys.readouterr().out
+    assert "9 of 11 names" in said
+    assert "gone-0, gone-1, gone-2, gone-3, gone-4 and 4 more" in said
+
+
+def test_phone_labels_in_any_layout(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_bytes("\ufeffone 1 2 3\r\n\r\ntwo\t0\t32766 \r\nthrée  7\n  \n".encode())
+    labels = read_phone_labels(path)
+    assert {name: row.tolist() for name, row in labels.labels.items()} == {
+        "one": [1, 2, 3],
+        "two": [0, 32766],
+        "thrée": [7],
+    }
+    assert labels.n_phones == 32767
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("b 1 x", "whole numbers"),
+        ("b 1 2.5", "whole numbers"),
+        ("b 1,2", "whole numbers"),
+        ("b 1 -2", "from 0 to 32766"),
+        ("b 1 32767", "from 0 to 32766"),
+        ("b 99999999999999999999", "from 0 to 32766"),
+        ("b", "no labels after the name"),
+        ("a 1", "a has labels already"),
+    ],
+)
+def test_malformed_labels_are_refused_with_their_line(tmp_path, line, complaint):
+    path = tmp_path / "labels.txt"
+    path.write_text(f"a 1 2\n\n{line}\nc 1\n")
+    with pytest.raises(UserError, match=rf"labels.txt, line 3: .*{complaint}"):
+        read_phone_labels(path)
+
+
+def test_label_files_without_labels(tmp_path):
+    (tmp_path / "labels.txt").write_text("\n")
+    with pytest.raises(UserError, match="no labels in this file"):
+        read_phone_labels(tmp_path / "labels.txt")
+    with pytest.raises(UserError, match="can't be read"):
+        read_phone_labels(tmp_path)
+
+
+# --------------------------------------------------------------------------------- files that fail
+
+
+def break_files(root):
+    """Add files that fail, each in its own way; returns path -> what is said of it."""
+    write_audio(root, {"bad/truncated.flac": noise(50_000), "bad/cut.flac": noise(50_000)})
+    whole = (root / "bad/cut.flac").read_bytes()
+    (root / "bad/cut.flac").write_bytes(whole[:50])
+    (root / "bad/truncated.flac").write_bytes(whole[: len(whole) // 2])
+    (root / "bad/text.flac").write_text("hello")
+    (root / "bad/nothing.flac").write_bytes(b"")
+    header = bytearray(whole)
+    header[21:26] = b"\0\0\0\0\0"  # the low bits of the number of samples: not given
+    header[21] = whole[21] & 0xF0
+    (root / "bad/streamed.flac").write_bytes(header)
+    header[21:26] = b"\xff" * 5  # 2 ** 36 - 1 samples
+    header[21] = whole[21] | 0x0F
+    (root / "bad/boast.flac").write_bytes(header)
+    return {
+        "bad/truncated.flac": "can't be decoded: ",
+        "bad/cut.flac": "can't be decoded: ",
+        "bad/text.flac": "can't be decoded: ",
+        "bad/nothing.flac": "can't be decoded: ",
+        "bad/streamed.flac": "impossible length",
+        "bad/boast.flac": "impossible length",
+    }
+
+
+def test_bad_files_are_skipped_and_named(own_corpus, capsys):
+    good = small_set(scan_corpus(own_corpus)).only_pack()
+    broken = break_files(own_corpus)
+    corpus = scan_corpus(own_corpus, ignore_cache=True)
+    assert corpus.speakers == ("a", "b", "bad", "c")
+    audio = small_set(corpus, max_bad_files=0.5)
+    pack = audio.only_pack()
+    assert torch.equal(pack.audio, good.audio)
+    assert np.array_equal(pack.layout.boundaries, good.layout.boundaries)
+    said = capsys.readouterr().out
+    for path, reason in broken.items():
+        assert f"{path} ({reason}" in said or f"{path} (its header gives an {reason}" in said
+
+
+def test_empty_and_not_finite_files(tmp_path, capsys):
+    nan, infinite = np.zeros(5000), np.zeros(5000)
+    nan[4321], infinite[1] = np.nan, np.inf
+    files = {f"s/good{i}.wav": noise(5000, i) / 32768 for i in range(9)}
+    bad = {"s/nan.wav": nan, "s/infinite.wav": infinite, "s/empty.wav": np.zeros(0)}
+    write_audio(tmp_path, {**files, **bad}, kind="FLOAT")
+    audio = small_set(scan_corpus(tmp_path, ".wav"))
+    loader = BatchLoader(audio, 2, "samesequence", seed=0, training=True)
+    located = {loader.locate(w)[0] for _, batch in loader.epoch(0) for w in batch.window}
+    assert located == set(files)
+    said = capsys.readouterr().out
+    assert "s/empty.wav (empty)" in said
+    assert "s/nan.wav (holds NaN or infinite samples)" in said
+    assert "s/infinite.wav (holds NaN or infinite samples)" in said
+
+
+def test_a_file_that_ends_early(tmp_path, capsys):
+    write_audio(tmp_path, {f"s/{i}.mp3": noise(80_000, i) / 60_000 for i in range(3)})
+    content = (tmp_path / "s/1.mp3").read_bytes()
+    (tmp_path / "s/1.mp3").write_bytes(content[: len(content) // 2])
+    audio = small_set(scan_corpus(tmp_path, ".mp3"))
+    assert audio.only_pack().layout.files.tolist() == [0, 2]
+    said = capsys.readouterr().out
+    assert "skipped 1 of 3 files: s/1.mp3 (ends after" in said
+    assert "its header says 80000)" in said
+
+
+def test_too_many_bad_files(own_corpus):
+    break_files(own_corpus)
+    corpus = scan_corpus(own_corpus)
+    with pytest.raises(UserError, match=r"5 of 13 audio files.*max_bad_files allows 3.*nothing.fl"):
+        small_set(corpus)
+    bad = [s for s in corpus.sequences if s.path == "bad/truncated.flac"]
+    with pytest.raises(UserError, match="1 of 1 audio files are bad, nothing is left: "):
+        BatchLoader(AudioDataset(corpus, bad, WINDOW), 1, "uniform", **FIXED).dataset.only_pack()
+    good = [s for s in corpus.sequences if s.path in LENGTHS]
+    audio = AudioDataset(corpus, [*good, *bad], WINDOW, max_bad_files=0)
+    with pytest.raises(UserError, match="allows 0"):
+        audio.only_pack()
+
+
+def test_number_of_bad_files_allowed():
+    assert [allowed_bad_files(n, 0.01) for n in (1, 2, 9, 12, 100, 1000)] == [1, 1, 2, 3, 3, 10]
+    assert allowed_bad_files(10, 0.5) == 5
+    assert allowed_bad_files(1000, 0) == 0
+
+
+def test_files_lost_or_changed_since_they_were_listed(own_corpus, capsys):
+    lost, changed, shorter = "a/x/a-1.flac", "b/x/b-1.flac", "c/y/c-2.flac"
+    corpus = scan_corpus(own_corpus)
+    kept = [s for s in corpus.sequences if s.path not in (lost, changed, shorter)]
+    expected = AudioDataset(corpus, kept, WINDOW).only_pack()
+    (own_corpus / lost).unlink()
+    write_audio(own_corpus, {changed: noise(777)})
+    content = (own_corpus / shorter).read_bytes()
+    (own_corpus / shorter).write_bytes(content[: len(content) // 2])
+    audio = small_set(scan_corpus(own_corpus), max_bad_files=0.5)
+    pack = audio.only_pack()
+    assert torch.equal(pack.audio, expected.audio)
+    assert [audio.sequences[i].path for i in pack.layout.files] == [s.path for s in kept]
+    said = capsys.readouterr().out
+    assert f"{lost} (gone since the database was listed; --ignore_cache" in said
+    assert f"{changed} (changed since the database was listed; --ignore_cache" in said
+    assert f"{shorter} (can't be decoded" in said
+
+
+def test_a_repaired_file_is_used_again(own_corpus):
+    (own_corpus / "b/x/b-3.flac").write_text("broken")
+    assert [s.path for s in scan_corpus(own_corpus).sequences if s.problem] == ["b/x/b-3.flac"]
+    write_audio(own_corpus, {"b/x/b-3.flac": noise(3200)})
+    assert {s.path: s.samples for s in scan_corpus(own_corpus).sequences}["b/x/b-3.flac"] == 3200
+
+
+def test_wrong_sample_rate(own_corpus):
+    write_audio(own_corpus, {"b/x/b-4.flac": noise(9), "b/x/b-3.flac": noise(9)}, rate=8000)
+    corpus = scan_corpus(own_corpus)
+    with pytest.raises(UserError, match=r"2 of 9 files.* b/x/b-3.flac \(8000 Hz\).*adjust_sample"):
+        small_set(corpus)
+    good = [s for s in corpus.sequences if s.path in LENGTHS]
+    assert AudioDataset(corpus, good, WINDOW).n_windows == sum(LENGTHS.values()) // WINDOW
+
+
+# -------------------------------------------------------------------------------- kinds of audio
+
+
+FIXED = {"seed": 0, "training": False}
+
+
+def only_waveform(audio):
+    """The audio of a set's windows, end to end, as the model gets it."""
+    batches = BatchLoader(audio, 3, "sequential", **FIXED).epoch(0)
+    return torch.cat([batch.to("cpu").waveform.flatten() for _, batch in batches])
+
+
+def test_waveforms_are_exact(small_corpus):
+    audio = small_set(small_corpus)
+    assert audio.dtype == torch.int16
+    expected = torch.from_numpy(end_to_end(audio))[: audio.n_windows * WINDOW]
+    assert torch.equal(only_waveform(audio), expected)
+
+
+@pytest.mark.parametrize(
+    ("extension", "kind"),
+    [(".flac", "PCM_24"), (".wav", "FLOAT"), (".wav", "PCM_16"), (".wav", "ULAW"), (".ogg", None)],
+)
+def test_kinds_of_files(tmp_path, extension, kind):
+    wave = 0.8 * np.sin(np.arange(16_000) / 20 + np.arange(16_000) ** 2 / 1e6)
+    write_audio(tmp_path, {f"s/one{extension}": wave, f"s/two{extension}": wave[::-1]}, kind=kind)
+    audio = small_set(scan_corpus(tmp_path, extension))
+    assert (audio.dtype == torch.int16) == (kind in ("PCM_16", "ULAW"))
+    assert torch.equal(only_waveform(audio), torch.from_numpy(end_to_end(audio)))
+    assert abs(only_waveform(audio)[:16_000].numpy() - wave).max() < 0.05
+
+
+def test_mp3(tmp_path):
+    write_audio(tmp_path, {"s/one.mp3": np.sin(np.arange(32_000) / 20) / 2})
+    assert only_waveform(small_set(scan_corpus(tmp_path, ".mp3"))).std() > 0.3
+
+
+def test_stereo_is_averaged(tmp_path):
+    left, right = noise(8000, 1), noise(8000, 2)
+    write_audio(tmp_path, {"s/one.flac": np.stack([left, right], 1), "s/two.flac": left})
+    heard = only_waveform(small_set(scan_corpus(tmp_path)))
+    average = (left.astype(np.float32) + right) / 2 / 32768
+    assert torch.equal(heard[:8000], torch.from_numpy(average))
+    assert torch.equal(heard[8000:], torch.from_numpy(left.astype(np.float32) / 32768))
+
+
+# -------------------------------------------------------------------------------- sets and labels
+
+
+def test_labels_are_exact(tiny_corpus):
+    """In the tiny corpus every class is heard as a tone: each frame's tone must be its label's."""
+    corpus = scan_corpus(tiny_corpus / "audio")
+    labels = read_phone_labels(tiny_corpus / "phones.txt")
+    audio = AudioDataset(corpus, corpus.sequences, 3200, phone_labels=labels)
+    time = torch.arange(160) / SAMPLE_RATE
+    for training in (True, False):
+        loader = BatchLoader(audio, 4, "uniform", seed=1, training=training)
+        for _, batch in loader.epoch(0):
+            tones = 200 + 300 * torch.arange(5) + 20 * batch.speaker[:, None]  # (B, 5) Hz
+            waves = torch.exp(2j * torch.pi * tones[:, :, None] * time)
+            frames = batch.to("cpu").waveform.view(-1, 20, 160).to(waves.dtype)
+            heard = torch.einsum("bft,bpt->bfp", frames, waves).abs().argmax(-1)
+            assert (heard == batch.phone).float().mean() > 0.99
+            assert batch.phone.dtype == torch.int64
+
+
+def test_audio_and_labels_are_cut_to_the_shorter(small_corpus, tmp_path, capsys):
+    frames = {"a-1": 106, "a-2": 10, "b-1": 70, "b-2": 60, "c-1": 30, "c-2": 132}  # a-3 has none
+    path = tmp_path / "labels.txt"
+    path.write_text("".join(f"{n} {' '.join(['3'] * k)}\n" for n, k in frames.items()))
+    labels = read_phone_labels(path)
+    audio = small_set(small_corpus, phone_labels=labels, labelled_only=True)
+    assert audio.samples.tolist() == [160 * n for n in (106, 10, 70, 50, 29, 132)]
+    assert audio.n_unlabelled == 1
+    said = capsys.readouterr().out
+    assert "2 of 6 files are shorter or longer than their labels, by 10 frames at most" in said
+    assert ": b/x/b-2.flac (8000 samples, 60 labels); both are cut to the shorter" in said
+    assert "6 of 7 files have phone labels" in audio.describe()
+    with pytest.raises(ValueError, match="labelled_only"):
+        small_set(small_corpus, phone_labels=labels)
+    path.write_text("other 1 2 3\n")
+    with pytest.raises(UserError, match=r"labels.txt: has labels for none of the 7 sequences.*a-1"):
+        small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
+
+
+def test_labels_that_differ_by_a_frame_or_two_are_no_news(small_corpus, tmp_path, capsys):
+    for n_labels, is_news in ((52, False), (53, True)):  # b-2 has 50 frames
+        path = tmp_path / "labels.txt"
+        path.write_text(f"b-2 {' '.join(['3'] * n_labels)}\n")
+        small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
+        assert ("than their labels" in capsys.readouterr().out) == is_news
+
+
+def test_whole_frames(small_corpus):
+    audio = small_set(small_corpus, whole_frames=True)
+    assert audio.samples.tolist() == [n // 160 * 160 for n in LENGTHS.values()]
+    assert len(audio.only_pack().audio) == audio.samples.sum()
+
+
+def test_description_and_fingerprint(small_corpus, own_corpus):
+    audio = small_set(small_corpus, title="validation set")
+    assert audio.describe() == (
+        "validation set: 7 files, 0.1 min, 3 speakers, 41 windows of 0.10 s"
+    )
+    assert audio.hours == sum(LENGTHS.values()) / SAMPLE_RATE / 3600
+    one = AudioDataset(small_corpus, small_corpus.sequences[:1], WINDOW)
+    assert re.search(r": 1 file, 0.0 min, 1 speaker, \d+ windows", one.describe())
+    copy = scan_corpus(own_corpus)
+    print_of = [
+        AudioDataset(copy, sequences, WINDOW).fingerprint()
+        for sequences in (
+            copy.sequences[::-1],
+            copy.sequences[1:],
+            [copy.sequences[0]._replace(samples=5), *copy.sequences[1:]],
+        )
+    ]
+    assert audio.fingerprint() == print_of[0] == "38c27628b1100b99"
+    assert len(set(print_of)) == 3
+
+
+def test_no_window_at_all(small_corpus):
+    short = [s for s in small_corpus.sequences if s.samples < WINDOW]
+    for sampling in SAMPLINGS:
+        for training in (True, False):
+            with pytest.raises(UserError, match="training set: not a single window of 1600"):
+                BatchLoader(
+                    AudioDataset(small_corpus, short, WINDOW),
+                    2,
+                    sampling,
+                    seed=0,
+                    training=training,
+                )
+
+
+def test_no_window_left_after_decoding(own_corpus):
+    corpus = scan_corpus(own_corpus)
+    long_and_short = [corpus.sequences[0], corpus.sequences[2]]
+    loader = BatchLoader(AudioDataset(corpus, long_and_short, WINDOW), 2, "uniform", **FIXED)
+    (own_corpus / long_and_short[0].path).unlink()
+    for first in (None, Position(0, 0, 0)):
+        with pytest.raises(UserError, match="not a single window"):
+            next(loader.epoch(0, first))
+
+
+def test_too_many_processes(small_corpus):
+    with pytest.raises(UserError, match="training set: 1 batches of 41 windows are too few for 2"):
+        BatchLoader(
+            small_set(small_corpus), 41, "uniform", seed=0, training=True, world=World(0, 2)
+        )
+    with pytest.raises(ValueError, match="sampling 'speaker' is none of"):
+        BatchLoader(small_set(small_corpus), 41, "speaker", seed=0, training=True)
+
+
+def test_a_pack_that_cannot_be_held():
+    with pytest.raises(UserError, match="--max_size_loaded"):
+        allocate_audio(2**60, torch.int16)
+
+
+# ------------------------------------------------------------------------- plans, by random layouts
+
+
+def random_layout(seed):
+    """A layout of made-up files with their speakers, some shorter than a window."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 12 * WINDOW, rng.integers(1, 30))
+    lengths[rng.random(len(lengths)) < 0.2] //= 20
+    speakers = np.sort(rng.integers(0, 6, len(lengths)))
+    return Layout.of(np.arange(len(lengths)), lengths), speakers
+
+
+def expected_intervals(layout, speakers, sampling):
+    """(begin, end) of the stretches that windows may not leave, found one file at a time."""
+    intervals = []
+    for i, speaker in enumerate(speakers):
+        begin, end = layout.boundaries[i], layout.boundaries[i + 1]
+        joins = i > 0 and (
+            sampling in ("uniform", "sequential")
+            or (sampling == "samespeaker" and speaker == speakers[i - 1])
+        )
+        intervals.append([intervals.pop()[0], end] if joins else [begin, end])
+    return intervals
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("seed", range(8))
+def test_fixed_plans_hold_every_window(sampling, seed):
+    layout, speakers = random_layout(seed)
+    expected = [
+        list(range(begin, end - WINDOW + 1, WINDOW))
+        for begin, end in expected_intervals(layout, speakers, sampling)
+    ]
+    plan = plan_pack(layout, speakers, sampling, WINDOW, 3)
+    groups = [starts[i : i + 3] for starts in expected for i in range(0, len(starts), 3)]
+    assert [plan.batch(g).tolist() for g in range(plan.n_batches)] == groups
+
+
+@pytest.mark.parametrize("sampling", ["samespeaker", "uniform", "samesequence"])
+@pytest.mark.parametrize("seed", range(8))
+def test_training_plans(sampling, seed):
+    layout, speakers = random_layout(seed)
+    intervals = expected_intervals(layout, speakers, sampling)
+    begins = np.array([begin for begin, _ in intervals])
+    plan = plan_pack(layout, speakers, sampling, WINDOW, 4, generator_from(seed))
+    batches = [plan.batch(g).tolist() for g in range(plan.n_batches)]
+    first, seen, order = {}, Counter(), []
+    for batch in batches:
+        owners = {int(np.searchsorted(begins, start, side="right")) - 1 for start in batch}
+        assert len(owners) == 1, "a batch mixes intervals"
+        assert 0 < len(batch) <= 4
+        owner = owners.pop()
+        order.append(owner)
+        begin, end = intervals[owner]
+        seen[owner] += len(batch)
+        for start in batch:
+            assert begin <= start <= end - WINDOW
+            assert (start - begin) % 160 == 0
+            assert (start - begin) % WINDOW == first.setdefault(owner, (start - begin) % WINDOW)
+            assert first[owner] <= WINDOW // 2
+    starts = [start for batch in batches for start in batch]
+    assert len(set(starts)) == len(starts)
+    assert len(starts) < 20 or any(batch != sorted(batch) for batch in batches)
+    assert len(set(order)) < 4 or order != sorted(order), "batches aren't shuffled"
+    for owner, (begin, end) in enumerate(intervals):
+        cut = (end - begin - first.get(owner, 0)) // WINDOW
+        assert seen[owner] == (cut // 4 * 4 or cut if sampling == "uniform" else cut)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_of_sequential_training(seed):
+    layout, speakers = random_layout(seed)
+    size = int(layout.boundaries[-1])
+    plan = plan_pack(layout, speakers, "sequential", WINDOW, 4, generator_from(seed))
+    batches = [plan.batch(g) for g in range(plan.n_batches)]
+    rows = min(4, (size - batches[0][0]) // WINDOW)
+    assert all(len(batch) == rows for batch in batches)
+    assert all((batch - batches[0] == g * WINDOW).all() for g, batch in enumerate(batches))
+    assert (batches[0] % 160 == 0).all()
+    assert batches[-1][-1] + WINDOW <= size
+    assert len(batches) * rows > size // WINDOW - 1 - rows - 1
+
+
+def test_ten_epochs_sample_every_interval():
+    layout, speakers = random_layout(3)
+    for sampling in ("samespeaker", "samesequence"):
+        intervals = expected_intervals(layout, speakers, sampling)
+        starts = [
+            start
+            for epoch in range(10)
+            for start in plan_pack(
+                layout, speakers, sampling, WINDOW, 4, generator_from(epoch)
+            ).starts
+        ]
+        for begin, end in intervals:
+            offsets = {int(s - begin) for s in starts if begin <= s < end}
+            assert bool(offsets) == (end - begin >= WINDOW)
+            if end - begin >= 2 * WINDOW:
+                assert len({offset % WINDOW for offset in offsets}) > 2, "always the same offset"
+
+
+def test_plans_are_pure_and_leave_the_global_generators_alone():
+    layout, speakers = random_layout(1)
+
+    def plan(*seed):
+        generator = generator_from(*seed)
+        packs = split_in_packs(np.diff(layout.boundaries), 40_000, generator)
+        pack_plan = plan_pack(layout, speakers, "samespeaker", WINDOW, 4, generator)
+        return [p.tolist() for p in packs], pack_plan.starts.tolist(), pack_plan.edges.tolist()
+
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = plan(1, 2)
+    torch.manual_seed(99)
+    assert plan(1, 2) == first
+    assert plan(1, 3) != first
+    torch.set_rng_state(before[0])
+    plan(1, 2)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_packs_hold_each_file_once(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 1000, rng.integers(1, 60))
+    max_size = int(rng.integers(500, 8000))
+    for generator in (None, generator_from(seed)):
+        packs = split_in_packs(lengths, max_size, generator)
+        assert sorted(np.concatenate(packs).tolist()) == list(range(len(lengths)))
+        assert all((np.diff(pack) > 0).all() for pack in packs)
+        assert all(lengths[pack].sum() <= max_size or len(pack) == 1 for pack in packs)
+        assert len(packs) >= lengths.sum() / max_size
+
+
+def test_packs_are_of_about_the_same_size():
+    lengths = np.full(1000, 100)
+    sizes = [lengths[pack].sum() for pack in split_in_packs(lengths, 30_000, generator_from(0))]
+    assert len(sizes) == 4
+    assert min(sizes) > 24_000
+
+
+# ------------------------------------------------------------------------------- loaders and packs
+
+
+def loader_of(corpus, sampling, *, training=True, packs=True, batch_size=3, **options):
+    max_size = 26_000 if packs else 10**9
+    audio = small_set(corpus, max_size_loaded=max_size, n_threads=2)
+    return BatchLoader(audio, batch_size, sampling, seed=5, training=training, **options)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_batches_hold_what_they_say(small_corpus, sampling, training, packs):
+    """Samples, speaker, place, `continues` and number of windows against the files themselves."""
+    files = {
+        s.path: (s.speaker, soundfile.read(os.path.join(small_corpus.root, s.path), dtype="int16"))
+        for s in small_corpus.sequences
+    }
+    loader = loader_of(small_corpus, sampling, training=training, packs=packs)
+    for epoch in (0, 1):
+        n_batches, seen, before = 0, set(), None
+        for position, batch in loader.epoch(epoch):
+            assert batch.waveform.shape == (len(batch.window), 1, WINDOW)
+            places = [loader.locate(window) for window in batch.window]
+            for row, (path, offset) in enumerate(places):
+                speaker, (samples, _) = files[path]
+                inside = samples[offset : offset + WINDOW]  # a window may go on in the next file
+                assert batch.waveform[row, 0, : len(inside)].tolist() == inside.tolist()
+                assert batch.speaker[row] == speaker
+                goes_on = before is not None and row < len(before) and sampling == "sequential"
+                goes_on = goes_on and before[row] == (position.pack, path, offset - WINDOW)
+                assert batch.continues[row] == goes_on
+            before = [(position.pack, *place) for place in places]
+            seen.update(before)
+            n_batches += 1
+            assert position.epoch == epoch
+        assert n_batches == len(loader) == loader.n_batches(epoch)
+        assert len(seen) > 20
+    if training and sampling == "sequential":
+        assert any(batch.continues.any() for _, batch in loader.epoch(0))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_capture_windows_are_one_list_that_batches_cut(small_corpus, world_size):
+    """Consecutive windows over the sorted files, whatever the batch size and the processes."""
+    expected = torch.from_numpy(end_to_end(small_set(small_corpus)) * 32768).short()
+    n_windows = sum(LENGTHS.values()) // WINDOW
+    for batch_size in (1, 4, 100):
+        found = {}
+        for rank in range(world_size):
+            loader = loader_of(
+                small_corpus,
+                "sequential",
+                training=False,
+                packs=False,
+                batch_size=batch_size,
+                world=World(rank, world_size),
+            )
+            batches = [batch for _, batch in loader.epoch(0)]
+            assert len(batches) == len(loader)
+            for batch in batches:
+                window = batch.window.tolist()
+                assert window == list(range(window[0], window[0] + len(window)))
+                found.update(zip(window, batch.waveform[:, 0], strict=True))
+        assert sorted(found) == list(range(n_windows))
+        heard = torch.cat([found[i] for i in range(n_windows)])
+        assert torch.equal(heard, expected[: n_windows * WINDOW])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_processes_share_an_epoch(small_corpus, sampling, world_size):
+    alone = [summary(item) for item in loader_of(small_corpus, sampling).epoch(2)]
+    shares = [
+        [summary(item) for item in loader.epoch(2)]
+        for loader in (
+            loader_of(small_corpus, sampling, world=World(rank, world_size))
+            for rank in range(world_size)
+        )
+    ]
+    rounds = len(alone) // world_size
+    assert [len(share) for share in shares] == [rounds] * world_size
+    together = [item for turn in zip(*shares, strict=True) for item in turn]
+    for found, expected in zip(together, alone, strict=False):  # but for `continues`
+        assert found[:4] + found[5:] == expected[:4] + expected[5:]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_going_on_from_any_position(small_corpus, sampling, world_size):
+    """The rest of an epoch, bit by bit, also where the position is beyond the end of a pack."""
+    options = {"world": World(world_size - 1, world_size)}
+    loader = loader_of(small_corpus, sampling, **options)
+    whole = [summary(item) for item in loader.epoch(3)]
+    first = loader_of(small_corpus, sampling, world=World(0, world_size))
+    rank0 = [position for position, _ in first.epoch(3)]
+    assert len({position.pack for position in rank0}) > 2
+    for done, position in enumerate(rank0):
+        again = loader_of(small_corpus, sampling, **options)
+        assert [summary(item) for item in again.epoch(3, position)] == whole[done:]
+        after = position._replace(batch=position.batch + world_size)
+        assert [summary(item) for item in again.epoch(3, after)] == whole[done + 1 :]
+    assert list(loader.epoch(3, Position(3, 10**6, 0))) == []
+
+
+def test_going_on_decodes_no_earlier_pack(small_corpus, monkeypatch):
+    loader = loader_of(small_corpus, "uniform", training=False)
+    decoded = watch_decoding(monkeypatch)
+    packs = split_in_packs(loader.dataset.samples, loader.dataset.max_size_loaded)
+    list(loader.epoch(0, Position(0, 1, 0)))
+    expected = {loader.dataset.sequences[i].path for pack in packs[1:] for i in pack}
+    assert Counter(relative(loader, decoded)) == dict.fromkeys(expected, 1)
+
+
+def watch_decoding(monkeypatch):
+    """Paths of files as they are decoded."""
+    decoded, original = [], packs.decode_into
+
+    def watched(waveform, path, listed_samples):
+        decoded.append(path)
+        return original(waveform, path, listed_samples)
+
+    monkeypatch.setattr(packs, "decode_into", watched)
+    return decoded
+
+
+def relative(loader, paths):
+    return [os.path.relpath(path, loader.dataset.root) for path in paths]
+
+
+def test_each_epoch_decodes_each_file_once_in_another_order(small_corpus, monkeypatch):
+    loader = loader_of(small_corpus, "uniform")
+    packs_of_files = []
+    for epoch in range(3):
+        where = {}
+        for position, batch in loader.epoch(epoch):
+            for window in batch.window:
+                where.setdefault(loader.locate(window)[0], set()).add(position.pack)
+        packs_of_files.append(where)
+        assert all(len(packs) == 1 for packs in where.values())
+    assert packs_of_files[0] != packs_of_files[1]
+    decoded = watch_decoding(monkeypatch)
+    fixed = loader_of(small_corpus, "uniform", training=False)
+    for _ in range(2):
+        decoded.clear()
+        list(fixed.epoch(0))
+        assert sorted(relative(fixed, decoded)) == sorted(LENGTHS)
+
+
+def test_one_pack_is_decoded_once_and_kept(small_corpus, monkeypatch):
+    decoded = watch_decoding(monkeypatch)
+    loader = loader_of(small_corpus, "samespeaker", packs=False)
+    for epoch in range(3):
+        list(loader.epoch(epoch))
+    list(BatchLoader(loader.dataset, 2, "sequential", **FIXED).epoch(0))
+    assert sorted(relative(loader, decoded)) == sorted(LENGTHS)
+
+
+def test_no_more_than_two_packs_are_held(small_corpus, monkeypatch):
+    alive, counts = weakref.WeakSet(), []
+
+    class Memory(mmap.mmap):
+        def __init__(self, *args, **kwargs):
+            alive.add(self)
+            counts.append(len(alive))
+
+    monkeypatch.setattr(packs.mmap, "mmap", Memory)
+    loader = loader_of(small_corpus, "samesequence")
+    for epoch in range(3):
+        for _ in loader.epoch(epoch):
+            pass
+    assert len(counts) >= 9
+    assert max(counts) == 2
+    loader.close()
+    join_workers()
+    gc.collect()
+    assert len(alive) == 0
+
+
+def join_workers():
+    for thread in threading.enumerate():
+        if thread.name == "worker":
+            thread.join(30)
+
+
+def test_an_exception_while_decoding_ends_the_epoch(small_corpus, monkeypatch):
+    def fail(waveform, path, listed_samples):
+        raise RuntimeError(f"disk on fire at {os.path.basename(path)}")
+
+    loader = loader_of(small_corpus, "uniform")
+    monkeypatch.setattr(packs, "decode_into", fail)
+    with pytest.raises(RuntimeError, match="disk on fire at"):
+        list(loader.epoch(0))
+
+
+def test_an_exception_in_the_background_comes_at_the_next_batch(small_corpus, monkeypatch):
+    original = packs.decode_into
+
+    def fail(waveform, path, listed_samples):
+        raise RuntimeError("disk on fire")
+
+    loader = loader_of(small_corpus, "uniform", batch_size=1)
+    decode_ahead = loader._decode_ahead
+
+    def fail_ahead(p):
+        monkeypatch.setattr(packs, "decode_into", fail)
+        decode_ahead(p)
+        for decoding in loader._ahead.values():
+            assert decoding.workers._shared.finished.wait(30)
+        monkeypatch.setattr(packs, "decode_into", original)
+
+    monkeypatch.setattr(loader, "_decode_ahead", fail_ahead)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        next(loader.epoch(0))
+
+
+class Gate:
+    """Work that waits until it is let through, and is counted."""
+
+    def __init__(self):
+        self.begun, self.open = threading.Semaphore(0), threading.Event()
+        self.done = []
+
+    def __call__(self, *item):
+        self.begun.release()
+        self.open.wait(30)
+        self.done.append(item)
+        return ""
+
+
+def gated_loader(corpus, monkeypatch, is_gated):
+    """A loader of packs of many files, whose decoding ahead of pack p waits if is_gated(p)."""
+    many = corpus._replace(sequences=3 * corpus.sequences)
+    audio, gate = small_set(many, max_size_loaded=80_000, n_threads=2), Gate()
+    loader = BatchLoader(audio, 3, "uniform", seed=0, training=True)
+    decode_ahead = loader._decode_ahead
+
+    def decode_ahead_gated(p):
+        if is_gated(p):
+            monkeypatch.setattr(packs, "decode_into", gate)
+        decode_ahead(p)
+
+    loader._decode_ahead = decode_ahead_gated
+    return loader, gate
+
+
+def assert_threads_end(gate):
+    gate.open.set()
+    join_workers()
+    assert len(gate.done) == 2, "each thread ends after the file it has in hand"
+
+
+@pytest.mark.parametrize("end", ["close the iteration", "drop the loader", "close the loader"])
+def test_threads_end_when_the_iteration_is_abandoned(small_corpus, monkeypatch, end):
+    loader, gate = gated_loader(small_corpus, monkeypatch, lambda p: True)
+    batches = loader.epoch(0)
+    next(batches)
+    assert all(gate.begun.acquire(timeout=30) for _ in range(2))
+    if end == "close the iteration":
+        batches.close()
+    elif end == "close the loader":
+        loader.close()
+    if end == "drop the loader":
+        del loader, batches
+        gc.collect()
+    assert_threads_end(gate)
+
+
+def test_threads_end_when_the_loader_is_dropped_between_epochs(small_corpus, monkeypatch):
+    """In training, the first pack of the next epoch is being decoded then."""
+    loader, gate = gated_loader(small_corpus, monkeypatch, lambda p: p == 3)
+    assert {position.pack for position, _ in loader.epoch(0)} == {0, 1, 2}
+    assert all(gate.begun.acquire(timeout=30) for _ in range(2))
+    del loader
+    gc.collect()
+    assert_threads_end(gate)
+
+
+def test_workers_keep_order_and_stop_at_the_first_exception():
+    assert Workers(lambda x: x * x, range(100), 4).results("squaring", " numbers") == [
+        x * x for x in range(100)
+    ]
+    assert Workers(str, [], 4).results("nothing", " numbers") == []
+    begun = []
+
+    def fail(x):
+        begun.append(x)
+        raise ValueError(f"no {x}")
+
+    with pytest.raises(ValueError, match="no 0"):
+        Workers(fail, range(100), 1).results("failing", " numbers")
+    assert begun == [0]
+    stopped = threading.Event()
+
+    def fail_beside_others(x):
+        begun.append(x)
+        if x == 0:
+            raise ValueError("no 0")
+        stopped.wait(30)
+
+    begun.clear()
+    team = Workers(fail_beside_others, range(100), 4)
+    with pytest.raises(ValueError, match="no 0"):
+        team.results("failing", " numbers")
+    stopped.set()
+    join_workers()
+    assert len(begun) <= 4
+
+
+def test_workers_interrupted_before_they_begin_are_dropped_in_silence(monkeypatch):
+    errors = []
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    team = Workers.__new__(Workers)  # as a stop signal leaves it
+    del team
+    assert not errors
+
+
+def test_workers_show_progress_when_it_takes_long(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 0)
+    gate, bars = Gate(), []
+
+    class Bar(PlainProgress):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+            gate.open.set()
+
+    monkeypatch.setattr("utils.run.console.PlainProgress", Bar)
+    assert Workers(gate, range(3), 1).results("waiting", " files") == [""] * 3
+    assert [(bar.desc, bar.total) for bar in bars] == [("waiting", 3)]
+
+
+def test_packs_of_an_epoch_are_shuffled_in_different_ways(tmp_path):
+    write_audio(tmp_path, {f"s/{i}.flac": noise(9 * WINDOW, i) for i in range(4)})
+    audio = small_set(scan_corpus(tmp_path), max_size_loaded=9 * WINDOW)
+    loader = BatchLoader(audio, 2, "uniform", seed=0, training=True)
+    order = {}
+    for position, batch in loader.epoch(0):
+        order.setdefault(position.pack, []).extend(loader.locate(w)[1] for w in batch.window)
+    assert len(order) == 4
+    assert len({tuple(offsets) for offsets in order.values()}) == 4
+
+
+def test_bad_files_are_named_once(own_corpus, capsys):
+    loader = loader_of(scan_corpus(own_corpus), "uniform")
+    (own_corpus / "b/x/b-2.flac").unlink()
+    capsys.readouterr()
+    for epoch in range(3):
+        list(loader.epoch(epoch))
+    assert capsys.readouterr().out.count("b-2.flac") == 1
+
+
+def test_epochs_depend_on_seed_and_number_alone(small_corpus):
+    def run(seed, epoch, draw=0):
+        torch.rand(draw)
+        audio = small_set(small_corpus, max_size_loaded=26_000, n_threads=1 + draw)
+        loader = BatchLoader(audio, 3, "samespeaker", seed=seed, training=True)
+        return [summary(item) for item in loader.epoch(epoch)]
+
+    assert run(1, 1) == run(1, 1, draw=3)
+    assert run(1, 1) != run(1, 2)
+    assert run(1, 1) != run(2, 1)
+    state = torch.get_rng_state()
+    run(1, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_made_ready(small_corpus, tmp_path):
+    (tmp_path / "labels.txt").write_text("a-1 " + "1 " * 106)
+    labels = read_phone_labels(tmp_path / "labels.txt")
+    audio = small_set(small_corpus, phone_labels=labels, labelled_only=True)
+    _, batch = next(BatchLoader(audio, 4, "uniform", **FIXED).epoch(0))
+    moved = batch.to("cpu")
+    assert batch.waveform.dtype == torch.int16
+    assert moved.waveform.dtype == torch.float32
+    assert torch.equal(moved.waveform, batch.waveform.float() / 32768)
+    assert (moved.phone == 1).all()
+    assert moved.phone.shape == (4, WINDOW // 160)
+    assert [moved.speaker.dtype, moved.window.dtype, moved.continues.dtype] == [
+        torch.int64,
+        torch.int64,
+        torch.bool,
+    ]
+
+
+def test_a_large_listing_is_cheap_to_choose_from():
+    """No quadratic step: names, order and plan of 20,000 made-up sequences."""
+    sequences = [Sequence(i // 100, f"{i // 100}/{i}.flac", 30_000) for i in range(20_000)]
+    corpus = Corpus("", tuple(sequences), tuple(str(i) for i in range(200)))
+    chosen = select_sequences(sequences, [s.name for s in sequences[::2]], "list")
+    audio = AudioDataset(corpus, chosen, 20_480, max_size_loaded=10**8)
+    assert len(BatchLoader(audio, 8, "samespeaker", seed=0, training=True)) > 1000

@@ -1,0 +1,476 @@
+"""Tests of runs in several processes: two of them, on the CPU."""
+
+import json
+import multiprocessing
+import os
+import select
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import trainer
+from criterion import build_criterion
+from dataset import AudioDataset, Batch
+from model import build_model
+from tests.helpers import assert_close, ends_refused, write_tiny_corpus
+from tests.test_train import (
+    EXAMPLE,
+    SMALL,
+    assert_equal_trees,
+    assert_same,
+    capture_flags,
+    captured,
+    checkpoint,
+    on,
+    run,
+)
+from utils.capture import CaptureWriter
+from utils.data.corpus import scan_corpus
+from utils.misc import UserError
+from utils.run import distributed
+from utils.run.command import command
+from utils.run.distributed import World, joined_world
+from utils.run.flags import build_parser
+from utils.run.launch import launch
+from utils.run.stopping import StopSignals
+
+CRITERIA = {"CPC": [], "CPC-CTC": EXAMPLE[2:], "heads": ["--rnnMode", "transformer"]}
+PACKS = ["--max_size_loaded", "100000"]  # several packs an epoch
+
+
+# ----------------------------------------------------------------------- what processes do together
+
+
+def tiny_step(flags):
+    """The networks that every process begins with."""
+    words = [*SMALL, "--hiddenEncoder", "16", "--hiddenGar", "16", "--nPredicts", "4", *flags]
+    args = build_parser().parse_args(words)
+    torch.manual_seed(0)
+    return trainer.TrainStep(build_criterion(args, 2), build_model(args))
+
+
+def tiny_batch(number):
+    generator = torch.Generator().manual_seed(number)
+    waveform = torch.randn(3, 1, 3200, generator=generator)
+    zeros = torch.zeros(3, dtype=torch.int64)
+    return Batch(waveform, zeros, None, zeros, zeros.bool())
+
+
+def gradients(network, step, number):
+    torch.manual_seed(number)  # negatives
+    network(tiny_batch(number))[0].sum().backward()
+    return {name: p.grad for name, p in step.named_parameters()}
+
+
+@command
+def meet(words):
+    """Work together in every way there is; each process saves what it got."""
+    directory, corpus = words
+    torch.set_num_threads(1)
+    with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
+        found = {"gathered": world.gather(world.rank), "first": world.from_first(os.getpid)}
+        found["total"] = world.total(torch.tensor(2.0) if world.rank else None)
+        for name, flags in CRITERIA.items():
+            step = tiny_step(flags)
+            found[name] = gradients(world.wrap(step), step, world.rank)
+        buffers = torch.nn.BatchNorm1d(2)
+        buffers.running_mean.fill_(world.rank)
+        world.copy_buffers(buffers)
+        found["buffers"] = buffers.state_dict()
+        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).sequences, 1600)
+        pack = audio.only_pack(world)
+        found["pack"], found["files"] = pack.audio.clone(), pack.layout.files.tolist()
+        found["same memory"] = writes_are_seen(world, pack.audio)
+        torch.save(found, Path(directory, f"{world.rank}.pt"))
+
+
+def writes_are_seen(world, audio):
+    world.gather(None)  # all have their copies
+    if world.rank == 1:
+        audio[7] = 77
+    world.gather(None)
+    return int(audio[7])
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory):
+    """What two processes saved, and the corpus, with a bad file in it, that they read."""
+    root = write_tiny_corpus(tmp_path_factory.mktemp("met"))
+    bad = sorted(root.glob("audio/*/*/*.flac"))[4]
+    bad.write_bytes(bad.read_bytes()[:-2000])
+    assert launch(2, meet, [str(root), str(root / "audio")]) == 0
+    return [torch.load(root / f"{rank}.pt", weights_only=True) for rank in range(2)], root
+
+
+def test_processes_tell_each_other(met):
+    (first, second), _ = met
+    for found in (first, second):
+        assert found["gathered"] == [0, 1]
+        assert found["first"] == first["first"]
+        assert found["total"] == 2
+        assert found["buffers"]["running_mean"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_gradients_are_the_mean_of_those_of_each_batch(name, met):
+    expected = {}
+    for number in range(2):
+        step = tiny_step(CRITERIA[name])
+        for key, gradient in gradients(step, step, number).items():
+            expected[key] = expected.get(key, 0) + gradient / 2
+    for found in met[0]:
+        assert found[name].keys() == expected.keys()
+        for key, gradient in expected.items():
+            assert_close(found[name][key], gradient, 1e-6, what=key)
+
+
+def test_processes_decode_one_pack_together(met):
+    found, root = met
+    corpus = scan_corpus(root / "audio")
+    alone = AudioDataset(corpus, corpus.sequences, 1600).only_pack()
+    assert len(alone.layout.files) == 8
+    for seen in found:
+        assert seen["files"] == alone.layout.files.tolist()
+        assert torch.equal(seen["pack"], alone.audio)
+        assert seen["same memory"] == 77
+
+
+@command
+def meet_on_two_machines(words):
+    """Two processes on the first, one on the second; each saves the pack that it sees."""
+    directory, corpus = words
+    rank = os.environ["RANK"]
+    if rank == "2":
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    else:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+    with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
+        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).sequences, 1600)
+        torch.save(audio.only_pack(world).audio, Path(directory, f"{rank}.pt"))
+
+
+def test_machines_may_have_different_numbers_of_processes(tiny_corpus, tmp_path):
+    assert launch(3, meet_on_two_machines, [str(tmp_path), str(tiny_corpus / "audio")]) == 0
+    corpus = scan_corpus(tiny_corpus / "audio")
+    alone = AudioDataset(corpus, corpus.sequences, 1600).only_pack()
+    for rank in range(3):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone.audio)
+
+
+class Deserted(World):
+    """One that is alone after so many messages."""
+
+    def __init__(self, messages):
+        super().__init__(size=2, local_size=2)
+        self.messages = messages
+
+    def gather(self, value):
+        self.messages -= 1
+        if self.messages < 0:
+            raise RuntimeError("Connection closed by peer")
+        return [value, value]
+
+
+@pytest.mark.parametrize("messages", range(4))
+def test_shared_memory_is_free_when_a_process_is_gone(messages, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SHARED_MEMORY", str(tmp_path))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        Deserted(messages).shared_tensor(1000, torch.int16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_waits_for_others_holds_no_shared_memory(monkeypatch):
+    monkeypatch.setattr(distributed, "_reserve", None)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        Deserted(0).shared_tensor(1000, torch.int16)
+
+
+def test_one_that_is_alone_needs_no_one():
+    world = World()
+    assert world.gather(3) == [3]
+    assert world.from_first(lambda: 4) == 4
+    world.agree()
+    with pytest.raises(UserError, match="a reason"):
+        world.agree(UserError("a reason"))
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+
+def words_of(corpus, directory, *more):
+    words = [*on(corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *PACKS, *more]
+    return [str(word) for word in words]
+
+
+def hooks(corpus, directory):
+    stats = f"reprDiff:cosine,ctx_repr,0.05,{directory / 'stats'}"
+    captures = ["--captureEverything", "--captureSetStats", stats]
+    probes = "--supervised_classif_metric --speaker_sep --linsep_classif_each_epochs 1".split()
+    where = ["--linsep_logs_dir", directory / "probes", "--linsep_n_epoch", 1]
+    return [*capture_flags(corpus, directory / "captures"), *captures, *probes, *where]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_corpus, tmp_path_factory):
+    """A run of two processes with captures, stats and probes."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    words = words_of(tiny_corpus, directory, *EXAMPLE, *hooks(tiny_corpus, directory))
+    assert launch(2, train.main, words) == 0
+    return directory
+
+
+def interrupted(words, action):
+    """`train.main` in which process 1 does something before its third step."""
+    train_on, begun = trainer.Trainer.train_on, []
+
+    def step(self, position, batch):
+        begun.append(position)
+        if self.world.rank == 1 and len(begun) == 3:
+            action()
+        train_on(self, position, batch)
+
+    trainer.Trainer.train_on = step
+    trainer.STEPS_BETWEEN_AGREEMENTS = 2
+    return train.main(words)
+
+
+def asked_to_stop(words):
+    return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def killed(words):
+    return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_two_processes_stop_together_and_go_on_exactly(tiny_corpus, tmp_path, undisturbed, capfd):
+    words = words_of(tiny_corpus, tmp_path, *EXAMPLE)
+    assert launch(2, asked_to_stop, words) == 143
+    resume = checkpoint_resume(tmp_path)
+    assert resume["running"]["windows"] > 0
+    assert launch(2, train.main, words) == 0
+    printed = capfd.readouterr()
+    assert printed.out.count("stopped by SIGTERM") == 1
+    assert printed.err == ""
+    end, expected = checkpoint(tmp_path, 1), checkpoint(undisturbed, 1)
+    assert_same(end, expected, without=["args", "logs"])
+    for key, series in end["logs"].items():
+        assert_equal_trees(series, expected["logs"][key], key)
+
+
+def asked_to_stop_at_the_start(words):
+    """`train.main` where the signal comes before process 0 has looked at the command line."""
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+        signal.sigwait([signal.SIGTERM])  # the launching process passes it on
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train.main(words)
+
+
+def test_processes_that_have_not_met_stop_together(tiny_corpus, tmp_path, capfd):
+    words = words_of(tiny_corpus, tmp_path)
+    assert launch(2, asked_to_stop_at_the_start, words) == 143
+    printed = capfd.readouterr()
+    assert printed.out.count("stopped by SIGTERM") == 1
+    assert printed.err == ""
+
+
+def orphaned(words):
+    """Process 0 kills the launching process before it meets the other one."""
+    os.open(words[0], os.O_WRONLY)  # until this process ends
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGKILL)
+    with StopSignals() as stop, joined_world(stop, torch.device("cpu")):
+        pass
+
+
+def test_processes_end_with_the_one_that_launched_them(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    context = multiprocessing.get_context("spawn")
+    launching = context.Process(target=launch, args=(2, orphaned, [str(pipe)]))
+    launching.start()
+    reading = os.open(pipe, os.O_RDONLY)
+    assert select.select([reading], [], [], 60)[0]
+    assert os.read(reading, 1) == b""  # no process has it open any more
+    os.close(reading)
+    launching.join()
+
+
+def checkpoint_resume(directory):
+    return torch.load(directory / "checkpoint_resume.pt", weights_only=True)
+
+
+def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, monkeypatch):
+    """And sees each batch that is left of the epoch once."""
+    one_epoch = ["--nEpoch", 1]
+    train_on, seen = trainer.Trainer.train_on, []
+
+    def step(self, position, batch):
+        seen.append((position, batch.window.tolist()))
+        train_on(self, position, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", step)
+    assert run(*words_of(tiny_corpus, tmp_path / "whole", *one_epoch)) == 0
+    whole, seen = seen, []
+    words = words_of(tiny_corpus, tmp_path / "two")
+    assert launch(2, asked_to_stop, words) == 143
+    windows = checkpoint_resume(tmp_path / "two")["running"]["windows"]
+    assert run(*words, *one_epoch) == 0
+    assert seen == whole[-len(seen) :]
+    assert windows + sum(len(w) for _, w in seen) == sum(len(w) for _, w in whole)
+    printed = capsys.readouterr().out
+    assert "processes 2 -> 1" in printed
+    assert "won't be the same to the last bit" in printed
+    assert "batches in a step: 2 -> 1; --nGPU 2 goes on as it was" in printed
+
+
+def test_one_process_forgets_the_hidden_state_of_two(tiny_corpus, tmp_path, monkeypatch):
+    """That of the first isn't where the rows of the last batch ended, which another one had."""
+    words = words_of(tiny_corpus, tmp_path, "--samplingType", "sequential")
+    assert launch(2, asked_to_stop, words) == 143
+    train_on, seen = trainer.Trainer.train_on, []
+
+    def step(self, position, batch):
+        seen.append((batch.continues.any(), self.step.model.hidden_state()))
+        train_on(self, position, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_on", step)
+    assert run(*words) == 0
+    assert seen[0] == (True, None)
+    assert seen[1][1] is not None
+
+
+def test_two_processes_capture_what_one_does(tiny_corpus, undisturbed, tmp_path):
+    words = ["--onlyCapture", "--pathCheckpoint", undisturbed, "--pathDB", tiny_corpus / "audio"]
+    words += ["--batchSizeGPU", 4, "--captureEverything", *capture_flags(tiny_corpus, tmp_path)]
+    assert run(*words, "--nGPU", 1) == 0
+    one, two = captured(tmp_path), captured(undisturbed / "captures")
+    one_epoch = {path: tensor for path, tensor in two.items() if path.parts[0] == "1"}
+    assert one.keys() == one_epoch.keys()
+    assert len(one) > 7
+    for path, tensor in one.items():
+        assert torch.equal(tensor, one_epoch[path]), path
+    index, expected = (
+        json.loads((directory / "1" / "index.json").read_text())["windows"]
+        for directory in (undisturbed / "captures", tmp_path)
+    )
+    assert index == expected
+
+
+def test_probes_and_stats_of_two_processes_are_logged(undisturbed):
+    logs = checkpoint(undisturbed, 1)["logs"]
+    assert logs["reprDiff_ctx_repr_cosine_by0.05_mean"][1] > 0
+    assert (undisturbed / "probes" / "1" / "speaker" / "logs.json").is_file()
+    assert (undisturbed / "probes" / "1" / "phone" / "logs.json").is_file()
+
+
+def told_of_an_error(words):
+    """Process 1 ends with an error; then the other one has something to tidy up yet."""
+    pipe, tidy = words
+    if os.environ["RANK"] == "1":
+        os.open(pipe, os.O_WRONLY)
+    else:
+        Path(pipe).read_bytes()  # ends with the process that has it open
+        Path(tidy).touch()
+    return 2
+
+
+def test_a_process_that_ends_with_an_error_lets_the_other_tidy_up(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert launch(2, told_of_an_error, [str(tmp_path / name) for name in ("pipe", "tidy")]) == 2
+    assert (tmp_path / "tidy").exists()
+
+
+def failing_capture(words):
+    """`train.main` in which process 1 can't write; each notes at its end what was saved then."""
+    rank = os.environ["RANK"]
+    if rank == "1":
+        CaptureWriter.write = refuse
+    status = run(*words)
+    Path(words[-1], rank).write_text(str(Path(words[-1], "checkpoint_0.pt").exists()))
+    return status
+
+
+def refuse(*_):
+    raise UserError("a full disk")
+
+
+def test_a_failed_capture_of_one_process_ends_all_after_the_save(tiny_corpus, tmp_path, capfd):
+    capture = capture_flags(tiny_corpus, tmp_path / "captures")
+    words = words_of(tiny_corpus, tmp_path, "--captureConvRepr", *capture)
+    assert launch(2, failing_capture, [*words, "--pathCheckpoint", str(tmp_path)]) == 2
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
+    assert capfd.readouterr().err == "error: a full disk\n"
+
+
+def test_a_process_that_dies_ends_the_run(tiny_corpus, tmp_path):
+    with pytest.raises(UserError, match="process 1 of 2 was ended by SIGKILL"):
+        launch(2, killed, words_of(tiny_corpus, tmp_path))
+    assert multiprocessing.active_children() == []
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_half_an_environment_of_torchrun_is_refused(name, monkeypatch):
+    """Without one of its variables, or with a size that is no number."""
+    rest = {other: value for other, value in TORCHRUN.items() if other != name}
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "two"} | rest)
+    with pytest.raises(UserError, match="isn't as torchrun sets it"):
+        meet_on("cpu")
+
+
+def test_a_process_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "environ", TORCHRUN)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 1 of this machine has no GPU, it sees 1"):
+        meet_on("cuda")
+
+
+def meet_on(device):
+    with StopSignals() as stop, joined_world(stop, torch.device(device)):
+        raise AssertionError("has met")
+
+
+def test_what_the_machine_lacks_is_told_once(tiny_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(train, "launch", None)  # refused before
+    words = words_of(tiny_corpus, tmp_path / "run", "--nGPU", 2, "--device", "cuda")
+    with ends_refused(capsys, "PyTorch sees 1 GPU here"):
+        train.main(words)
+
+
+def with_words_of_its_own(words):
+    """`train.main` of which process 1 has another directory or list."""
+    *words, flag, value = words
+    return train.main([*words, flag, value] if os.environ["RANK"] == "1" else words)
+
+
+def test_machines_without_a_shared_directory_are_refused(tiny_corpus, tmp_path, capfd):
+    words = words_of(tiny_corpus, tmp_path / "run")
+    assert run(*words, "--nEpoch", 1) == 0
+    elsewhere = ["--pathCheckpoint", str(tmp_path / "elsewhere")]
+    assert launch(2, with_words_of_its_own, words + elsewhere) == 2
+    assert "not all processes find the same checkpoint" in capfd.readouterr().err
+
+
+def test_machines_with_different_lists_are_refused(tiny_corpus, tmp_path, capfd):
+    words = words_of(tiny_corpus, tmp_path, "--pathVal", tiny_corpus / "train.txt")
+    assert launch(2, with_words_of_its_own, words) == 2
+    assert "not all processes have the same training and validation" in capfd.readouterr().err
+
+
+def test_an_error_of_all_is_told_once(tiny_corpus, tmp_path, capfd):
+    (tmp_path / "list.txt").write_text("nothing-like-it\n")
+    words = words_of(tiny_corpus, tmp_path / "run", "--pathVal", tmp_path / "list.txt")
+    assert run(*words, "--nGPU", 2, "--device", "cpu") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("nothing-like-it") == 1
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,173 @@
+"""Tests of build_zeroSpeech_features.py."""
+
+import re
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from criterion.classification import PhoneCriterion
+from eval import build_zeroSpeech_features
+from feature_loader import ModelPhoneCombined, build_feature, load_model
+from tests.helpers import assert_close
+from tests.test_probes import save_model, status_of
+from utils.files import load_json
+
+
+@pytest.fixture
+def audio(tmp_path):
+    """Three files of noise, one of them in a folder."""
+    rng = np.random.default_rng(0)
+    for name, n_samples in (("a", 1600), ("b", 5000), ("more/c", 3300)):
+        path = tmp_path / "audio" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, rng.uniform(-0.5, 0.5, n_samples), 16000)
+    return tmp_path / "audio"
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    return save_model(tmp_path / "run")
+
+
+def build(*words):
+    return status_of(build_zeroSpeech_features.main, *words)
+
+
+def read_features(path):
+    """(T, D), times (T,) or None: what a file of features holds."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            assert sorted(file.files) == ["features", "time", "totTime"]
+            assert file["features"].dtype == file["totTime"].dtype == np.float32
+            assert file["totTime"] == pytest.approx([0.01 * len(file["features"])])
+            return torch.from_numpy(file["features"]), file["time"]
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path)), None
+    if path.suffix == ".pt":
+        return torch.load(path, weights_only=True), None
+    rows = torch.tensor([[float(word) for word in line.split(" ")] for line in path.open()])
+    return rows[:, 1:], rows[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy", "fea", "pt"])
+def test_features_of_a_folder_in_each_format(tmp_path, audio, model_file, capsys, kind):
+    assert build(audio, tmp_path / "out", model_file, "--format", kind) == 0
+    said = capsys.readouterr().out
+    assert f"features of 3 files: {tmp_path}/out; their flags: {tmp_path}/out.json\n" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{n}.{kind}" for n in "abc"}
+    model, *_ = load_model([model_file])
+    for name in ("a", "b", "more/c"):
+        features, times = read_features(tmp_path / "out" / f"{name[-1]}.{kind}")
+        expected = build_feature(model, audio / f"{name}.wav")[0]
+        assert_close(features, expected)
+        if times is not None:
+            assert_close(times, 0.005 + 0.01 * torch.arange(len(expected)))
+    assert load_json(tmp_path / "out.json")["format"] == kind
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--getEncoded"], {"get_encoded": True}),
+        (["--strict", "--maxSizeSeq", "1600"], {"strict": True, "max_size": 1600}),
+        (["--seqNorm", "--maxSizeSeq", 1600], {"strict": True, "seq_norm": True, "max_size": 1600}),
+    ],
+)
+def test_flags_of_the_features(tmp_path, audio, model_file, words, options):
+    assert build(audio, tmp_path / "out", model_file, "--format", "pt", *words) == 0
+    features = torch.load(tmp_path / "out" / "b.pt", weights_only=True)
+    model, *_ = load_model([model_file])
+    assert_close(features, build_feature(model, audio / "b.wav", **options)[0])
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_phones_as_features(tmp_path, audio, one_hot):
+    criterion = PhoneCriterion(8, 5)
+    path = save_model(tmp_path / "run", criterion=criterion)
+    words = ["--addCriterion"] + ["--oneHot"] * one_hot
+    assert build(audio, tmp_path / "out", path, "--format", "pt", *words) == 0
+    module = ModelPhoneCombined(load_model([path])[0], criterion, one_hot)
+    features = torch.load(tmp_path / "out" / "b.pt", weights_only=True)
+    assert torch.equal(features, build_feature(module, audio / "b.wav")[0])
+
+
+def test_distances_to_clusters_as_features(tmp_path, audio, model_file):
+    centers = torch.randn(3, 8)
+    np.save(tmp_path / "centers.npy", centers.numpy())
+    words = ["--format", "pt", "--clusters", tmp_path / "centers.npy"]
+    assert build(audio, tmp_path / "out", model_file, *words) == 0
+    context = build_feature(load_model([model_file])[0], audio / "b.wav")[0]
+    expected = (context[:, None] - centers).square().sum(2)
+    assert_close(torch.load(tmp_path / "out" / "b.pt", weights_only=True), expected)
+
+
+def test_a_stopped_call_goes_on(tmp_path, audio, model_file, capsys):
+    words = (audio, tmp_path / "out", model_file, "--format", "npy")
+    assert build(*words) == 0
+    before = (tmp_path / "out" / "b.npy").read_bytes()
+    (tmp_path / "out" / "b.npy").unlink()
+    (tmp_path / "out" / "a.npy").write_bytes(b"kept as it is")
+    (tmp_path / "out" / ".writing-123.npy").write_bytes(b"left by a killed run")
+    assert build(*words) == 0
+    assert "2 of 3 files have their features already" in capsys.readouterr().out
+    assert (tmp_path / "out" / "b.npy").read_bytes() == before
+    assert (tmp_path / "out" / "a.npy").read_bytes() == b"kept as it is"
+    assert not (tmp_path / "out" / ".writing-123.npy").exists()
+
+
+def test_features_of_other_flags_are_not_mixed(tmp_path, audio, model_file, capsys):
+    assert build(audio, tmp_path / "out", model_file) == 0
+    assert build(audio, tmp_path / "out", model_file, "--getEncoded") == 2
+    assert "made with another --getEncoded" in capsys.readouterr().err
+
+
+def test_bad_files_are_named_and_the_others_done(tmp_path, audio, model_file, capsys):
+    (audio / "b.wav").write_text("no audio")
+    soundfile.write(audio / "d.wav", np.zeros(100), 16000)
+    assert build(audio, tmp_path / "out", model_file) == 2
+    message = capsys.readouterr().err
+    assert "2 of 4 files have no features" in message
+    assert "b.wav" in message
+    assert "d.wav: 100 samples are too short" in message
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.fea", "c.fea"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--format", "af"], "ArrayFire"),
+        (["--dimReduction", "x"], "never published"),
+        (["--centroidLimits", "0", "1"], "never published"),
+        (["--train_mode"], "depend on chance"),
+        (["--oneHot"], "--oneHot needs --addCriterion"),
+        (["--addCriterion"], "holds no criterion"),
+        (["--addCriterion", "--getEncoded"], "leave out --getEncoded"),
+        (["--clusters", "none.npy"], "--clusters .*none.npy"),
+        (["--maxSizeSeq", "159"], "--maxSizeSeq 159"),
+        (["--extension", ".mp3"], "no file ends with '.mp3'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(tmp_path, audio, model_file, capsys, words, reason):
+    assert build(audio, tmp_path / "out", model_file, *words) == 2
+    assert re.search(reason, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_places_are_refused(tmp_path, audio, model_file, capsys):
+    np.save(tmp_path / "wide.npy", np.zeros((2, 9)))
+    (tmp_path / "file").write_text("")
+    soundfile.write(audio / "more" / "a.wav", np.zeros(1600), 16000)
+    for words, reason in (
+        ((tmp_path / "none", tmp_path / "out", model_file), "none: no such directory"),
+        ((audio / "more", tmp_path / "out", tmp_path / "none.pt"), "none.pt: no such"),
+        ((audio / "more", tmp_path / "file", model_file), "file: can't be written to"),
+        ((audio, tmp_path / "out", model_file), "would both become a.fea"),
+        (
+            (audio / "more", tmp_path / "out", model_file, "--clusters", tmp_path / "wide.npy"),
+            "9 dimensions for features of 8",
+        ),
+    ):
+        assert build(*words) == 2
+        assert reason in capsys.readouterr().err

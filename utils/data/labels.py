@@ -1,0 +1,159 @@
+"""Phone alignments as this program reads them: a label for every 10 ms, and the symbols' ids.
+
+A label file has a line `name id id ...` for each utterance; its label i is the phone at the middle
+of frame i, sample 160 i + 80. A symbol file has a line `id symbol` for each phone.
+"""
+
+import itertools
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.files import lines_of, write_lines
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+
+FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
+LABELS, SYMBOLS = "converted_aligned_phones.txt", "phones.txt"
+SILENCE = "SIL"
+
+
+class Interval(NamedTuple):
+    """A phone and when it is heard, in seconds."""
+
+    start: float
+    end: float
+    symbol: str
+
+
+def frames_before(seconds):
+    """How many frames have their middle before this time."""
+    # Times are decimals of a file: without rounding, 0.145 s would be after the middle of frame 14.
+    return math.ceil(round(seconds * FRAMES_PER_SECOND - 0.5, 6))
+
+
+def frame_symbols(intervals, duration, between=SILENCE):
+    """The phone in each whole frame of `duration` seconds, as a list; `between` in the gaps."""
+    symbols = [between] * math.floor(round(duration * FRAMES_PER_SECOND, 6))
+    for start, end, symbol in intervals:
+        first, after = frames_before(start), min(frames_before(end), len(symbols))
+        symbols[first:after] = [symbol] * (after - first)
+    return symbols
+
+
+def runs(labels):
+    """The phones of a row of frames: (first frame, the one after the last, label) each."""
+    position = 0
+    for label, group in itertools.groupby(labels):
+        length = sum(1 for _ in group)
+        yield position, position + length, label
+        position += length
+
+
+def label_lines(labels):
+    """The lines of a label file, from a dict: name -> ids."""
+    return (f"{name} {' '.join(map(str, ids))}" for name, ids in labels.items())
+
+
+def symbol_lines(symbols):
+    """The lines of a symbol file, from a dict: symbol -> id."""
+    ordered = sorted(symbols.items(), key=lambda pair: pair[1])
+    return (f"{number} {symbol}" for symbol, number in ordered)
+
+
+def write_labels(path, labels):
+    """Write a label file from a dict: name -> ids."""
+    write_lines(path, label_lines(labels))
+
+
+def write_symbols(path, symbols):
+    """Write a symbol file from a dict: symbol -> id."""
+    write_lines(path, symbol_lines(symbols))
+
+
+def read_symbols(path):
+    """A symbol file as a dict: symbol -> id. Raises UserError, with the line, for anything else."""
+    symbols = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        columns = line.split()
+        if len(columns) != 2 or not columns[0].isdecimal():
+            raise UserError(f"{path}, line {number}: not `id symbol`: {line[:80]!r}")
+        if columns[1] in symbols or int(columns[0]) in symbols.values():
+            raise UserError(f"{path}, line {number}: {line.strip()!r} is there a second time")
+        symbols[columns[1]] = int(columns[0])
+    if not symbols:
+        raise UserError(f"{path}: no symbols in this file")
+    return symbols
+
+
+def symbols_beside(labels, n_phones=0):
+    """The symbols (id -> symbol) in the phones.txt beside a label file, if there are enough.
+
+    labels: path of the label file, or None; n_phones: how many ids, from 0, must have a symbol.
+    Returns {} where that isn't so, or the file is missing or something else.
+    """
+    if not labels or Path(labels).name == SYMBOLS:
+        return {}
+    try:
+        symbols = read_symbols(Path(labels).with_name(SYMBOLS))
+    except UserError:
+        return {}
+    symbol_of = {number: symbol for symbol, number in symbols.items()}
+    return symbol_of if symbol_of.keys() >= set(range(n_phones)) else {}
+
+
+def read_text(path):
+    """The content of a text file. Raises UserError, naming it, if it can't be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as text ({error})") from error
+
+
+class PhoneLabels(NamedTuple):
+    """Phone classes of sequences by name, one label for each frame of 10 ms."""
+
+    labels: dict[str, np.ndarray]  # (frames,) int16
+    n_phones: int  # highest label + 1
+    path: str
+
+
+def read_phone_labels(path):
+    """Read lines `name label label ...`, labels from 0 to 32766; empty lines are ignored.
+
+    Raises UserError, with the number of the line, for anything else: other text, a name without
+    labels, a name that has labels already.
+    """
+    labels, highest = {}, -1
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        name, *rest = line.split(maxsplit=1)
+        try:
+            if name in labels:
+                raise ValueError(f"{first_few([name])} has labels already")
+            labels[name] = _parse_labels(rest)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        highest = max(highest, int(labels[name].max()))
+    if not labels:
+        raise UserError(f"{path}: no labels in this file")
+    return PhoneLabels(labels, highest + 1, os.fspath(path))
+
+
+def _parse_labels(rest):
+    """Labels, (frames,) int16, from the text after the name, if any. Raises ValueError."""
+    if not rest:
+        raise ValueError("no labels after the name (a line is: name label label ...)")
+    try:
+        labels = np.fromstring(rest[0], dtype=np.int64, sep=" ")  # seven times as fast as int()
+    except ValueError:
+        raise ValueError("labels must be whole numbers (a line is: name label label ...)") from None
+    if labels.min() < 0 or labels.max() >= np.iinfo(np.int16).max:
+        raise ValueError("labels must be from 0 to 32766")
+    return labels.astype(np.int16)

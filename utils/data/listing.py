@@ -1,0 +1,185 @@
+"""Finding the audio files of a database, and keeping the list of them beside it."""
+
+import json
+import os
+from collections import Counter
+
+from utils.data.audio import LONGEST_FILE, read_header
+from utils.data.workers import Workers
+from utils.files import atomic_path, check_regular
+from utils.misc import SAMPLE_RATE, UserError, counted, first_few
+
+LISTING = ".cpc_listing.json"  # in the root of the database
+FORMAT = 1
+SECONDS_OF_WRITING = 10  # the listing itself changes the folder that it is put into
+COLUMNS = {"path": str, "samples": int, "rate": int, "fits_int16": bool, "problem": str}
+
+
+def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
+    """All files below `root` whose names end with `extension`, as columns: name -> list.
+
+    The columns are the files' paths relative to `root` and the fields of their `Header`s. Unless
+    `ignore_cache`, they are taken from the listing of an earlier call, and only files that were of
+    no use then are opened again. Raises UserError if there is no such file.
+    """
+    columns = None if ignore_cache else _load(root, extension)
+    if columns is None:
+        paths = find_files(root, extension)
+        headers = _read_headers(root, paths, n_threads)
+        columns = dict(zip(COLUMNS, [paths, *map(list, zip(*headers, strict=True))], strict=True))
+        _store(root, extension, columns)
+        return columns
+    _mention_changes(root, columns["path"], n_threads)
+    facts = enumerate(zip(columns["rate"], columns["problem"], strict=True))
+    useless = [i for i, (rate, problem) in facts if problem or rate != SAMPLE_RATE]
+    again = _read_headers(root, [columns["path"][i] for i in useless], n_threads)
+    for i, header in zip(useless, again, strict=True):
+        for name, value in header._asdict().items():
+            columns[name][i] = value
+    return columns
+
+
+def _mention_changes(root, paths, n_threads):
+    """Say so where files may have come or gone since the listing was written.
+
+    The listing stays as it is: a run that goes on would else be on another corpus unasked.
+    """
+    listed = os.stat(os.path.join(root, LISTING)).st_ctime + SECONDS_OF_WRITING
+    folders = sorted(_folders_of(paths))
+    times = Workers(lambda folder: _changed(os.path.join(root, folder)), folders, n_threads)
+    times = times.results("looking for changes", " folders")
+    changed = [f or "." for f, time in zip(folders, times, strict=True) if time > listed]
+    if changed:
+        print(
+            f"note: {root}: {counted(len(changed), 'folder')} changed since the files were listed: "
+            f"{first_few(changed)} (--ignore_cache lists them anew)"
+        )
+
+
+def _folders_of(paths):
+    """All folders on the way to these paths; that which they are relative to is ""."""
+    folders = set()
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        while folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return folders
+
+
+def _changed(folder):
+    """When something was added to a folder or taken away; 0 where it is gone itself."""
+    try:
+        return os.stat(folder).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _read_headers(root, paths, n_threads):
+    workers = Workers(lambda path: read_header(os.path.join(root, path)), paths, n_threads)
+    return workers.results("reading headers", " files")
+
+
+# ------------------------------------------------------------------------------ walking the folders
+
+
+def find_files(root, extension):
+    """Sorted paths, relative to `root` and with "/", of all files ending with `extension`.
+
+    Links to folders are followed, except to one that holds the link. Names folders that can't be
+    read. Raises UserError, with the extensions that there are, if no file ends with this one.
+    """
+    found, others, unreadable = [], Counter(), []
+    pending = [("", frozenset())]
+    while pending:
+        folder, above = pending.pop()
+        try:
+            status = os.stat(os.path.join(root, folder))
+            entries = list(os.scandir(os.path.join(root, folder)))
+        except OSError as error:
+            unreadable.append(f"{folder or '.'} ({error.strerror})")
+            continue
+        this = (status.st_dev, status.st_ino)
+        for entry in entries if this not in above else ():
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if _is_folder(entry):
+                pending.append((path, above | {this}))
+            elif entry.name.endswith(extension):
+                found.append(path)
+            elif entry.name != LISTING:
+                others[os.path.splitext(entry.name)[1]] += 1
+    if unreadable:
+        print(f"{root}: {len(unreadable)} folders can't be read: {first_few(unreadable)}")
+    if not found:
+        raise UserError(f"{root}: no file ends with {extension!r}; {_describe(others)}")
+    return sorted(found)
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle or where one may not look
+        return False
+
+
+def _describe(extensions):
+    seen = [f"{n} {extension or 'without extension'}" for extension, n in extensions.most_common()]
+    return f"there are {first_few(seen)} (--file_extension)" if seen else "there are no files in it"
+
+
+# --------------------------------------------------------------------------------- the kept listing
+
+
+def _load(root, extension):
+    """Columns as kept by `_store`, or None if they aren't there or can't be trusted."""
+    path = os.path.join(root, LISTING)
+    try:
+        columns = _kept_columns(path).get(extension)
+        return None if columns is None else _checked(columns, extension)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        print(f"{path}: can't be used ({error}); the database is listed anew")
+        return None
+
+
+def _kept_columns(path):
+    """Extension -> columns, unchecked. Raises about anything."""
+    check_regular(path)
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, not {FORMAT}")
+    return dict(content["extensions"])
+
+
+def _checked(columns, extension):
+    """The columns, of which nothing was believed before. Raises ValueError, KeyError, TypeError."""
+    columns = {name: columns[name] for name in COLUMNS}
+    for name, kind in COLUMNS.items():
+        if set(map(type, columns[name])) != {kind}:
+            raise ValueError(f"column {name} isn't made of {kind.__name__}")
+    paths = columns["path"]
+    if {len(column) for column in columns.values()} != {len(set(paths))}:
+        raise ValueError("its columns don't fit together")
+    text = os.fsencode("/" + "/".join(paths))  # raises ValueError for what can't be a path
+    strange = b"\0" in text or b"//" in text or b"/../" in text
+    if strange or not all(path.endswith(extension) for path in paths):
+        raise ValueError("it holds other paths than those of such files in the database")
+    if min(columns["samples"]) < 0 or max(columns["samples"]) > LONGEST_FILE:
+        raise ValueError("it holds impossible lengths")
+    return columns
+
+
+def _store(root, extension, columns):
+    """Keep a listing beside those of other extensions. A database may well be read-only."""
+    path = os.path.join(root, LISTING)
+    try:
+        others = _kept_columns(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        others = {}
+    content = {"format": FORMAT, "extensions": {**others, extension: columns}}
+    try:
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, separators=(",", ":"))
+    except OSError as error:
+        print(f"{root}: the list of its files can't be kept there ({error.strerror or error})")

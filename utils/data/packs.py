@@ -1,0 +1,96 @@
+"""Decoded audio: several files one after the other, filled in place by threads."""
+
+import mmap
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils.data.audio import decode_into
+from utils.data.windows import Layout
+from utils.data.workers import Workers
+from utils.misc import UserError
+from utils.run.distributed import ALONE
+
+
+class Pack(NamedTuple):
+    """Decoded audio of several files, one after the other, with the labels of its frames."""
+
+    audio: torch.Tensor  # (samples,) int16 or float32
+    labels: torch.Tensor | None  # (samples // 160,) int16
+    layout: Layout
+
+
+def allocate_audio(samples, dtype):
+    """An empty (samples,) tensor with a mapping of its own.
+
+    Dropping it gives the memory back to the system, which the allocator wouldn't do here (see
+    `utils.run.machine.keep_freed_memory`). Pages that nothing was written to take no memory.
+    """
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    try:
+        memory = mmap.mmap(-1, max(1, samples) * dtype.itemsize, **flags)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no memory for {samples} samples of audio ({samples * dtype.itemsize / 1e9:.1f} GB); "
+            "a smaller --max_size_loaded needs less"
+        ) from error
+    return torch.frombuffer(memory, dtype=dtype)[:samples]
+
+
+class PackDecoding:
+    """A pack being filled by threads: they start at once, `finish` waits for them.
+
+    The processes of a machine have one pack in common, and each decodes a part of its files; what
+    is bad on one machine is left out on all.
+    """
+
+    def __init__(self, dataset, files, world=ALONE):
+        """`files`: (n,) ascending indices of the dataset's sequences."""
+        self.dataset, self.world = dataset, world
+        self.layout = Layout.of(files, dataset.samples)
+        size = int(self.layout.boundaries[-1])
+        # Also where a machine has one process only: others may have more, and all must call this.
+        allocate = world.shared_tensor if world.group is not None else allocate_audio
+        self.audio = allocate(size, dataset.dtype)
+        parts = np.split(self.audio.numpy(), self.layout.boundaries[1:-1])
+        sequences = [dataset.sequences[i] for i in files]
+        items = [
+            (part, os.path.join(dataset.root, sequence.path), sequence.samples)
+            for part, sequence in zip(parts, sequences, strict=True)
+        ]
+        self.own = range(world.local_rank, len(items), world.local_size)
+        own_items = [items[i] for i in self.own]
+        self.workers = Workers(lambda item: decode_into(*item), own_items, dataset.n_threads)
+
+    def finish(self):
+        """The `Pack`, without files that turned out to be bad (see `AudioDataset.skip`)."""
+        problems, files = self._problems(), self.layout.files
+        good = np.ones(len(files), dtype=bool)
+        good[list(problems)] = False
+        if problems:
+            bad = {self.dataset.sequences[files[i]].path: p for i, p in problems.items()}
+            self.world.together(lambda: self.dataset.skip(bad))
+            if self.world.local_rank == 0:
+                close_gaps(self.audio, self.layout.boundaries, good)
+            self.world.agree()  # nobody reads before that is done
+        layout = Layout.of(files[good], self.dataset.samples)
+        audio = self.audio[: int(layout.boundaries[-1])]
+        return Pack(audio, self.dataset.labels_of(layout.files), layout)
+
+    def _problems(self):
+        """Wait for all processes' threads; what is wrong with which of the files, by position."""
+        own = zip(self.own, self.workers.results("decoding", " files"), strict=True)
+        found = self.world.gather({i: problem for i, problem in own if problem})
+        return {i: problem for part in reversed(found) for i, problem in part.items()}
+
+
+def close_gaps(audio, boundaries, good):
+    """Move the good files of a pack together, in place."""
+    waveform, end = audio.numpy(), 0
+    for i in np.flatnonzero(good):
+        begin, length = boundaries[i], boundaries[i + 1] - boundaries[i]
+        if end < begin:
+            waveform[end : end + length] = waveform[begin : begin + length]
+        end += length

@@ -1,0 +1,237 @@
+"""The processes of a run: who this one is, and everything that they tell each other.
+
+`python train.py --nGPU N` starts them on one machine (utils/run/launch.py), torchrun or Slurm's
+srun on several. Each trains on its own batches. PyTorch's DistributedDataParallel averages
+their gradients (Li et al., "PyTorch Distributed", VLDB 2020). Whatever else they have to agree on
+goes through the methods of `World`, which all processes must call in the same order.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.misc import ToldElsewhere, UserError, first_few
+from utils.run.console import Muted
+from utils.run.stopping import Stopped, let_signals_in
+
+PATIENCE = timedelta(days=30)  # of processes that wait for one that trains a probe
+# Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
+# group, which may itself wait for the lock to free the last gradients.
+_never_freed = []
+SHARED_MEMORY = "/dev/shm"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class World:
+    """All processes of a run, as one of them sees them; without `group`, one that is alone.
+
+    rank, size: number of this process, and how many there are
+    local_rank, local_size: the same among those of this machine
+    stop: the StopSignals in force
+    group: the processes' own group for what they tell each other (gloo, on the CPU)
+    """
+
+    def __init__(self, rank=0, size=1, local_rank=0, local_size=1, stop=None, group=None):
+        self.rank, self.size = rank, size
+        self.local_rank, self.local_size = local_rank, local_size
+        self.stop, self.group = stop, group
+
+    @property
+    def is_first(self):
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    # --------------------------------------------------------------------------- telling each other
+
+    def gather(self, value):
+        """The values of all processes, in order of rank."""
+        if self.group is None:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def total(self, tensor):
+        """Sum of the processes' CPU tensors; some may have None instead."""
+        return sum(part for part in self.gather(tensor) if part is not None)
+
+    def agree(self, error=None):
+        """Raise on all processes what the first of them brings that brings anything.
+
+        error: None, a UserError or a Stopped. Only the process it comes from tells the user.
+        """
+        for rank, found in enumerate(self.gather(error and _as_message(error))):
+            if found is not None:
+                raise error if rank == self.rank else _as_error(found)
+
+    def agree_on(self, value, reason):
+        """Raise a UserError with this reason on all processes unless all bring the same value."""
+        values = self.gather(value)
+        self.agree(UserError(reason) if any(other != value for other in values) else None)
+
+    def stop_if_asked(self):
+        """Raise Stopped on all processes if one of several was asked to stop."""
+        if self.group is not None:
+            requested = self.stop.requested
+            self.agree(None if requested is None else Stopped(requested))
+
+    def together(self, work):
+        """Call `work` on each process; an error of one is raised on all. Returns its result.
+
+        `work` must not wait for another process, so that it may end at any time: asked to stop, it
+        does so at once.
+        """
+        if self.group is None:
+            return work()
+        result = error = None
+        try:
+            with self.stop.at_once():
+                result = work()
+        except (UserError, Stopped) as raised:
+            error = raised
+        self.agree(error)
+        return result
+
+    def from_first(self, work):
+        """Call `work` on the first process alone; all get its result, or its error."""
+        result = self.together(work if self.is_first else lambda: None)
+        if self.group is None:
+            return result
+        found = [result]
+        dist.broadcast_object_list(found, group=self.group, group_src=0)
+        return found[0]
+
+    # ------------------------------------------------------------------------------------ training
+
+    def wrap(self, network):
+        """The network to train: its backward pass leaves the mean of all processes' gradients."""
+        if self.group is None:
+            return network
+        wrapped = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+        _never_freed.append(wrapped)
+        return wrapped
+
+    def copy_buffers(self, network):
+        """Give all processes the buffers (such as the means of a batch norm) of the first."""
+        for buffer in network.buffers() if self.group else ():
+            held = buffer.to("cpu", copy=True)
+            dist.broadcast(held, group=self.group, group_src=0)
+            buffer.copy_(held)
+
+    # ------------------------------------------------------------------------------- shared memory
+
+    def shared_tensor(self, size, dtype):
+        """A tensor of zeros, (size,), that the processes of this machine have in common.
+
+        Its file has no name any more once this returns: the memory is free as soon as no process
+        uses it, however they end. Raises UserError where there is no room.
+        """
+        self.gather(None)  # all are here: none waits while the file has a name
+        path = error = None
+        try:
+            if self.local_rank == 0:
+                try:
+                    path = _reserve(size * dtype.itemsize)
+                except UserError as raised:
+                    error = raised
+            self.agree(error)
+            own = self.gather(path)[self.rank - self.local_rank]
+            tensor = torch.from_file(own, shared=True, size=size, dtype=dtype)
+            self.gather(None)  # all have opened it
+            return tensor
+        finally:
+            if path:
+                os.unlink(path)
+
+
+def _as_message(error):
+    return error.number if isinstance(error, Stopped) else str(error)
+
+
+def _as_error(message):
+    return Stopped(message) if isinstance(message, int) else ToldElsewhere(message)
+
+
+def _reserve(n_bytes):
+    """Path of a new file of this size: in memory, or else where temporary files are."""
+    reasons = []
+    for directory in (SHARED_MEMORY, tempfile.gettempdir()):
+        try:
+            handle, path = tempfile.mkstemp(prefix="cpc-pack-", dir=directory)
+        except OSError as error:
+            reasons.append(f"{directory}: {error.strerror}")
+            continue
+        try:
+            # Without this a full disk would show as a crash while the audio is written.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, max(1, n_bytes))
+            return path
+        except OSError as error:
+            reasons.append(f"{directory}: {error.strerror}")
+            os.unlink(path)
+        finally:
+            os.close(handle)
+    raise UserError(
+        f"no room for {n_bytes / 1e9:.1f} GB of audio that processes share ({first_few(reasons)}); "
+        "a smaller --max_size_loaded needs less"
+    )
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def joined_world(stop, device):
+    """The World of this process, for the length of a block.
+
+    A process that was started as one of several (by utils/run/launch.py, torchrun or srun with the
+    environment of torchrun) joins the others; all but the first are silent. stop: the StopSignals
+    in force; device: of what type each process of a machine has one.
+    """
+    place = _place()
+    rank, size, local_rank, _ = place
+    if size == 1:
+        yield World(stop=stop)
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        _take_gpu(local_rank)
+    if rank:
+        sys.stdout = Muted()
+    with stop.deferred():  # of several processes none stops before they agree on it
+        dist.init_process_group("nccl" if cuda else "gloo")
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        let_signals_in()
+        yield World(*place, stop, group)
+    dist.destroy_process_group()  # after an error it might wait for a process that is gone
+
+
+def _place():
+    """Rank, size, local rank and local size of this process, by the environment of torchrun."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 0, 1, 0, 1
+    try:
+        values = [os.environ[name] for name in TORCHRUN]
+        return tuple(map(int, values[:4]))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"WORLD_SIZE is {size} in the environment, but {error} isn't as torchrun sets it; use "
+            "torchrun, or unset WORLD_SIZE"
+        ) from error
+
+
+def _take_gpu(local_rank):
+    n_gpus = torch.cuda.device_count()
+    if local_rank >= n_gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, it sees {n_gpus}: start fewer, or "
+            "let each process see all GPUs of its machine"
+        )
+    torch.cuda.set_device(local_rank)

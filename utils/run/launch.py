@@ -1,0 +1,156 @@
+"""Starting the processes of a run on this machine, and ending them together."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+
+import torch
+from torch.distributed import TCPStore
+
+from utils.misc import UserError
+from utils.run.command import REFUSED, UNREAD
+from utils.run.stopping import SIGNALS, signals_held_back
+
+DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
+FAREWELL = 1.5  # seconds for those that know of another's error to tell the user and to tidy up
+
+
+def processes_to_start(args):
+    """How many processes this program has to start: 0 if it does the work itself.
+
+    So it is where torchrun started it, and where one process is enough. `--nGPU -1` is one for
+    each GPU, and a single one on a CPU.
+    """
+    if "WORLD_SIZE" in os.environ or args.only_classif_metric:
+        return 0
+    n_devices = torch.cuda.device_count() if args.device != "cpu" else 0
+    size = args.nGPU if args.nGPU > 0 else max(1, n_devices)
+    return size if size > 1 else 0
+
+
+def launch(size, main, words):
+    """Run `main(words)` in `size` processes; returns the exit status.
+
+    Stop signals are passed on. When a process dies, the others are ended at once, since they
+    couldn't go on; after an error they have a moment to end by themselves. Raises UserError if one
+    was killed, naming it and the signal.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_run, args=(main, words, rank, size, store.port))
+        for rank in range(size)
+    ]
+    with _forwarded_signals(processes):
+        try:
+            _start(processes)
+            return _wait_for(processes)
+        finally:
+            for process in processes:
+                if process.pid:
+                    process.kill()
+                    process.join()
+
+
+def _start(processes):
+    """Start them all. They take stop signals from when they have met (`joined_world`) on.
+
+    One that stopped before would leave the others waiting for it.
+    """
+    resource_tracker.ensure_running()  # which, if it came with the first, would let signals in
+    with signals_held_back():
+        for process in processes:
+            process.start()
+
+
+class _forwarded_signals:
+    """A block in which the first stop signal goes to all processes; a second one ends it."""
+
+    def __init__(self, processes):
+        self.processes, self.previous, self.requested = processes, {}, False
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self.requested:
+            raise SystemExit(128 + number)
+        self.requested = True
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+
+def _wait_for(processes):
+    """Wait until all processes have ended, or one without success; returns the exit status."""
+    status, left = 0, list(processes)
+    while left:
+        wait([process.sentinel for process in left])
+        ended = [process for process in left if process.exitcode is not None]
+        left = [process for process in left if process not in ended]
+        for process in ended:
+            if process.exitcode < 0:
+                raise UserError(
+                    f"process {processes.index(process)} of {len(processes)} was ended by "
+                    f"{signal.Signals(-process.exitcode).name}, and the run with it (SIGKILL is "
+                    "how the system ends what takes too much memory); the same command goes on "
+                    "from the last save"
+                )
+            if process.exitcode == REFUSED:
+                _let_end(left)
+            if 0 < process.exitcode < 128 or process.exitcode == UNREAD:
+                return process.exitcode
+            status = max(status, process.exitcode)  # above 128: asked to stop, as all others are
+    return status
+
+
+def _let_end(processes):
+    end = time.monotonic() + FAREWELL
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+
+
+def _run(main, words, rank, size, port):
+    """What each process does: `main`, in an environment such as torchrun makes."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launching process holds the store
+    }
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    try:
+        status = main(words) or 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        # The death of another process shows first as a connection that breaks here. The launching
+        # process ends this one then: after a while, what is still here has a story of its own.
+        time.sleep(DELAY)
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # frees nothing: see utils/run/distributed.py
+
+
+def _stop_with_parent():
+    wait([multiprocessing.parent_process().sentinel])
+    if not torch.distributed.is_initialized():  # nor will it be: the others can't be found now
+        os._exit(128 + signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,143 @@
+"""What the user sees and finds afterwards: progress, running means, `checkpoint_logs.json`."""
+
+import time
+
+import torch
+
+from utils.run.distributed import ALONE
+
+
+class RunningMeans:
+    """Means, over windows, of the losses and accuracies of each prediction step.
+
+    Sums stay on the device: adding to them never waits for it, reading means does. The gradient's
+    norm is averaged over batches where it is given. Of several processes (`world`) each has sums
+    over its own windows; means and `state` are over all, `batches` counts the steps of one.
+    """
+
+    def __init__(self, world=ALONE):
+        self.world = world
+        self.sums, self.norms = 0.0, 0.0  # (2, n) float64: losses, accuracies; a float64 scalar
+        self.windows, self.batches = 0, 0
+        self._marked = 0.0  # what `_totals` was when it was asked for last
+
+    def add(self, losses, accuracies, windows, gradient_norm=0.0):
+        """Add a batch of `windows` windows with losses (1, n) and accuracies (1, n)."""
+        self.sums = self.sums + windows * torch.cat([losses, accuracies]).detach().double()
+        self.norms = self.norms + torch.as_tensor(gradient_norm).double()
+        self.windows += windows
+        self.batches += 1
+
+    def _totals(self):
+        """Sums and, as a last column, windows of all processes: (2, n + 1) float64."""
+        return self.world.total(_in_one(self.sums, self.windows) if self.windows else None)
+
+    def means(self):
+        """(losses, accuracies): two lists of n numbers. Needs at least one batch."""
+        return _per_window(self._totals())
+
+    def mean_gradient_norm(self):
+        return float(self.norms) / self.batches
+
+    def means_since_mark(self):
+        """`means` of the batches added since this method was called last."""
+        before, self._marked = self._marked, self._totals()
+        return _per_window(self._marked - before)
+
+    def state(self):
+        """What a checkpoint keeps of an epoch in progress."""
+        state = {"sums": 0.0, "norms": self.norms, "windows": 0, "batches": self.batches}
+        if self.batches:
+            totals = self._totals()
+            state |= {"sums": totals[:, :-1].clone(), "windows": int(totals[0, -1])}
+        return state
+
+    def restore(self, state, device):
+        """Go on from `state`: the first process with what all had done."""
+        self.norms, self.batches = _on(device, state["norms"]), state["batches"]
+        if self.batches:
+            sums = state["sums"]
+            self._marked = _in_one(sums, state["windows"])
+            if self.world.is_first:
+                self.sums, self.windows = _on(device, sums), state["windows"]
+
+
+def _in_one(sums, windows):
+    return torch.cat([sums, sums.new_full((2, 1), windows)], dim=1).cpu()
+
+
+def _per_window(totals):
+    return (totals[:, :-1] / totals[0, -1]).tolist()
+
+
+def _on(device, value):
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+class Clock:
+    """How fast windows go by, and which share of the time is spent waiting for them.
+
+    It stands still until it is started; from the `state` of another it goes on with what that had.
+    """
+
+    def __init__(self, seconds=0.0, waited=0.0, windows=0):
+        self.started, self.stopped = 0.0, seconds
+        self.waited, self.windows = waited, windows
+
+    def start(self):
+        self.started, self.stopped = time.perf_counter() - self.seconds, None
+
+    def stop(self):
+        self.stopped = time.perf_counter()
+
+    @property
+    def seconds(self):
+        return (time.perf_counter() if self.stopped is None else self.stopped) - self.started
+
+    def wait_for(self, function, *arguments):
+        """Call a function; its time counts as waiting."""
+        before = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            self.waited += time.perf_counter() - before
+
+    def state(self):
+        """What a checkpoint keeps of an epoch in progress."""
+        return {"seconds": self.seconds, "waited": self.waited, "windows": self.windows}
+
+    def __str__(self):
+        seconds = max(self.seconds, 1e-9)
+        return f"{self.windows / seconds:.3g} windows/s, data wait {percent(self.waited / seconds)}"
+
+
+def append_epoch(logs, epoch, values):
+    """Append an epoch to the lists of `checkpoint_logs.json`; what has no value gets None."""
+    done = len(logs.setdefault("epoch", []))
+    logs["epoch"].append(epoch)
+    for key in values:
+        logs.setdefault(key, [None] * done)
+    for key, series in logs.items():
+        if isinstance(series, list) and key != "epoch":
+            series.append(values.get(key))
+
+
+def step_name(args):
+    """What the losses and accuracies in a row of the logs belong to, one by one; None where a row
+    has one of each."""
+    if args.supervised or args.cpc_mode == "none":
+        return None
+    return "matched frame" if args.CPCCTC else "prediction step"
+
+
+def has_accuracy(args):
+    """Whether accuracies in the logs mean anything; of supervised training by CTC they are 0."""
+    return not (args.supervised and args.CTC)
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+def percent(share):
+    return f"{100 * share:.1f} %"
