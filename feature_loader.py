@@ -7,10 +7,8 @@
 files of configuration and weights, in which models are published.
 """
 
-import copy
 import itertools
 import math
-import os
 import re
 from typing import NamedTuple
 
@@ -24,16 +22,18 @@ from model import ConcatenatedModel, CPCModelNullspace, build_model, untouched
 from transformers import CausalAttention
 from utils.data.audio import open_audio, reason
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
-from utils.run.checkpoint import Checkpoint, open_checkpoint
+from utils.run.checkpoint import (
+    NULLSPACE,
+    open_checkpoint,
+    split_state,
+    state_under_null_space,
+    stored_models,
+)
 from utils.run.checkpoint import load_weights as load_state
-from utils.run.flags import ARCHITECTURE, stored_arguments
 
 # --------------------------------------------------------------------------------------- loading
 
-MODEL_FLAGS = ARCHITECTURE | {"samplingType"}  # it says whether hidden states are kept
-NULLSPACE = "nullspace.weight"
 PHONE_WEIGHT = re.compile(r"PhoneCriterionClassifier\.(\d+\.)?weight")
-PART = re.compile(r"((?:models\.\d+\.)+)(.*)")  # a key of one of several concatenated models
 
 
 def load_model(
@@ -52,142 +52,29 @@ def load_model(
     model's attribute `arguments` holds a namespace of architecture flags for each single model in
     it: what `build_model` takes. Raises UserError, naming the file, if anything doesn't fit.
     """
-    if isinstance(checkpoints, str | os.PathLike | Checkpoint):
-        checkpoints = [checkpoints]
-    parts, arguments = [], []
-    for given in checkpoints:
-        checkpoint = given if isinstance(given, Checkpoint) else open_checkpoint(given)
-        for part in _parts(checkpoint, load_best):
-            if nullspace and NULLSPACE not in part.state:
-                raise UserError(f"{part.source}: isn't a checkpoint of a null-space model")
-            part = _keep_layers(part, gru_level)
-            for flags in part.arguments if sampling else ():
-                flags.samplingType = sampling
-            parts.append(_build(part, load_weights))
-            arguments += part.arguments
-    model = parts[0] if len(parts) == 1 else ConcatenatedModel(parts)
+    stored = stored_models(
+        checkpoints, load_best=load_best, gru_level=gru_level, nullspace=nullspace
+    )
+    arguments = [flags for part in stored for flags in part.arguments]
+    for flags in arguments if sampling else ():
+        flags.samplingType = sampling
+    models = [_build(part, load_weights) for part in stored]
+    model = models[0] if len(models) == 1 else ConcatenatedModel(models)
     model.arguments = arguments
     return model, model.dim_context, model.dim_encoded
 
 
-class _Part(NamedTuple):
-    """A model in a checkpoint, or several of which a null space was taken together."""
-
-    arguments: list  # namespaces of architecture flags, one for each single model
-    state: dict
-    source: str  # the file
-    of_original: bool
-
-
-def _parts(checkpoint, load_best=False):
-    """The models in a checkpoint whose features are side by side, as a list of `_Part`."""
-    state, path = checkpoint.state["gEncoder"], checkpoint.path
-    if load_best:
-        state = checkpoint.state.get("best")
-        if not isinstance(state, dict):
-            raise UserError(f"{path}: holds no best model yet, only the latest")
-    arguments, states = stored_architecture(checkpoint), _split_state(state)
-    sizes = [_n_models(state) for state in states]
-    if len(arguments) != sum(sizes):
-        raise UserError(
-            f"{path}: holds the weights of {sum(sizes)} models, but the arguments of "
-            f"{len(arguments)}"
-        )
-    flags = iter(arguments)
-    return [
-        _Part(list(itertools.islice(flags, size)), state, path, checkpoint.of_original)
-        for size, state in zip(sizes, states, strict=True)
-    ]
-
-
-def _n_models(state):
-    """How many single models there are in a part's state."""
-    inside = _split_state(_under_null_space(state)) if NULLSPACE in state else []
-    return sum(map(_n_models, inside)) or 1
-
-
-def _under_null_space(state):
-    """The state of the model that a null space was taken of."""
-    return {key.removeprefix("cpc."): v for key, v in state.items() if key.startswith("cpc.")}
-
-
-def _split_state(state):
-    """The states of concatenated models, in their order; that of a single model as it is."""
-    parts = {}
-    for key, value in state.items():
-        match = PART.fullmatch(key)
-        prefix, name = match.groups() if match else ("", key)
-        parts.setdefault(tuple(map(int, re.findall(r"\d+", prefix))), {})[name] = value
-    return [parts[position] for position in sorted(parts)]
-
-
-def stored_architecture(checkpoint, begun_with_it=()):
-    """The architecture flags of every single model in a `Checkpoint`: a list of namespaces.
-
-    The original program doesn't keep those of models that a run was begun with (`--load`): they
-    are looked up in the checkpoints that it names (`begun_with_it`: those that led here). Raises
-    UserError if these are gone.
-    """
-    stored, path = checkpoint.state["args"], checkpoint.path
-    if path in begun_with_it:
-        raise UserError(f"{path}: names itself among the checkpoints that it began with")
-    if "models" in checkpoint.state:
-        return [_model_flags(flags, path) for flags in checkpoint.state["models"]]
-    begun_from = _begun_from(checkpoint) if checkpoint.of_original else []
-    missing = [name for name in begun_from if not os.path.exists(name)]
-    concatenated = any(PART.fullmatch(key) for key in checkpoint.state["gEncoder"])
-    if begun_from and not missing:
-        above = (*begun_with_it, path)
-        inner = (stored_architecture(open_checkpoint(name), above) for name in begun_from)
-        return list(itertools.chain.from_iterable(inner))
-    if concatenated or (begun_from and "hiddenEncoder" not in stored):
-        raise UserError(
-            f"{path}: doesn't say what its model is made of, but names the checkpoints that it "
-            f"began with, which aren't there: {first_few(missing) or 'none'}. Put them back, or "
-            "correct `load` in checkpoint_args.json"
-        )
-    return [_model_flags(stored, path)]
-
-
-def _begun_from(checkpoint):
-    """Checkpoints of other runs that one of the original program was begun with (`--load`)."""
-    stored = checkpoint.state["args"]
-    names = [str(name) for name in stored.get("load") or []]
-    own = str(stored.get("pathCheckpoint"))
-    its_own = {own, os.path.dirname(own), os.path.dirname(os.path.abspath(checkpoint.path))}
-    resumed = len(names) == 1 and os.path.dirname(names[0]) in its_own
-    return [] if resumed else names
-
-
-def _model_flags(stored, source):
-    """What `build_model` needs of stored arguments, as a namespace."""
-    args = stored_arguments({k: v for k, v in stored.items() if k in MODEL_FLAGS}, source)
-    if args.arMode in ("no_ar", "transformer"):  # these keep the encoder's width, whatever is asked
-        args.hiddenGar = args.hiddenEncoder
-    return args
-
-
-def _keep_layers(part, n_layers):
-    """Only the first layers of the recurrent network, if `n_layers` is above 0."""
-    if n_layers <= 0:
-        return part
-    arguments = [copy.copy(args) for args in part.arguments]
-    for args in arguments:
-        available = args.nLevelsGRU if args.arMode in ("LSTM", "GRU", "RNN") else 0
-        if n_layers > available:
-            raise UserError(
-                f"--gru_level {n_layers}: {part.source} has {available} recurrent layers"
-            )
-        args.nLevelsGRU = n_layers
-    layer = re.compile(r".*\.baseNet\.\w+_l(\d+)")
-
-    def kept(key):
-        match = layer.fullmatch(key)
-        return not match or int(match[1]) < n_layers
-
-    return part._replace(
-        arguments=arguments, state={key: v for key, v in part.state.items() if kept(key)}
-    )
+def _build(stored, with_weights):
+    """The network of a StoredModel."""
+    model = _network(stored.state, iter(stored.arguments))
+    if with_weights:
+        state = stored.state
+        unknown = sorted(state.keys() - model.state_dict().keys())
+        if stored.of_original and unknown:  # its models have parts that were never used
+            print(f"note: {stored.source}: not used: {first_few(unknown)}")
+            state = {key: value for key, value in state.items() if key not in unknown}
+        load_state(model, state, stored.source)
+    return model
 
 
 def _network(state, arguments):
@@ -197,21 +84,9 @@ def _network(state, arguments):
     """
     if NULLSPACE not in state:
         return build_model(next(arguments))
-    inside = [_network(part, arguments) for part in _split_state(_under_null_space(state))]
+    inside = [_network(part, arguments) for part in split_state(state_under_null_space(state))]
     model = inside[0] if len(inside) == 1 else ConcatenatedModel(inside)
     return CPCModelNullspace(model, state[NULLSPACE].T)
-
-
-def _build(part, with_weights):
-    model = _network(part.state, iter(part.arguments))
-    if with_weights:
-        state = part.state
-        unknown = sorted(state.keys() - model.state_dict().keys())
-        if part.of_original and unknown:  # its models have parts that were never used
-            print(f"note: {part.source}: not used: {first_few(unknown)}")
-            state = {key: value for key, value in state.items() if key not in unknown}
-        load_state(model, state, part.source)
-    return model
 
 
 def load_criterion_state(path):

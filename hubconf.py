@@ -45,8 +45,8 @@ def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
             )
         model, *_ = _own("feature_loader").load_model([_download(url, progress, misc.UserError)])
         return model
-    loader, arguments = _own("feature_loader"), _own("utils.run.flags")
-    unknown = sorted(flags.keys() - loader.MODEL_FLAGS)
+    arguments = _own("utils.run.flags")
+    unknown = sorted(flags.keys() - _own("utils.run.checkpoint").MODEL_FLAGS)
     if unknown:
         raise misc.UserError(f"{', '.join(unknown)}: not a flag of the architecture")
     return _own("model").build_model(arguments.stored_arguments(flags, "CPC_audio"))

@@ -1,8 +1,8 @@
 """Train CPC or CPC-CTC on speech, and look at what it learns.
 
     python train.py --pathDB AUDIO --pathTrain LIST --pathVal LIST --pathCheckpoint RUN --CPCCTC
-    python train.py --pathCheckpoint RUN                       # go on with a run that was stopped
-    python train.py --pathCheckpoint RUN --nEpoch 300                            # ... for longer
+    python train.py --pathCheckpoint RUN                              # resume a run that was stopped
+    python train.py --pathCheckpoint RUN --nEpoch 300                                # ... for longer
     python train.py --pathDB AUDIO --pathCheckpoint RUN --device cpu               # without a GPU
     python train.py ... --pathCaptureDS LIST --pathCaptureSave DIR --captureEverything
     python train.py ... --supervised_classif_metric --speaker_sep --path_phone_data LABELS \
@@ -12,289 +12,333 @@
     python train.py --pathDB AUDIO --only_classif_metric --pathCheckpoint RUN --speaker_sep \
         --linsep_logs_dir DIR
 
-`python train.py --help` explains every flag, README.md every task.
+`python train.py --help` explains every flag, README.md every task. The story of a run, in the order
+of this file: main, run, train, train_one_epoch, train_step; then validate and run_hooks; then the
+parts that `run` puts together: the machine, the data, the networks and the hooks.
 """
 
-import argparse
 import contextlib
-import functools
-import os
+import math
 import random
 import sys
-from pathlib import Path
-from typing import NamedTuple
+from functools import partial
 
 import torch
 
 from criterion import NoneCriterion, build_criterion, mask_rules
-from dataset import AudioDataset, BatchLoader, warn_of_shared_files
-from eval.hooks import PREDICTED, CaptureHook, ProbeHook
-from eval.probe import ProbeOptions, run_probe
+from criterion.networks import Networks
+from dataset import BatchLoader, build_sets, listed, on_device, set_aside, warn_of_shared_files
+from eval.hooks import PREDICTED, capture_hook, probe_hook
 from feature_loader import load_model
-from model import CPCModel, build_model
+from model import CPCModel, build_model, preserved_state
 from stats.stats_collector import StatsCollector
 from stats.stats_utils import check_needs, parse_stats, with_absolute_directories
-from trainer import Trainer, TrainStep, say_finished
-from utils.capture import refuse_to_lose
-from utils.data.corpus import (
-    keep_percentage,
-    keep_total,
-    read_sequence_list,
-    scan_corpus,
-    select_sequences,
-    warn_of_single_speaker,
-    warn_of_subsets,
-)
+from utils.data.corpus import scan_corpus, warn_of_single_speaker, warn_of_subsets
 from utils.data.labels import read_phone_labels
 from utils.misc import UserError, generator_from, seed_from
 from utils.report.page import RunReport
-from utils.report.run_record import RunRecord, machine_in_words
-from utils.run.checkpoint import (
-    Checkpoint,
-    check_speakers,
-    follow_speaker_order,
-    load_weights,
-    newest_checkpoint,
-    open_checkpoint,
-    remove_stale,
-)
+from utils.report.run_record import RunRecord, epoch_speed, machine_in_words
+from utils.run import console
+from utils.run.checkpoint import load_criterion, open_checkpoint, remove_stale
 from utils.run.command import command
-from utils.run.console import DroppedWhenFull
-from utils.run.distributed import World, joined_world
-from utils.run.flags import (
-    ARCHITECTURE,
-    MODEL,
-    ORDER,
-    build_parser,
-    capturable_names,
-    captured_names,
-    check_arguments,
-    follow_checkpoint,
-    parse_arguments,
-    stored_arguments,
-)
+from utils.run.cuda_graph import RecordedPasses
+from utils.run.distributed import joined_world
+from utils.run.flags import build_parser, capturable_names, captured_names, parse_arguments
 from utils.run.launch import launch, processes_to_start
-from utils.run.lock import locked
-from utils.run.machine import device_from, keep_freed_memory
+from utils.run.lock import training_lock
+from utils.run.logs import Clock, RunningMeans
+from utils.run.machine import device_from, keep_freed_memory, set_precision, set_threads
+from utils.run.resolve import resolve, works_on_checkpoint
+from utils.run.state import RunState
 from utils.run.stopping import Stopped, StopSignals
+
+STEPS_BETWEEN_STOP_CHECKS = 8  # of several ranks, which agree on stopping
 
 
 @command
 def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    args, given = parse_arguments(words)
+    argv = sys.argv[1:] if argv is None else argv
+    args, explicit = parse_arguments(argv)
     n_processes = processes_to_start(args)
     if n_processes:
-        return launch(n_processes, main, words)
-    log = contextlib.redirect_stdout(DroppedWhenFull(sys.stdout))
-    with StopSignals() as stop, log:
+        return launch(n_processes, main, argv)
+    with StopSignals() as stop, console.survives_full_disk():
         try:
             device = device_from(args.device)
-            with joined_world(stop, device) as world, own_directory(args, world):
-                run(args, given, words, world)
+            with joined_world(stop, device) as world, training_lock(args, world):
+                run(args, explicit, argv, world, device)
         except Stopped as stopped:
             print(f"stopped by {stopped}")
             return stopped.status
 
 
-class Job(NamedTuple):
-    """What is to be done, and with what."""
+def run(args, explicit, argv, world, device):
+    """Do what the command line asks for, as one rank of `world`.
 
-    args: argparse.Namespace
-    checkpoint: Checkpoint | None  # that this call of the program goes on from, or works on
-    loaded: "Loaded | None"  # what a new run begins with
-    stats: StatsCollector
-    data: "Data"
-    device: torch.device
-    world: World
-
-
-class Loaded(NamedTuple):
-    """What a run begins with (`--load`)."""
-
-    model: torch.nn.Module  # with the flags of each of its parts (feature_loader.load_model)
-    source: Checkpoint | None  # of the criterion's weights (`--loadCriterion`)
-
-
-def run(args, given, words, world):
-    """What the command line asks for, as one of the processes of `world`.
-
-    args, given: what it says, and the names of the flags on it; words: itself.
+    args, explicit: the flags, and the names of those that are in `argv`, the command line.
     """
-    args, checkpoint, loaded, stats = world.together(lambda: settle_arguments(args, given))
-    world.agree_on(
+    with world.shared_errors():
+        if args.captureSetStats:
+            args.captureSetStats = with_absolute_directories(args.captureSetStats)
+        args, checkpoint = resolve(args, explicit)
+        mask_rules(args.CPCCTCMasq)  # like the next, a small language: refused early
+        stats = build_stats(args)
+    world.check_same(
         checkpoint and checkpoint.state["position"],
         f"--pathCheckpoint {args.pathCheckpoint}: not all processes find the same checkpoint; "
         "several machines must share this directory",
     )
-    once = args.onlyCapture or args.only_classif_metric
+    once = works_on_checkpoint(args)  # capture or probe a finished model
     if not once:
-        world.from_first(lambda: remove_stale(args.pathCheckpoint, checkpoint))
-        if world.from_first(lambda: is_finished(args, checkpoint)):
-            say_finished(checkpoint.state["position"][0])
-            return
-    args.random_seed = world.from_first(lambda: args.random_seed)  # where none was given
-    device = prepare_machine(args, world)
-    corpus = world.from_first(lambda: find_audio(args))
-    data = world.together(lambda: Data(args, corpus))
-    job = Job(args, checkpoint, loaded, stats, data, device, world)
+        world.on_rank_zero(lambda: remove_stale(args.pathCheckpoint, checkpoint))
+        if world.on_rank_zero(lambda: is_finished(args, checkpoint)):
+            return console.print_finished(checkpoint.state["position"][0])
+    prepare_machine(args, world)
+
+    # ---- data
+    corpus = world.on_rank_zero(lambda: find_audio(args))
+    with world.shared_errors():
+        labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
+        split = None if args.onlyCapture else split_corpus(args, corpus)
+        sets_with = partial(build_sets, corpus, split, args)  # labels -> training, validation set
+        sets = None if once else sets_with(labels if trains_on_phones(args) else None)
+
+        # ---- networks
+        networks, models = build_networks(args, corpus, labels, checkpoint, stats)
+        networks.to(device)
+
+        # ---- hooks
+        hooks = build_hooks(args, corpus, labels, sets_with, stats, checkpoint, device, world)
+
+        # ---- state and loaders
+        if not once:
+            state = RunState(args, networks, sets, corpus, models, device, world)
+            if checkpoint:
+                state.restore(checkpoint)
+            loader = partial(BatchLoader, batch_size=args.batchSizeGPU, seed=state.seed, world=world)
+            train_loader = loader(sets[0], sampling=args.samplingType, training=True)
+            val_loader = loader(sets[1], sampling="sequential", training=False)
+            command_line = ["python", "train.py", *argv]
+            report = RunReport(state, command_line, sets, labels, stats)
     if once:
-        model, criterion, hooks = world.together(lambda: prepare_hooks(job))
         for hook in hooks:
-            hook.run(checkpoint.epoch, model, criterion)
+            hook.run(checkpoint.epoch, networks.model, networks.criterion)
     else:
-        world.together(lambda: prepare_training(job, words)).run()
+        train(state, train_loader, val_loader, hooks, report)
 
 
-def is_finished(args, checkpoint):
-    """Whether the run has all its epochs, with logs, curves and report: no audio is needed then."""
-    if not checkpoint:
-        return False
-    done = checkpoint.state["position"][0]
-    written = any(row["epoch"] == done - 1 for row in RunRecord(args.pathCheckpoint).epochs)
-    return done >= args.nEpoch and written
+# ---------------------------------------------------------------------------------------- training
 
 
-def prepare_training(job, words):
-    """A Trainer, at the beginning of a run or where its checkpoint was saved.
+def train(state, train_loader, val_loader, hooks, report):
+    """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
+    args, world, screen = state.args, state.world, console.Console(state.networks)
+    world.check_same(
+        state.fingerprint,
+        "not all processes have the same training and validation set: are the lists the same on "
+        "all machines?",
+    )
+    world.on_rank_zero(lambda: complete_record(state, report))
+    if state.position.epoch >= args.nEpoch:
+        return console.print_finished(state.position.epoch)
+    listeners = [screen, state]
+    forward_backward = build_forward_backward(state)
+    val_loader.prepare()
+    try:
+        if state.position == (0, 0, 0):
+            state.logs["before_training"] = start = validate(state, val_loader, 0, "before training")
+            screen.before_training(start)
+            if world.is_rank_zero and not state.checkpoints_to_remove:  # else: an old run's report
+                report.write_files(state.logs)
+        while state.position.epoch < args.nEpoch:
+            epoch = state.position.epoch
+            values = train_one_epoch(state, train_loader, forward_backward, listeners)
+            values |= validate(state, val_loader, epoch, f"epoch {epoch}")
+            publish(listeners, epoch, values, state.clock)
+            screen.note_if_stuck(epoch, values, state.logs, args)
+            failure = run_hooks(hooks, state, epoch, listeners)
+            with world.stop.deferred():
+                end_epoch(state, epoch, report, save_now=failure is not None)
+            if failure:
+                raise failure
+    except Stopped:
+        if state.position != (0, 0, 0) and state.save():
+            print(f"saved in epoch {state.position.epoch}; the same command resumes there")
+        raise
+    screen.summary(state.logs, state.best_row, state.clock, report.files())
 
-    `words` of the command line are shown in the run's report.
+
+def train_one_epoch(state, loader, forward_backward, listeners):
+    """Train on the rest of the epoch; returns its training values for the logs."""
+    args, world, means = state.args, state.world, state.epoch_means
+    epoch = state.position.epoch
+    rate = learning_rate(epoch, args.learningRate, args.schedulerRamp, args.schedulerStep)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.networks.train()
+    if state.position == (epoch, 0, 0):
+        state.networks.model.reset_hidden()
+        state.clock = Clock()
+    clock = state.clock
+    clock.start()
+    batches = on_device(loader.epoch(epoch, state.position), state.device)
+    n_batches = means.batches + loader.n_batches(epoch, state.position) // world.size
+    with console.progress(what=f"epoch {epoch}", unit=" batches", total=n_batches) as bar:
+        bar.update(means.batches)
+        while (item := clock.wait_for(next, batches, None)) is not None:
+            with world.stop.deferred():
+                clock.windows += world.size * len(item[1].window)
+                train_step(state, forward_backward, *item)
+            bar.update()
+            if means.batches % args.logging_step == 0:
+                values = dict(zip(TRAINING_MEANS, means.means_since_mark(), strict=True))
+                for listener in listeners:
+                    listener.step(epoch, means.batches, n_batches, values, clock)
+            if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0:
+                world.stop_if_asked()
+    state.check_finite()
+    clock.stop()
+    return {
+        "iter": means.batches,
+        **dict(zip(TRAINING_MEANS, means.means(), strict=True)),
+        "gradNorm_train": means.mean_gradient_norm(),
+        "learningRate": rate,
+    }
+
+
+def train_step(state, forward_backward, position, batch):
+    """One step of the optimiser, on a batch that is on the device."""
+    args, networks, optimizer = state.args, state.networks, state.optimizer
+    # Everything random is seeded by the position in the data, so a resumed run draws the same.
+    torch.manual_seed(seed_from(args.random_seed, *position))
+
+    # forward and backward
+    losses, accuracies = forward_backward(batch)
+
+    # clip
+    gradients = [p.grad for p in networks.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if args.clip_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(networks.parameters(), args.clip_grad_norm, norm)
+
+    # step
+    skip_if_not_finite(optimizer, norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    state.count_step(position, batch, losses, accuracies, norm)
+
+
+def skip_if_not_finite(optimizer, norm):
+    """Let the next step change no weight where the gradient's norm is not finite.
+
+    The fused optimiser looks at `found_inf` on the device, so nothing waits for it.
     """
-    args, data, stats = job.args, job.data, job.stats
-    if args.supervised and not args.path_phone_data:
-        print("note: --supervised without --path_phone_data trains the network to name speakers")
-    step, models = build_step(args, data, job.checkpoint, job.loaded)
-    report = RunReport(
-        args,
-        build_parser().parse_args([]),
-        ["python", "train.py", *words],
-        data.training_sets,
-        data.labels,
-        {name: stat.directory for name, stat in stats.stats.items() if hasattr(stat, "directory")},
-        machine_in_words(job.device, job.world.size),
-    )
-    trainer = Trainer(
-        args,
-        step.to(job.device),
-        *data.training_sets,
-        hooks=build_hooks(job),
-        device=job.device,
-        world=job.world,
-        report=report,
-        models=models,
-        speakers=list(data.corpus.speakers) if tells_speakers_apart(args) else None,
-    )
-    if job.checkpoint:
-        trainer.restore(job.checkpoint)
-    return trainer
+    optimizer.found_inf = (~torch.isfinite(norm)).float()
 
 
-def prepare_hooks(job):
-    """Model, criterion and hooks, to capture or probe the model of a checkpoint."""
-    args, data = job.args, job.data
-    model, criterion = load_model(job.checkpoint)[0], NoneCriterion()
-    if args.onlyCapture and PREDICTED & {*captured_names(args), *job.stats.needs}:
-        criterion = build_criterion(args, len(data.corpus.speakers))
-        take_weights(criterion, job.checkpoint, args, data)
-    return model.to(job.device), criterion.to(job.device), build_hooks(job)
+def build_forward_backward(state):
+    """The function Batch -> losses and accuracies, (1, n) each, that leaves the gradients.
+
+    Plain, averaging gradients over the ranks, or replayed from a recording.
+    """
+    args, device, world = state.args, state.device, state.world
+    networks = world.wrap(state.networks)
+
+    def forward_backward(batch):
+        with autocast(args, device):
+            losses, accuracies = networks(batch)
+        loss = losses.sum()
+        # A non-finite loss makes NaN gradients, so the all-reduce shows it to every rank.
+        loss.backward(torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
+        return losses.detach(), accuracies.detach()
+
+    if can_be_recorded(args, device, world):
+        return RecordedPasses(forward_backward, networks.parameters(), args.batchSizeGPU)
+    return forward_backward
 
 
-# -------------------------------------------------------------------------- arguments and machine
+def autocast(args, device):
+    if args.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def own_directory(args, world):
-    """Training has the directory of its checkpoints for itself; other calls write nothing there."""
-    with contextlib.ExitStack() as held:
-        if not args.onlyCapture and not args.only_classif_metric:
-            world.from_first(lambda: held.enter_context(lock_directory(args.pathCheckpoint)))
-        yield
+# -------------------------------------------------------------------------- validation, hooks, end
 
 
-def lock_directory(path):
-    if os.path.isfile(path):
-        raise UserError(
-            f"--pathCheckpoint {path}: is a file; training needs a directory (to start from this "
-            "checkpoint's weights, use --load)"
+@torch.no_grad()
+def validate(state, loader, epoch, title):
+    """Means over the validation set, for the logs. Leaves kept hidden state as it was."""
+    args, networks, world = state.args, state.networks, state.world
+    networks.eval()
+    world.copy_buffers(networks)
+    means = RunningMeans(world)
+    with preserved_state(networks.model), world.shared_errors():
+        batches, total = on_device(loader.epoch(epoch), state.device), len(loader)
+        title = f"{title}: validation"
+        for position, batch in console.progress(batches, what=title, unit=" batches", total=total):
+            negatives = generator_from(args.random_seed, epoch, "validation", *position[1:])
+            with autocast(args, state.device):
+                losses, accuracies = networks(batch, negatives)
+            means.add(losses, accuracies, len(batch.window))
+    losses, accuracies = means.means()
+    if not math.isfinite(sum(losses)):
+        world.raise_everywhere(
+            UserError(
+                f"{title}: the loss isn't a finite number. The checkpoints are sound; look at the "
+                "validation files, or lower --learningRate"
+            )
         )
-    return locked(path, "--pathCheckpoint")
+    return {"locLoss_val": losses, "locAcc_val": accuracies}
 
 
-def settle_arguments(args, given):
-    """The arguments, completed by those of the checkpoint that is gone on from or worked on.
+def run_hooks(hooks, state, epoch, listeners):
+    """Run the hooks that are due; returns the error of one that failed, or None.
 
-    Returns them, the Checkpoint (None at the beginning of a run), what the run begins with (a
-    Loaded, or None), and the StatsCollector.
+    A result that can't be written must not cost the run the epoch that it has just trained.
     """
-    if args.captureSetStats:
-        args.captureSetStats = with_absolute_directories(args.captureSetStats)
-    checkpoint, loaded = find_checkpoint(args), None
-    if checkpoint:
-        kept = stored_arguments(checkpoint.state["args"], checkpoint.path)
-        unused = follow_checkpoint(args, given, kept)
-        for line in unused:
-            print(f"warning: {line}")
-        if unused and not args.onlyCapture and not args.only_classif_metric:
-            print(f"the run in {args.pathCheckpoint} goes on; a new one needs another directory")
-        given = given - ARCHITECTURE - ORDER  # the checkpoint's values count: no contradictions
-    elif args.load:
-        loaded = load_start(args)
-        given = given - follow_loaded(args, loaded)
-    began_with_load = loaded is not None or (checkpoint and "models" in checkpoint.state)
-    check_arguments(args, given, resumed=checkpoint is not None, began_with_load=began_with_load)
-    if args.random_seed is None:
-        args.random_seed = random.SystemRandom().randrange(2**31)
-    return args, checkpoint, loaded, parse_specs(args)
+    networks = state.networks
+    for hook in hooks:
+        if hook.due(epoch):
+            try:
+                with preserved_state(networks.model, networks.criterion):
+                    values = hook.run(epoch, networks.model, networks.criterion)
+            except UserError as error:
+                return error
+            except Exception:  # C code, such as a picture's, may turn a Stopped into this
+                state.world.stop.check()
+                raise
+            publish(listeners, epoch, values, state.clock)
+    return None
 
 
-def parse_specs(args):
-    """Look into the flags that are small languages, before audio is looked for.
-
-    Returns a StatsCollector of `--captureSetStats`.
-    """
-    mask_rules(args.CPCCTCMasq)
-    stats = parse_stats(args.captureSetStats) if args.captureSetStats else []
-    check_needs(stats, capturable_names(args))
-    return StatsCollector(stats, vars(args))
+def publish(listeners, epoch, values, clock):
+    """Hand values of an epoch to whoever shows or keeps them."""
+    for listener in listeners:
+        listener.epoch(epoch, values, clock)
 
 
-def find_checkpoint(args):
-    if args.onlyCapture or args.only_classif_metric:
-        return open_checkpoint(args.pathCheckpoint)
-    return None if args.restart else newest_checkpoint(args.pathCheckpoint)
+def end_epoch(state, epoch, report, save_now):
+    """Log the epoch, save where that is due, and write logs, curves and report."""
+    args, world = state.args, state.world
+    state.end_epoch(epoch)
+    is_last, is_saved = epoch + 1 == args.nEpoch, True
+    if save_now or is_last or epoch % args.save_step == 0:
+        is_saved = state.save(epoch)
+    if world.is_rank_zero:
+        report.write_files(state.logs, epoch_speed(state.clock, state.device, world.size))
+    # All wait for rank 0 here: a rank that ended earlier, after an error, would end it as well.
+    lost = f"{state.directory}: the last epoch's checkpoint couldn't be written"
+    world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)
 
 
-def load_start(args):
-    """What `--load` and the flags about it name."""
-    for path in args.load:
-        if not os.path.exists(path):
-            raise UserError(f"--load {path}: no such directory or file")
-    options = {"gru_level": args.gru_level, "nullspace": args.nullspace}
-    model = load_model(args.load, sampling=args.samplingType, **options)[0]
-    return Loaded(model, open_checkpoint(args.load[0]) if args.loadCriterion else None)
-
-
-def follow_loaded(args, loaded):
-    """Change the flags that describe what is loaded to what it is; returns the names of these."""
-    followed = {}
-    if loaded.source:
-        kept = stored_arguments(loaded.source.state["args"], loaded.source.path)
-        followed = {name: getattr(kept, name) for name in ARCHITECTURE - MODEL}
-    parts = loaded.model.arguments
-    for name in MODEL:
-        values = [getattr(flags, name) for flags in parts]
-        if all(value == values[0] for value in values):
-            followed[name] = values[0]
-    widths = {"hiddenEncoder": loaded.model.dim_encoded, "hiddenGar": loaded.model.dim_context}
-    for name, value in sorted((followed | widths).items()):
-        if getattr(args, name) != value:
-            print(f"--{name}: {value}, as in what is loaded (instead of {getattr(args, name)})")
-            setattr(args, name, value)
-    return followed.keys() | MODEL
+# ------------------------------------------------------------------- machine, data, networks, hooks
 
 
 def prepare_machine(args, world):
-    """Set threads, memory and arithmetic; returns the device."""
+    """Set seed, memory, threads and precision."""
+    if args.random_seed is None:
+        args.random_seed = world.on_rank_zero(lambda: random.SystemRandom().randrange(2**31))
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -302,240 +346,46 @@ def prepare_machine(args, world):
         torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
     torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # bf16: of recurrent networks
-    return device_from(args.device)
 
 
-# ------------------------------------------------------------------------------------------- data
+def build_networks(args, corpus, labels, checkpoint, stats):
+    """New networks, those of `--load`, or those of the checkpoint.
 
-
-def find_audio(args):
-    corpus = scan_corpus(
-        args.pathDB,
-        args.file_extension,
-        ignore_cache=args.ignore_cache,
-        n_threads=args.n_process_loader,
-    )
-    warn_of_single_speaker(corpus)
-    warn_of_subsets(corpus)
-    return corpus
-
-
-class Data:
-    """The corpus, and the sets that this call of the program makes of it."""
-
-    def __init__(self, args, corpus):
-        self.args, self.corpus = args, corpus
-        self.labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
-
-    def listed(self, path):
-        """The sequences of a list; of the whole corpus without one."""
-        if path is None:
-            return list(self.corpus.sequences)
-        return select_sequences(self.corpus.sequences, read_sequence_list(path), path)
-
-    @functools.cached_property
-    def split(self):
-        """Training and validation sequences."""
-        args = self.args
-        training = self.listed(args.pathTrain)
-        if args.pathVal:
-            validation = self.listed(args.pathVal)
-        else:
-            training, validation = set_aside(training, 0.01, args.random_seed)
-        return (training[-1000:], validation[-100:]) if args.debug else (training, validation)
-
-    def dataset(self, sequences, title, *, with_phones, **more):
-        audio = AudioDataset(
-            self.corpus,
-            sequences,
-            self.args.sizeWindow,
-            phone_labels=self.labels if with_phones else None,
-            labelled_only=with_phones,
-            n_threads=self.args.n_process_loader,
-            max_bad_files=self.args.max_bad_files,
-            title=title,
-            **more,
-        )
-        print(audio.describe(), flush=True)
-        return audio
-
-    def split_sets(self, suffix="", *, with_phones):
-        """Training and validation set."""
-        training, validation = self.split
-        size = {"max_size_loaded": self.args.max_size_loaded}
-        return (
-            self.dataset(training, f"training set{suffix}", with_phones=with_phones, **size),
-            self.dataset(validation, f"validation set{suffix}", with_phones=with_phones),
-        )
-
-    @functools.cached_property
-    def training_sets(self):
-        """What the networks are trained and validated on."""
-        sets = self.split_sets(with_phones=trains_on_phones(self.args))
-        warn_of_shared_files(*sets)
-        return sets
-
-    def capture_sequences(self):
-        args = self.args
-        sequences = self.listed(args.pathCaptureDS)
-        if args.captureDSfreq is not None:
-            return keep_percentage(sequences, args.captureDSfreq)
-        if args.captureDStotNr is not None:
-            return keep_total(sequences, args.captureDStotNr)
-        return sequences
-
-
-def set_aside(sequences, share, seed):
-    """Split off a random share of the sequences, at least one."""
-    if len(sequences) < 2:
-        raise UserError("--pathVal FILE is needed: one sequence can't be split into two sets")
-    order = torch.randperm(len(sequences), generator=generator_from(seed, "validation set"))
-    chosen = set(order[: max(1, round(share * len(sequences)))].tolist())
-    return (
-        [s for index, s in enumerate(sequences) if index not in chosen],
-        [s for index, s in enumerate(sequences) if index in chosen],
-    )
-
-
-def trains_on_phones(args):
-    return args.supervised and args.path_phone_data is not None
-
-
-def tells_speakers_apart(args):
-    """Whether the criterion has weights for each speaker."""
-    return args.speakerEmbedding > 0 or (args.supervised and not trains_on_phones(args))
-
-
-# ------------------------------------------------------------------------------------------ hooks
-
-
-def build_hooks(job):
-    """What is done between epochs, or once on a checkpoint."""
-    args, hooks = job.args, []
-    if args.pathCaptureDS and not args.only_classif_metric:
-        hooks.append(capture_hook(job))
-    if args.supervised_classif_metric and not args.onlyCapture:
-        hooks += probe_hooks(job)
-    once = args.onlyCapture or args.only_classif_metric
-    for hook in hooks:
-        if not once and not any(map(hook.due, range(args.nEpoch))):
-            print(
-                f"warning: {hook.name} comes every {hook.every} epochs from epoch {hook.every} "
-                f"on, so never in a run of {args.nEpoch}"
-            )
-    return hooks
-
-
-def capture_hook(job):
-    args, data, stats = job.args, job.data, job.stats
-    names, sequences = captured_names(args), data.capture_sequences()
-    if names and args.onlyCapture:
-        refuse_to_lose(Path(args.pathCaptureSave, str(job.checkpoint.epoch)), names)
-    optional = "phone_align" in names and "phone_align" not in stats.needs
-    if optional and not any(s.name in data.labels.labels for s in sequences):
-        print(
-            f"warning: {args.path_phone_data} has labels for none of the {len(sequences)} "
-            "sequences to capture: everything but phone_align is captured"
-        )
-        names.remove("phone_align")
-    with_phones = "phone_align" in {*names, *stats.needs}
-    capture_set = data.dataset(sequences, "capture set", with_phones=with_phones, whole_frames=True)
-    loader = BatchLoader(
-        capture_set,
-        args.batchSizeGPU,
-        "sequential",
-        seed=args.random_seed,
-        training=False,
-        world=job.world,
-    )
-    return CaptureHook(
-        loader,
-        names,
-        stats,
-        args.pathCaptureSave,
-        every=args.captureEachEpochs,
-        seed=args.random_seed,
-        flags=vars(args),
-        device=job.device,
-        checkpoint=job.checkpoint.path if args.onlyCapture else None,
-    )
-
-
-def probe_hooks(job):
-    args, data, hooks = job.args, job.data, []
-    if args.path_phone_data:
-        sets = data.split_sets(" of the phone probe", with_phones=True)
-        hooks.append(probe_hook(job, "phone", sets, data.labels.n_phones))
-    if args.speaker_sep:
-        sets = data.training_sets
-        if trains_on_phones(args):  # these leave out what has no phone labels
-            sets = data.split_sets(" of the speaker probe", with_phones=False)
-        hooks.append(probe_hook(job, "speaker", sets, len(data.corpus.speakers)))
-    return hooks
-
-
-def probe_hook(job, task, sets, n_classes):
-    args = job.args
-    for audio in sets:
-        if not audio.n_windows:
-            raise audio.no_window()
-
-    def probe(epoch, model):
-        result = run_probe(
-            task,
-            model,
-            *sets,
-            n_classes,
-            ProbeOptions.of_training_run(args, task, epoch),
-            logs_dir=args.linsep_logs_dir,
-            checkpoint_dir=args.linsep_checkpoint_dir,
-            device=job.device,
-        )
-        return result.logged()
-
-    every = args.linsep_classif_each_epochs
-    return ProbeHook(f"the {task} probe", probe, every=every, world=job.world)
-
-
-# --------------------------------------------------------------------------------------- networks
-
-
-def build_step(args, data, checkpoint=None, loaded=None):
-    """The networks: new, loaded (`--load`), or those of the checkpoint.
-
-    Returns a TrainStep and, where the model began with `--load`, the flags of each of its parts.
+    Returns Networks and, where the model began with `--load`, the flags of each of its parts.
     """
-    torch.manual_seed(seed_from(args.random_seed, "initial weights"))
-    source, models = checkpoint, None
+    # ---- model
+    weights, models = checkpoint, None
     if checkpoint:
-        model = load_model(checkpoint)[0]
+        model, *_ = load_model(checkpoint)
         models = checkpoint.state.get("models")
-    elif loaded:
-        model, source = loaded
+    elif args.load:
+        choice = {"gru_level": args.gru_level, "nullspace": args.nullspace}
+        model, *_ = load_model(args.load, sampling=args.samplingType, **choice)
         models = [vars(flags) for flags in model.arguments]
-    else:
+        weights = open_checkpoint(args.load[0]) if args.loadCriterion else None
+    torch.manual_seed(seed_from(args.random_seed, "initial weights"))
+    if not checkpoint and not args.load:
         model = build_model(args)
-    n_phones = data.labels.n_phones if trains_on_phones(args) else 0
-    criterion = build_criterion(args, len(data.corpus.speakers), n_phones)
-    if source:
-        take_weights(criterion, source, args, data)
+
+    # ---- criterion
+    if works_on_checkpoint(args) and not PREDICTED & {*captured_names(args), *stats.needs}:
+        return Networks(NoneCriterion(), model), models
+    n_phones = labels.n_phones if trains_on_phones(args) else 0
+    criterion = build_criterion(args, len(corpus.speakers), n_phones)
+    if weights:
+        load_criterion(criterion, weights, corpus)
     if args.compile:
         print("the first steps wait for the compiler, up to some minutes", flush=True)
-        for part in model.modules():
-            if isinstance(part, CPCModel):
-                part.gEncoder.compile()
-        criterion.fused_scores = True
-        criterion.compile()
-    return TrainStep(criterion, model), models
+        compile_networks(criterion, model)
+    return Networks(criterion, model), models
 
 
-def take_weights(criterion, source, args, data):
-    """Load the criterion's weights from a checkpoint."""
-    listing = Path(args.pathDB, "_seqs_cache.txt")
-    follow_speaker_order(source, criterion, data.corpus.speakers, listing)
-    check_speakers(source, data.corpus.speakers)
-    load_weights(criterion, source.state["cpcCriterion"], source.path)
+def compile_networks(criterion, model):
+    """Recurrent networks stay as they are: libraries have kernels for them."""
+    for part in model.modules():
+        if isinstance(part, CPCModel):
+            part.gEncoder.compile()
+    criterion.fused_scores = True
+    criterion.compile()
 
 
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,42 +1,62 @@
-"""What happens between epochs: hooks, and the promise that they leave training as it was.
-
-A hook has `due(epoch) -> bool` and `run(epoch, model, criterion) -> dict` of values to log. What a
-hook works with is handed to it, so that it needs to know neither stats nor probes.
-"""
+"""What happens between epochs of training, or once on a checkpoint: captures and probes."""
 
 from pathlib import Path
 
 import torch
 
-from utils.capture import CaptureWriter
+from dataset import BatchLoader, build_set, listed
+from eval.probe import ProbeOptions, run_probe
+from utils.capture import CaptureWriter, refuse_to_lose
+from utils.data.corpus import keep_percentage, keep_total
 from utils.misc import counted, generator_from
 from utils.run.console import progress
+from utils.run.flags import captured_names
 
 PREDICTED = frozenset(("pred", "cpcctc_align", "cpcctc_log_scores"))  # captured in the criterion
 
 
-class CaptureHook:
+class Hook:
+    """Something done between epochs, at every multiple of `every`; `name` is for messages."""
+
+    first = 0  # the first epoch in which it may be due
+    flag = ""  # that sets `every`
+
+    def __init__(self, name, every):
+        self.name, self.every = name, every
+
+    def due(self, epoch):
+        """Whether it is done after this epoch (counted from 0)."""
+        return epoch >= self.first and epoch % self.every == 0
+
+    def run(self, epoch, model, criterion):
+        """Do it, on all ranks; returns a dict of values to log.
+
+        It may set modes, hidden states and `requires_grad` of the networks: `preserved_state`
+        restores them afterwards. Raises UserError.
+        """
+        raise NotImplementedError
+
+
+class CaptureHook(Hook):
     """Computes what is to be captured, batch by batch: files and statistics of it.
 
     loader: BatchLoader of the capture set; what: names to write (utils/capture.py lists them);
     collector: StatsCollector; directory: captures go to `<directory>/<epoch>/`; every: epochs
-    between captures; flags: a dict of the run's flags, and checkpoint: the file that the model
-    comes from if it comes from one, both for the index. Of several processes each captures the
+    between captures, the first at epoch 0; flags: a dict of the run's flags, and checkpoint: the
+    file that the model comes from if it comes from one, both for the index. Each rank captures the
     batches that its loader gives it.
     """
+
+    flag = "captureEachEpochs"
 
     def __init__(
         self, loader, what, collector, directory, *, every, seed, flags, device, checkpoint=None
     ):
         self.loader, self.what, self.collector = loader, tuple(what), collector
-        self.directory, self.every = directory, every
+        super().__init__("the capture", every)
+        self.directory = directory
         self.seed, self.flags, self.device = seed, flags, device
         self.checkpoint, self.world = checkpoint, loader.world
-
-    name = "the capture"
-
-    def due(self, epoch):
-        return epoch % self.every == 0
 
     def run(self, epoch, model, criterion):
         """Capture once; returns the values of the stats."""
@@ -45,14 +65,15 @@ class CaptureHook:
         self.collector.zeroStats()
         self.world.copy_buffers(torch.nn.ModuleList([model, criterion]))
         self.loader.prepare()
-        writer = self.world.from_first(lambda: self.writer(epoch))
-        self.world.together(lambda: self.capture(epoch, model, criterion, writer))
+        writer = self.world.on_rank_zero(lambda: self.writer(epoch))
+        with self.world.shared_errors():
+            self.capture(epoch, model, criterion, writer)
         if writer:
-            parts = self.world.gather(writer.windows)
+            parts = self.world.all_gather(writer.windows)
             writer.windows = [window for part in parts for window in part]
-        for values in self.world.gather(self.collector.values)[1:]:
+        for values in self.world.all_gather(self.collector.values)[1:]:
             self.collector.merge(values)
-        return self.world.from_first(lambda: self.finish(epoch, writer))
+        return self.world.on_rank_zero(lambda: self.finish(epoch, writer))
 
     def writer(self, epoch):
         """Ready to write this epoch's files; None where only stats are computed."""
@@ -64,7 +85,7 @@ class CaptureHook:
         )
 
     def capture(self, epoch, model, criterion, writer):
-        """Write this process's batches, and feed them to the stats."""
+        """Write the batches of this rank, and feed them to the stats."""
         batches, total = self.loader.epoch(epoch), len(self.loader)
         what = f"epoch {epoch}: capture"
         for position, batch in progress(batches, what=what, unit=" batches", total=total):
@@ -95,8 +116,8 @@ class CaptureHook:
     def compute(self, batch, model, criterion, generator):
         """Everything asked for, name -> tensor with a row for each window."""
         names = frozenset(self.what) | self.collector.needs
-        # Every window starts from an empty state: what is captured of it can't depend on how the
-        # list of windows was cut into batches.
+        # Every window starts from the zero state, so that its capture can't depend on how the list
+        # of windows was cut into batches.
         context, encoded = model(batch.waveform, torch.zeros_like(batch.continues))
         tensors = {
             "conv_repr": encoded,
@@ -112,17 +133,91 @@ class CaptureHook:
         return {name: tensors[name] for name in names}
 
 
-class ProbeHook:
-    """Trains a probe on the model as it is: `probe(epoch, model)` does, and returns the values.
+class ProbeHook(Hook):
+    """Trains a probe on the model as it is, on rank 0: `probe(epoch, model)`, which returns the
+    values to log."""
 
-    Of several processes (`world`), one does it for all.
-    """
+    first = 1
+    flag = "linsep_classif_each_epochs"
 
-    def __init__(self, name, probe, *, every, world):
-        self.name, self.probe, self.every, self.world = name, probe, every, world
-
-    def due(self, epoch):
-        return epoch > 0 and epoch % self.every == 0
+    def __init__(self, task, probe, *, every, world):
+        super().__init__(f"the {task} probe", every)
+        self.probe, self.world = probe, world
 
     def run(self, epoch, model, criterion):
-        return self.world.from_first(lambda: self.probe(epoch, model))
+        return self.world.on_rank_zero(lambda: self.probe(epoch, model))
+
+
+# ----------------------------------------------------------------------------- as the flags ask for
+
+
+def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None):
+    """The CaptureHook of the --capture... flags; checkpoint: with --onlyCapture, where it is from.
+
+    labels: PhoneLabels or None; stats: the StatsCollector of --captureSetStats.
+    """
+    names, utterances = captured_names(args), capture_list(args, corpus)
+    if names and checkpoint:
+        refuse_to_lose(Path(args.pathCaptureSave, str(checkpoint.epoch)), names)
+    is_optional = "phone_align" in names and "phone_align" not in stats.needs
+    if is_optional and not any(utterance.name in labels.labels for utterance in utterances):
+        print(
+            f"warning: {args.path_phone_data} has labels for none of the {len(utterances)} "
+            "sequences to capture: everything but phone_align is captured"
+        )
+        names.remove("phone_align")
+    with_phones = "phone_align" in {*names, *stats.needs}
+    capture_set = build_set(
+        corpus, utterances, args, "capture set", labels if with_phones else None, whole_frames=True
+    )
+    loader = BatchLoader(
+        capture_set,
+        args.batchSizeGPU,
+        "sequential",
+        seed=args.random_seed,
+        training=False,
+        world=world,
+    )
+    return CaptureHook(
+        loader,
+        names,
+        stats,
+        args.pathCaptureSave,
+        every=args.captureEachEpochs,
+        seed=args.random_seed,
+        flags=vars(args),
+        device=device,
+        checkpoint=checkpoint and checkpoint.path,
+    )
+
+
+def capture_list(args, corpus):
+    """The utterances of --pathCaptureDS, thinned out as the flags say."""
+    utterances = listed(corpus, args.pathCaptureDS)
+    if args.captureDSfreq is not None:
+        return keep_percentage(utterances, args.captureDSfreq)
+    if args.captureDStotNr is not None:
+        return keep_total(utterances, args.captureDStotNr)
+    return utterances
+
+
+def probe_hook(args, task, sets, n_classes, *, device, world):
+    """The ProbeHook of the --linsep_... flags; task: "phone" or "speaker"; sets: training and
+    validation AudioDataset with the labels for it. Raises UserError if one has no window."""
+    for dataset in sets:
+        dataset.require_windows()
+
+    def probe(epoch, model):
+        result = run_probe(
+            task,
+            model,
+            *sets,
+            n_classes,
+            ProbeOptions.of_training_run(args, task, epoch),
+            logs_dir=args.linsep_logs_dir,
+            checkpoint_dir=args.linsep_checkpoint_dir,
+            device=device,
+        )
+        return result.logged()
+
+    return ProbeHook(task, probe, every=args.linsep_classif_each_epochs, world=world)

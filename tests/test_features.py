@@ -25,7 +25,6 @@ from feature_loader import (
     load_model,
     load_phone_classifier,
     seq_normalization,
-    stored_architecture,
     to_one_hot,
 )
 from model import (
@@ -35,7 +34,7 @@ from model import (
 )
 from tests.helpers import REAL_SPEECH, ROOT, assert_close, golden_cases, needs_real_speech
 from utils.misc import SAMPLES_PER_FRAME, UserError
-from utils.run.checkpoint import open_checkpoint, save_checkpoint
+from utils.run.checkpoint import open_checkpoint, save_checkpoint, stored_architecture
 from utils.run.flags import build_parser
 
 # ------------------------------------------------------------------------------------- loading

@@ -35,7 +35,7 @@ from tests.helpers import (
     needs_real_speech,
     write_tiny_corpus,
 )
-from utils.run.command import UNREAD
+from utils.run.command import EXIT_BROKEN_PIPE
 from utils.run.flags import build_parser
 from utils.run.lock import locked
 from utils.run.logs import RunningMeans
@@ -750,7 +750,7 @@ def test_a_pipe_that_is_closed_ends_the_program_without_a_word(words, tiny_corpu
     done = subprocess.run(command, **pipes, cwd=tmp_path, check=False)
     os.close(writing)
     assert done.stderr == b""
-    assert done.returncode in ([0, UNREAD] if "--help" in words else [UNREAD])
+    assert done.returncode in ([0, EXIT_BROKEN_PIPE] if "--help" in words else [EXIT_BROKEN_PIPE])
 
 
 def test_a_finished_run_is_known_without_its_audio(tiny_corpus, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
-"""Small things that every floor of the program uses: units, errors, seeds, the allocator."""
+"""Small things that every floor of the program uses: units, errors, positions, seeds."""
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,16 @@ class UserError(Exception):
     """
 
 
-class ToldElsewhere(UserError):
-    """An error that another process of the run has told the user of already."""
+class ReportedElsewhere(UserError):
+    """An error that another process of the run reports to the user."""
+
+
+class Position(NamedTuple):
+    """A place in the data: batch number `batch` of pack `pack`, counted over all ranks."""
+
+    epoch: int
+    pack: int
+    batch: int
 
 
 def seed_from(*parts):

@@ -18,20 +18,26 @@ All of it loads with `torch.load(..., weights_only=True)`.
 
 import argparse
 import contextlib
-import math
+import copy
+import itertools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from utils.files import load_json, load_tensors, remove_leftovers, save_json, save_tensors
 from utils.misc import UserError, first_few
+from utils.run.checkpoint_checks import are_logs, are_training_logs, check_types
+from utils.run.flags import ARCHITECTURE, stored_arguments
 
 FORMAT = 1  # of our additions to the original's keys
 RESUME_NAME = "checkpoint_resume.pt"
-ROW_SERIES = ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")  # by prediction step
-NUMBER_SERIES = ("iter", "learningRate", "gradNorm_train")
+MODEL_FLAGS = ARCHITECTURE | {"samplingType"}  # it decides whether hidden states are kept
+NULLSPACE = "nullspace.weight"
+PART = re.compile(r"((?:models\.\d+\.)+)(.*)")  # a key of one of several concatenated models
 NUMBERED_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
 
@@ -151,7 +157,7 @@ def read_checkpoint(path):
         raise UserError(
             f"{path}: written by a newer version of this program (format {state['format']})"
         )
-    _check_types(path, state)
+    check_types(path, state)
     return Checkpoint(path, state, of_original)
 
 
@@ -186,7 +192,7 @@ def _complete_original(path, state):
         state["logs"] = load_json(path.parent / "checkpoint_logs.json")
     done = int(match[1]) + 1 if match else 1
     logs = state["logs"]
-    if not (_are_logs(logs) and _are_training_logs(logs)) or len(logs.get("epoch", [])) < done:
+    if not (are_logs(logs) and are_training_logs(logs)) or len(logs.get("epoch", [])) < done:
         state["logs"] = {}
     state["logs"] = {
         key: value[:done] if isinstance(value, list) else value
@@ -195,150 +201,152 @@ def _complete_original(path, state):
     state["position"] = [done, 0, 0]
 
 
-def _check_types(path, state):
-    """Refuse a file whose parts can't be what they are called, before they are used."""
-    position = state.get("position")
-    sound = (
-        isinstance(state["format"], int)
-        and all(isinstance(key, str) for key in state["gEncoder"])
-        and isinstance(state.get("cpcCriterion"), dict)
-        and isinstance(state.get("args"), dict)
-        and _are_logs(state.get("logs"))
-        and isinstance(position, list)
-        and len(position) == 3
-        and all(isinstance(number, int) and number >= 0 for number in position)
-        and isinstance(state.get("models", []), list)
-        and all(isinstance(flags, dict) for flags in state.get("models", []))
-        and isinstance(state.get("speakers", []), list)
-        and all(isinstance(speaker, str) for speaker in state.get("speakers", []))
-    )
-    if not sound:
-        raise UserError(f"{path}: damaged: parts of the checkpoint are missing or of a wrong type")
+# ---------------------------------------------------------------------- the models in a checkpoint
 
 
-def _are_logs(logs):
-    """Whether these can be `checkpoint_logs.json`: lists over the same epochs."""
-    return (
-        isinstance(logs, dict)
-        and isinstance(logs.get("epoch", []), list)
-        and all(
-            len(series) == len(logs.get("epoch", []))
-            for series in logs.values()
-            if isinstance(series, list)
-        )
-    )
+class StoredModel(NamedTuple):
+    """A model in a checkpoint, or several side by side that share a null-space projection."""
+
+    arguments: list  # namespaces of architecture flags, one for each single model
+    state: dict
+    source: str  # the file
+    of_original: bool
+
+    @property
+    def widths(self):
+        """The widths of its contexts and of its encoded frames."""
+        if NULLSPACE in self.state:
+            return (self.state[NULLSPACE].size(0),) * 2
+        return self.arguments[0].hiddenGar, self.arguments[0].hiddenEncoder
 
 
-def check_resumable(checkpoint, weights):
-    """Raise UserError, naming what is damaged, unless training can go on from this checkpoint.
+def stored_models(checkpoints, *, load_best=False, gru_level=-1, nullspace=False):
+    """The models of one checkpoint or several whose features are side by side: StoredModels.
 
-    `weights`: the state dict of the model that goes on. The optimiser's state and the hidden state
-    are checked where they are loaded.
+    Takes what `feature_loader.load_model` takes, and raises UserError as it does.
     """
-    state, best = checkpoint.state, checkpoint.state.get("best")
-    sound = {
-        "optimizer": isinstance(state.get("optimizer"), dict),
-        "best": best is None or _same_shapes(best, weights),
-    }
-    if not checkpoint.of_original:
-        machine = state.get("machine")
-        sound |= {
-            "logs": _are_training_logs(state["logs"]),
-            "best_accuracy": _is_number(state.get("best_accuracy")),
-            "hidden": "hidden" in state,
-            "fingerprint": isinstance(state.get("fingerprint"), str),
-            "machine": isinstance(machine, dict) and all(map(_is_plain, machine.values())),
-            "clock": "clock" not in state or _is_clock(state["clock"]),
-        }
-        sound["running"] = sound["logs"] and _are_running_sums(
-            state.get("running"), state["position"], state["logs"]
-        )
-    damaged = [name for name, is_sound in sound.items() if not is_sound]
-    if damaged:
+    if isinstance(checkpoints, str | os.PathLike | Checkpoint):
+        checkpoints = [checkpoints]
+    found = []
+    for named in checkpoints:
+        checkpoint = named if isinstance(named, Checkpoint) else open_checkpoint(named)
+        for model in _models_of(checkpoint, load_best):
+            if nullspace and NULLSPACE not in model.state:
+                raise UserError(f"{model.source}: isn't a checkpoint of a null-space model")
+            found.append(_keep_layers(model, gru_level))
+    return found
+
+
+def _models_of(checkpoint, load_best):
+    state, path = checkpoint.state["gEncoder"], checkpoint.path
+    if load_best:
+        state = checkpoint.state.get("best")
+        if not isinstance(state, dict):
+            raise UserError(f"{path}: holds no best model yet, only the latest")
+    arguments, states = stored_architecture(checkpoint), split_state(state)
+    sizes = [_n_models(state) for state in states]
+    if len(arguments) != sum(sizes):
         raise UserError(
-            f"{checkpoint.path}: training can't go on from it: {', '.join(damaged)}: missing or "
-            "damaged (to start from its weights, use --load)"
+            f"{path}: holds the weights of {sum(sizes)} models, but the arguments of "
+            f"{len(arguments)}"
         )
+    flags = iter(arguments)
+    return [
+        StoredModel(list(itertools.islice(flags, size)), state, path, checkpoint.of_original)
+        for size, state in zip(sizes, states, strict=True)
+    ]
 
 
-def _same_shapes(state, weights):
-    return (
-        isinstance(state, dict)
-        and state.keys() == weights.keys()
-        and all(torch.is_tensor(v) and v.shape == weights[key].shape for key, v in state.items())
-    )
+def _n_models(state):
+    """How many single models there are in a part's state."""
+    inside = split_state(state_under_null_space(state)) if NULLSPACE in state else []
+    return sum(map(_n_models, inside)) or 1
 
 
-def _is_plain(value):
-    return value is None or isinstance(value, str | float | int)
+def state_under_null_space(state):
+    """The state of the model that a null space was taken of."""
+    return {key.removeprefix("cpc."): v for key, v in state.items() if key.startswith("cpc.")}
 
 
-def _is_number(value):
-    return isinstance(value, float | int) and not math.isnan(value)
+def split_state(state):
+    """The states of concatenated models, in their order; that of a single model as it is."""
+    parts = {}
+    for key, value in state.items():
+        match = PART.fullmatch(key)
+        prefix, name = match.groups() if match else ("", key)
+        parts.setdefault(tuple(map(int, re.findall(r"\d+", prefix))), {})[name] = value
+    return [parts[position] for position in sorted(parts)]
 
 
-def _is_clock(value):
-    """Whether this can be the `state` of a Clock (utils/run/logs.py)."""
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"seconds", "waited", "windows"}
-        and all(_is_number(n) and 0 <= n < math.inf for n in value.values())
-    )
+def stored_architecture(checkpoint, begun_with_it=()):
+    """The architecture flags of every single model in a `Checkpoint`: a list of namespaces.
+
+    The original program doesn't keep those of models that a run was begun with (`--load`): they
+    are looked up in the checkpoints that it names (`begun_with_it`: those that led here). Raises
+    UserError if these are gone.
+    """
+    stored, path = checkpoint.state["args"], checkpoint.path
+    if path in begun_with_it:
+        raise UserError(f"{path}: names itself among the checkpoints that it began with")
+    if "models" in checkpoint.state:
+        return [_model_flags(flags, path) for flags in checkpoint.state["models"]]
+    begun_from = _begun_from(checkpoint) if checkpoint.of_original else []
+    missing = [name for name in begun_from if not os.path.exists(name)]
+    concatenated = any(PART.fullmatch(key) for key in checkpoint.state["gEncoder"])
+    if begun_from and not missing:
+        above = (*begun_with_it, path)
+        inner = (stored_architecture(open_checkpoint(name), above) for name in begun_from)
+        return list(itertools.chain.from_iterable(inner))
+    if concatenated or (begun_from and "hiddenEncoder" not in stored):
+        raise UserError(
+            f"{path}: doesn't say what its model is made of, but names the checkpoints that it "
+            f"began with, which aren't there: {first_few(missing) or 'none'}. Put them back, or "
+            "correct `load` in checkpoint_args.json"
+        )
+    return [_model_flags(stored, path)]
 
 
-def _is_row(value):
-    """Whether this can be what an epoch's logs have for each prediction step, or each probe."""
-    return isinstance(value, list) and value and all(isinstance(n, float | int) for n in value)
+def _begun_from(checkpoint):
+    """Checkpoints of other runs that one of the original program was begun with (`--load`)."""
+    stored = checkpoint.state["args"]
+    names = [str(name) for name in stored.get("load") or []]
+    own = str(stored.get("pathCheckpoint"))
+    its_own = {own, os.path.dirname(own), os.path.dirname(os.path.abspath(checkpoint.path))}
+    resumed = len(names) == 1 and os.path.dirname(names[0]) in its_own
+    return [] if resumed else names
 
 
-def _rows(logs):
-    """The losses and accuracies by prediction step in the logs of a training run."""
-    before = logs.get("before_training", {})
-    return [row for key in ROW_SERIES for row in logs.get(key, [])] + list(before.values())
+def _model_flags(stored, source):
+    """What `build_model` needs of stored arguments, as a namespace."""
+    args = stored_arguments({k: v for k, v in stored.items() if k in MODEL_FLAGS}, source)
+    if args.arMode in ("no_ar", "transformer"):  # these keep the encoder's width, whatever is asked
+        args.hiddenGar = args.hiddenEncoder
+    return args
 
 
-def _are_training_logs(logs):
-    """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
-    series = {key: value for key, value in logs.items() if isinstance(value, list)}
-    rest = {key: value for key, value in logs.items() if key not in series}
-    before = rest.pop("before_training", {})
-    sound = (
-        isinstance(before, dict)
-        and ("before_training" not in logs or before.keys() == {"locLoss_val", "locAcc_val"})
-        and all(map(_is_plain, rest.values()))
-        and not rest.keys() & {*ROW_SERIES, *NUMBER_SERIES}
-        and (not series.get("epoch") or series.keys() >= set(ROW_SERIES))
-        and all(isinstance(epoch, int) for epoch in series.get("epoch", []))
-        and all(_can_be_logged(key, value) for key, values in series.items() for value in values)
-    )
-    return sound and all(map(_is_row, _rows(logs))) and len(set(map(len, _rows(logs)))) <= 1
+def _keep_layers(model, n_layers):
+    """Only the first layers of the recurrent network, if `n_layers` is above 0."""
+    if n_layers <= 0:
+        return model
+    arguments = [copy.copy(args) for args in model.arguments]
+    for args in arguments:
+        available = args.nLevelsGRU if args.arMode in ("LSTM", "GRU", "RNN") else 0
+        if n_layers > available:
+            raise UserError(
+                f"--gru_level {n_layers}: {model.source} has {available} recurrent layers"
+            )
+        args.nLevelsGRU = n_layers
+    layer = re.compile(r".*\.baseNet\.\w+_l(\d+)")
+
+    def is_kept(key):
+        match = layer.fullmatch(key)
+        return not match or int(match[1]) < n_layers
+
+    state = {key: value for key, value in model.state.items() if is_kept(key)}
+    return model._replace(arguments=arguments, state=state)
 
 
-def _can_be_logged(key, value):
-    """Whether an epoch's logs can have this; what an epoch had no value for is None."""
-    is_number = value is None or isinstance(value, float | int)
-    return is_number or (_is_row(value) and key not in NUMBER_SERIES)
-
-
-def _are_running_sums(running, position, logs):
-    """Whether these can be the sums (utils/run/logs.py) of an epoch that has come to `position`."""
-    if not isinstance(running, dict) or not running.keys() >= {"sums", "norms"}:
-        return False
-    windows, batches = running.get("windows"), running.get("batches")
-    if not all(isinstance(n, int) and n >= 0 for n in (windows, batches)):
-        return False
-    sums, norms = running["sums"], running["norms"]
-    if position[1:] == [0, 0]:  # between epochs there are none
-        return not batches and _is_number(sums) and _is_number(norms)
-    return (
-        windows >= batches > 0
-        and torch.is_tensor(sums)
-        and torch.is_tensor(norms)
-        and {tuple(sums.shape)} == {(2, len(row)) for row in _rows(logs)}
-        and norms.ndim == 0
-        and sums.is_floating_point()
-        and norms.is_floating_point()
-    )
+# ------------------------------------------------------------------------------ writing and loading
 
 
 def save_checkpoint(directory, state, epoch=None):
@@ -434,7 +442,7 @@ def check_speakers(checkpoint, speakers):
         )
 
 
-def follow_speaker_order(checkpoint, criterion, speakers, listing):
+def permute_speakers(checkpoint, criterion, speakers, listing):
     """Renumber the speakers in a checkpoint of the original as this program numbers them.
 
     The original numbers speakers as it meets them on the disk, and keeps that order in `listing`,

@@ -3,16 +3,16 @@
 import argparse
 import contextlib
 import functools
-import os
 import signal
 import sys
 
 import torch
 
-from utils.misc import ToldElsewhere, UserError
+from utils.misc import ReportedElsewhere, UserError
+from utils.run.console import discard_output
 
-REFUSED = 2  # exit status after a UserError
-UNREAD = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
+EXIT_USER_ERROR = 2  # exit status after a UserError
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
 
 
 class HelpWithDefaults(argparse.HelpFormatter):
@@ -55,33 +55,25 @@ def _flush_output():
         pass
 
 
-def discard_output():
-    """Let the interpreter's own flush, at its end, find no closed pipe."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def _in_one_line(error):
-    """What to tell of a UserError, or of a lack of memory, of which PyTorch tells much more.
+    """A UserError, or a lack of memory (of which PyTorch writes a page), as one line of text.
 
-    None where it is another error.
+    None for any other error.
     """
     if isinstance(error, UserError):
         return str(error)
-    told = str(error).partition("\n")[0].partition(" Including non-PyTorch memory")[0]
+    text = str(error).partition("\n")[0].partition(" Including non-PyTorch memory")[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{told} Smaller batches need less; other programs on that GPU may be in the way"
-    _, of_cpu, told = told.partition("DefaultCPUAllocator: ")
-    return f"{told}. Smaller batches and networks need less" if of_cpu else None
+        return f"{text} Smaller batches need less; other programs on that GPU may be in the way"
+    _, on_cpu, text = text.partition("DefaultCPUAllocator: ")
+    return f"{text}. Smaller batches and networks need less" if on_cpu else None
 
 
 def command(main):
     """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2.
 
-    So does memory where it doesn't suffice. A program whose output nobody reads any more ends as
-    if by SIGPIPE, without a word.
+    So does a lack of memory. A program whose output nobody reads any more ends silently, as if by
+    SIGPIPE.
     """
 
     @functools.wraps(main)
@@ -89,19 +81,19 @@ def command(main):
         try:
             with flushed_output():
                 return main(argv)
-        except ToldElsewhere:
-            sys.exit(REFUSED)
-        except BrokenPipeError:  # whoever read what is printed has gone, as in `| head`
+        except ReportedElsewhere:
+            sys.exit(EXIT_USER_ERROR)
+        except BrokenPipeError:  # the reader has gone, as in `| head`
             discard_output()
-            sys.exit(UNREAD)
+            sys.exit(EXIT_BROKEN_PIPE)
         except (UserError, RuntimeError) as error:
-            told = _in_one_line(error)
-            if told is None:
+            line = _in_one_line(error)
+            if line is None:
                 raise
-            with contextlib.suppress(OSError):  # what it says on stderr must be said
+            with contextlib.suppress(OSError):  # stderr must get its line whatever happens here
                 sys.stdout.flush()
-            print(f"error: {told}", file=sys.stderr)
-            sys.exit(REFUSED)
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)

@@ -1,22 +1,79 @@
-"""What people see while a program runs: progress, and where output goes."""
+"""What people see while a program runs: where output goes, progress, the lines of an epoch."""
 
 import contextlib
 import errno
 import io
+import os
 import sys
 import time
 
 from tqdm import tqdm
 
+from utils.misc import counted
+from utils.run.logs import Listener, mean, percent
 
-class Muted(io.TextIOBase):
-    """What a process prints on that isn't the first of its run: nobody reads it."""
+SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
+MIN_IMPROVEMENT = 0.02  # of the initial validation loss: below this a run has not learned yet
+EPOCHS_BETWEEN_NOTES = 10  # on a loss that stays where it was
+
+# ----------------------------------------------------------------------------- where output goes
+
+
+class NullStream(io.TextIOBase):
+    """The output of every rank but the first: nobody reads it."""
 
     def write(self, text):
         return len(text)
 
 
-SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
+class IgnoreDiskFull:
+    """A text stream that drops what its full disk has no room for: a run is worth more than its
+    log file."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with _disk_full_ignored():
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with _disk_full_ignored():
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def _disk_full_ignored():
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+
+
+def survives_full_disk():
+    """A block that a full disk under its log file doesn't end."""
+    return contextlib.redirect_stdout(IgnoreDiskFull(sys.stdout))
+
+
+def silence():
+    """Print nothing from now on, neither text nor progress."""
+    sys.stdout = NullStream()
+
+
+def discard_output():
+    """Let the interpreter's own flush, at its end, find no closed pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+# -------------------------------------------------------------------------------------- progress
 
 
 def progress(iterable=None, *, what, unit, total=None, unit_scale=False):
@@ -25,7 +82,7 @@ def progress(iterable=None, *, what, unit, total=None, unit_scale=False):
     `what` is what happens ("decoding"), `unit` what is counted (" files"). Short work, over before
     the first line is due, prints nothing outside a terminal.
     """
-    terminal = sys.stderr.isatty() and not isinstance(sys.stdout, Muted)
+    terminal = sys.stderr.isatty() and not isinstance(sys.stdout, NullStream)
     return (tqdm if terminal else PlainProgress)(
         iterable,
         desc=what,
@@ -81,30 +138,79 @@ class PlainProgress:
         pass
 
 
-class DroppedWhenFull:
-    """A text stream that drops what its full disk has no room for: a run is worth more than its
-    log file."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with full_disk_ignored():
-            return self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with full_disk_ignored():
-            self.stream.flush()
+# --------------------------------------------------------------------------------- lines of a run
 
 
-@contextlib.contextmanager
-def full_disk_ignored():
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+class Console(Listener):
+    """Prints the values of a run for people; networks: the Networks that are trained."""
+
+    def __init__(self, networks):
+        self.step_name, self.has_accuracy = networks.step_name, networks.has_accuracy
+
+    def means(self, losses, accuracies):
+        """The means of a row of losses and one of accuracies, as text."""
+        accuracy = f" acc {percent(mean(accuracies))}" if self.has_accuracy else ""
+        return f"loss {mean(losses):.4f}{accuracy}"
+
+    def step(self, epoch, batch, n_batches, values, clock):
+        means = self.means(values["locLoss_train"], values["locAcc_train"])
+        tqdm.write(f"epoch {epoch}  batch {batch} of {n_batches}  {means}  {clock}")
+        sys.stdout.flush()
+
+    def before_training(self, values):
+        """Print the validation of the networks as they start."""
+        print(f"before training  validation {self.means(*values.values())}")
+
+    def epoch(self, epoch, values, clock):
+        """Print the means of an epoch and, where there are several, each validation accuracy."""
+        if "locLoss_val" not in values:  # a hook's own
+            return
+        training = self.means(values["locLoss_train"], values["locAcc_train"])
+        validation = self.means(values["locLoss_val"], values["locAcc_val"])
+        print(
+            f"epoch {epoch}  training {training}  validation {validation}  "
+            f"learning rate {values['learningRate']:.3g}  {clock}",
+            flush=True,
+        )
+        if self.step_name:
+            accuracies = " ".join(f"{100 * accuracy:.0f}" for accuracy in values["locAcc_val"])
+            print(f"    validation accuracy by {self.step_name} (%): {accuracies}", flush=True)
+
+    def note_if_stuck(self, epoch, values, logs, args):
+        """Note, now and then, a validation loss that is hardly below that before training."""
+        done = epoch + 1
+        if done % EPOCHS_BETWEEN_NOTES and done != args.nEpoch:
+            return
+        if "before_training" not in logs or not args.learningRate:
+            return
+        before, now = mean(logs["before_training"]["locLoss_val"]), mean(values["locLoss_val"])
+        if now > before - MIN_IMPROVEMENT * abs(before):
+            print(
+                f"note: the validation loss, {before:.4f} before training, is still {now:.4f}. If "
+                "that doesn't change, try another --random_seed, a --schedulerRamp, or another "
+                "--learningRate",
+                flush=True,
+            )
+
+    def summary(self, logs, best_row, clock, files):
+        """Print the losses and accuracies of the run and where to look.
+
+        best_row: place of the best epoch in the lists of `logs`; files: name -> path.
+        """
+        epochs, losses, accuracies = (logs[key] for key in ("epoch", "locLoss_val", "locAcc_val"))
+        rows = [
+            (f"{name} ({epochs[row]})", mean(losses[row]), mean(accuracies[row]))
+            for name, row in (("first epoch", 0), ("best epoch", best_row), ("last epoch", -1))
+        ]
+        if "before_training" in logs:
+            rows.insert(0, ("before training", *map(mean, logs["before_training"].values())))
+        print(f"\n{'validation':<20}{'loss':>10}" + f"{'accuracy':>12}" * self.has_accuracy)
+        for name, loss, accuracy in rows:
+            print(f"{name:<20}{loss:>10.4f}" + f"{percent(accuracy):>12}" * self.has_accuracy)
+        print(f"{'speed, last epoch':<20}{clock}")
+        for name, path in files.items():
+            print(f"{name:<20}{path}")
+
+
+def print_finished(n_epochs):
+    print(f"nothing left to do: {counted(n_epochs, 'epoch')} done; a larger --nEpoch continues")

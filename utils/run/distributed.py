@@ -8,7 +8,6 @@ goes through the methods of `World`, which all processes must call in the same o
 
 import contextlib
 import os
-import sys
 import tempfile
 from datetime import timedelta
 
@@ -16,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.misc import ToldElsewhere, UserError, first_few
-from utils.run.console import Muted
+from utils.misc import ReportedElsewhere, UserError, first_few
 from utils.run.stopping import Stopped, let_signals_in
 
-PATIENCE = timedelta(days=30)  # of processes that wait for one that trains a probe
+LONGEST_PROBE = timedelta(days=30)  # how long other ranks wait for the one that trains it
 # Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
 # group, which may itself wait for the lock to free the last gradients.
 _never_freed = []
@@ -34,7 +32,7 @@ class World:
     rank, size: number of this process, and how many there are
     local_rank, local_size: the same among those of this machine
     stop: the StopSignals in force
-    group: the processes' own group for what they tell each other (gloo, on the CPU)
+    group: the processes' own group for messages (gloo, on the CPU)
     """
 
     def __init__(self, rank=0, size=1, local_rank=0, local_size=1, stop=None, group=None):
@@ -43,68 +41,75 @@ class World:
         self.stop, self.group = stop, group
 
     @property
-    def is_first(self):
+    def is_rank_zero(self):
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    # --------------------------------------------------------------------------- telling each other
+    # ------------------------------------------------------------------------------------ messages
 
-    def gather(self, value):
-        """The values of all processes, in order of rank."""
+    def all_gather(self, value):
+        """The values of all ranks, in order of rank."""
         if self.group is None:
             return [value]
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def total(self, tensor):
-        """Sum of the processes' CPU tensors; some may have None instead."""
-        return sum(part for part in self.gather(tensor) if part is not None)
+    def all_reduce(self, tensor):
+        """Sum of the ranks' CPU tensors; some may have None instead."""
+        return sum(part for part in self.all_gather(tensor) if part is not None)
 
-    def agree(self, error=None):
-        """Raise on all processes what the first of them brings that brings anything.
+    def raise_everywhere(self, error=None):
+        """Raise on every rank the error of the lowest rank that has one.
 
-        error: None, a UserError or a Stopped. Only the process it comes from tells the user.
+        error: None, a UserError or a Stopped. Only the rank it comes from reports it to the user.
         """
-        for rank, found in enumerate(self.gather(error and _as_message(error))):
+        for rank, found in enumerate(self.all_gather(error and _as_message(error))):
             if found is not None:
-                raise error if rank == self.rank else _as_error(found)
+                error = error if rank == self.rank else _as_error(found)
+                error.is_everywhere = True
+                raise error
 
-    def agree_on(self, value, reason):
-        """Raise a UserError with this reason on all processes unless all bring the same value."""
-        values = self.gather(value)
-        self.agree(UserError(reason) if any(other != value for other in values) else None)
+    def check_same(self, value, reason):
+        """Raise a UserError with this reason on every rank unless all have the same value."""
+        values = self.all_gather(value)
+        differ = any(other != value for other in values)
+        self.raise_everywhere(UserError(reason) if differ else None)
 
     def stop_if_asked(self):
-        """Raise Stopped on all processes if one of several was asked to stop."""
+        """Raise Stopped on every rank if one of several was asked to stop."""
         if self.group is not None:
             requested = self.stop.requested
-            self.agree(None if requested is None else Stopped(requested))
+            self.raise_everywhere(None if requested is None else Stopped(requested))
 
-    def together(self, work):
-        """Call `work` on each process; an error of one is raised on all. Returns its result.
+    @contextlib.contextmanager
+    def shared_errors(self):
+        """A block that fails on every rank if it fails on one.
 
-        `work` must not wait for another process, so that it may end at any time: asked to stop, it
-        does so at once.
+        In it a rank must not wait for others, except in `on_rank_zero`: so it may end at any time,
+        and does so at once when asked to stop.
         """
         if self.group is None:
-            return work()
-        result = error = None
+            yield
+            return
+        error = None
         try:
             with self.stop.at_once():
-                result = work()
+                yield
         except (UserError, Stopped) as raised:
+            if getattr(raised, "is_everywhere", False):
+                raise
             error = raised
-        self.agree(error)
-        return result
+        self.raise_everywhere(error)
 
-    def from_first(self, work):
-        """Call `work` on the first process alone; all get its result, or its error."""
-        result = self.together(work if self.is_first else lambda: None)
+    def on_rank_zero(self, work):
+        """Call `work` on rank 0 alone; every rank gets its result, or its error."""
         if self.group is None:
-            return result
-        found = [result]
-        dist.broadcast_object_list(found, group=self.group, group_src=0)
+            return work()
+        with self.stop.deferred():
+            with self.shared_errors():
+                found = [work() if self.is_rank_zero else None]
+            dist.broadcast_object_list(found, group=self.group, group_src=0)
         return found[0]
 
     # ------------------------------------------------------------------------------------ training
@@ -132,7 +137,7 @@ class World:
         Its file has no name any more once this returns: the memory is free as soon as no process
         uses it, however they end. Raises UserError where there is no room.
         """
-        self.gather(None)  # all are here: none waits while the file has a name
+        self.all_gather(None)  # all are here: none waits while the file has a name
         path = error = None
         try:
             if self.local_rank == 0:
@@ -140,10 +145,10 @@ class World:
                     path = _reserve(size * dtype.itemsize)
                 except UserError as raised:
                     error = raised
-            self.agree(error)
-            own = self.gather(path)[self.rank - self.local_rank]
+            self.raise_everywhere(error)
+            own = self.all_gather(path)[self.rank - self.local_rank]
             tensor = torch.from_file(own, shared=True, size=size, dtype=dtype)
-            self.gather(None)  # all have opened it
+            self.all_gather(None)  # all have opened it
             return tensor
         finally:
             if path:
@@ -155,7 +160,7 @@ def _as_message(error):
 
 
 def _as_error(message):
-    return Stopped(message) if isinstance(message, int) else ToldElsewhere(message)
+    return Stopped(message) if isinstance(message, int) else ReportedElsewhere(message)
 
 
 def _reserve(n_bytes):
@@ -191,22 +196,20 @@ def joined_world(stop, device):
     """The World of this process, for the length of a block.
 
     A process that was started as one of several (by utils/run/launch.py, torchrun or srun with the
-    environment of torchrun) joins the others; all but the first are silent. stop: the StopSignals
+    environment of torchrun) joins the others. stop: the StopSignals
     in force; device: of what type each process of a machine has one.
     """
     place = _place()
-    rank, size, local_rank, _ = place
+    _, size, local_rank, _ = place
     if size == 1:
         yield World(stop=stop)
         return
     cuda = device.type == "cuda"
     if cuda:
         _take_gpu(local_rank)
-    if rank:
-        sys.stdout = Muted()
     with stop.deferred():  # of several processes none stops before they agree on it
         dist.init_process_group("nccl" if cuda else "gloo")
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=LONGEST_PROBE)
         let_signals_in()
         yield World(*place, stop, group)
     dist.destroy_process_group()  # after an error it might wait for a process that is gone

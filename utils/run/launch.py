@@ -14,7 +14,7 @@ import torch
 from torch.distributed import TCPStore
 
 from utils.misc import UserError
-from utils.run.command import REFUSED, UNREAD
+from utils.run.command import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
 from utils.run.stopping import SIGNALS, signals_held_back
 
 DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
@@ -34,8 +34,8 @@ def processes_to_start(args):
     return size if size > 1 else 0
 
 
-def launch(size, main, words):
-    """Run `main(words)` in `size` processes; returns the exit status.
+def launch(size, main, argv):
+    """Run `main(argv)` in `size` processes; returns the exit status.
 
     Stop signals are passed on. When a process dies, the others are ended at once, since they
     couldn't go on; after an error they have a moment to end by themselves. Raises UserError if one
@@ -44,7 +44,7 @@ def launch(size, main, words):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_run, args=(main, words, rank, size, store.port))
+        context.Process(target=_run, args=(main, argv, rank, size, store.port))
         for rank in range(size)
     ]
     with _forwarded_signals(processes):
@@ -106,9 +106,9 @@ def _wait_for(processes):
                     "how the system ends what takes too much memory); the same command goes on "
                     "from the last save"
                 )
-            if process.exitcode == REFUSED:
+            if process.exitcode == EXIT_USER_ERROR:
                 _let_end(left)
-            if 0 < process.exitcode < 128 or process.exitcode == UNREAD:
+            if 0 < process.exitcode < 128 or process.exitcode == EXIT_BROKEN_PIPE:
                 return process.exitcode
             status = max(status, process.exitcode)  # above 128: asked to stop, as all others are
     return status
@@ -120,7 +120,7 @@ def _let_end(processes):
         process.join(max(0.0, end - time.monotonic()))
 
 
-def _run(main, words, rank, size, port):
+def _run(main, argv, rank, size, port):
     """What each process does: `main`, in an environment such as torchrun makes."""
     os.environ |= {
         "RANK": str(rank),
@@ -135,7 +135,7 @@ def _run(main, words, rank, size, port):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
-        status = main(words) or 0
+        status = main(argv) or 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:

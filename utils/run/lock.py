@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from utils.misc import UserError
+from utils.run.resolve import works_on_checkpoint
 
 LOCK_NAME = "checkpoint.lock"
 _held = set()  # descriptors of the locks of this process
@@ -35,6 +36,27 @@ def _forget_after_fork():
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+@contextlib.contextmanager
+def training_lock(args, world):
+    """A block in which a training run has the directory of its checkpoints to itself.
+
+    Calls that capture or probe write nothing there, and take no lock.
+    """
+    with contextlib.ExitStack() as held:
+        if not works_on_checkpoint(args):
+            world.on_rank_zero(lambda: held.enter_context(locked_for_training(args.pathCheckpoint)))
+        yield
+
+
+def locked_for_training(path):
+    if os.path.isfile(path):
+        raise UserError(
+            f"--pathCheckpoint {path}: is a file; training needs a directory (to start from this "
+            "checkpoint's weights, use --load)"
+        )
+    return locked(path, "--pathCheckpoint")
 
 
 @contextlib.contextmanager

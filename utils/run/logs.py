@@ -1,4 +1,4 @@
-"""What the user sees and finds afterwards: progress, running means, `checkpoint_logs.json`."""
+"""Means and speed of an epoch, and the logs of all epochs (`checkpoint_logs.json`)."""
 
 import time
 
@@ -11,8 +11,8 @@ class RunningMeans:
     """Means, over windows, of the losses and accuracies of each prediction step.
 
     Sums stay on the device: adding to them never waits for it, reading means does. The gradient's
-    norm is averaged over batches where it is given. Of several processes (`world`) each has sums
-    over its own windows; means and `state` are over all, `batches` counts the steps of one.
+    norm is averaged over batches where it is given. Each rank of `world` has the sums over its own
+    windows; means and `state` are over all ranks, `batches` counts the steps of one.
     """
 
     def __init__(self, world=ALONE):
@@ -30,7 +30,7 @@ class RunningMeans:
 
     def _totals(self):
         """Sums and, as a last column, windows of all processes: (2, n + 1) float64."""
-        return self.world.total(_in_one(self.sums, self.windows) if self.windows else None)
+        return self.world.all_reduce(_in_one(self.sums, self.windows) if self.windows else None)
 
     def means(self):
         """(losses, accuracies): two lists of n numbers. Needs at least one batch."""
@@ -53,12 +53,12 @@ class RunningMeans:
         return state
 
     def restore(self, state, device):
-        """Go on from `state`: the first process with what all had done."""
+        """Continue from `state`: rank 0 takes over what all ranks had done."""
         self.norms, self.batches = _on(device, state["norms"]), state["batches"]
         if self.batches:
             sums = state["sums"]
             self._marked = _in_one(sums, state["windows"])
-            if self.world.is_first:
+            if self.world.is_rank_zero:
                 self.sums, self.windows = _on(device, sums), state["windows"]
 
 
@@ -75,9 +75,9 @@ def _on(device, value):
 
 
 class Clock:
-    """How fast windows go by, and which share of the time is spent waiting for them.
+    """How fast windows are trained on, and the fraction of the time spent waiting for them.
 
-    It stands still until it is started; from the `state` of another it goes on with what that had.
+    It stands still until it is started; made from the `state` of another, it continues that one.
     """
 
     def __init__(self, seconds=0.0, waited=0.0, windows=0):
@@ -122,22 +122,22 @@ def append_epoch(logs, epoch, values):
             series.append(values.get(key))
 
 
-def step_name(args):
-    """What the losses and accuracies in a row of the logs belong to, one by one; None where a row
-    has one of each."""
-    if args.supervised or args.cpc_mode == "none":
-        return None
-    return "matched frame" if args.CPCCTC else "prediction step"
+class Listener:
+    """Receives the values of a run as they become known; this one ignores them.
 
+    Values have the keys of `checkpoint_logs.json`; `clock` tells how fast the epoch was trained.
+    """
 
-def has_accuracy(args):
-    """Whether accuracies in the logs mean anything; of supervised training by CTC they are 0."""
-    return not (args.supervised and args.CTC)
+    def step(self, epoch, batch, n_batches, values, clock):
+        """Means over the batches since the last call, every --logging_step batches of an epoch."""
+
+    def epoch(self, epoch, values, clock):
+        """Values of an epoch: first those of training and validation, then those of each hook."""
 
 
 def mean(numbers):
     return sum(numbers) / len(numbers)
 
 
-def percent(share):
-    return f"{100 * share:.1f} %"
+def percent(fraction):
+    return f"{100 * fraction:.1f} %"

@@ -1,0 +1,125 @@
+"""Settles the flags of a call: the command line against the checkpoint that it resumes or uses.
+
+No network is built here: what a checkpoint holds is told by its stored flags and the shapes of its
+weights.
+"""
+
+import os
+
+from utils.misc import UserError
+from utils.run.checkpoint import newest_checkpoint, open_checkpoint, stored_models
+from utils.run.flags import (
+    ARCHITECTURE,
+    CAPTURE_GROUP,
+    FILES,
+    INHERITED,
+    MODEL,
+    ORDER,
+    PROBE_GROUP,
+    check_arguments,
+    names,
+    stored_arguments,
+)
+
+
+def resolve(args, explicit):
+    """Complete `args` by the flags of the checkpoint that the run resumes from or works on.
+
+    explicit: names of the flags on the command line. Returns the arguments and the Checkpoint
+    (None at the beginning of a run). Raises UserError for flags that can't work.
+    """
+    checkpoint = find_checkpoint(args)
+    if checkpoint:
+        checkpoint_args = stored_arguments(checkpoint.state["args"], checkpoint.path)
+        unused = inherit_args(args, explicit, checkpoint_args)
+        for line in unused:
+            print(f"warning: {line}")
+        if unused and not works_on_checkpoint(args):
+            print(f"the run in {args.pathCheckpoint} goes on; a new one needs another directory")
+        explicit = explicit - ARCHITECTURE - ORDER  # the checkpoint's values: no contradictions
+    elif args.load:
+        explicit = explicit - adopt_architecture(args)
+    built_from_flags = "models" not in checkpoint.state if checkpoint else not args.load
+    check_arguments(
+        args, explicit, resumed=checkpoint is not None, began_with_load=not built_from_flags
+    )
+    return args, checkpoint
+
+
+def works_on_checkpoint(args):
+    """Whether the call captures or probes a finished model instead of training one."""
+    return args.onlyCapture or args.only_classif_metric
+
+
+def find_checkpoint(args):
+    """The Checkpoint to resume from or to work on; None at the beginning of a run."""
+    if works_on_checkpoint(args):
+        return open_checkpoint(args.pathCheckpoint)
+    return None if args.restart else newest_checkpoint(args.pathCheckpoint)
+
+
+def inherit_args(args, explicit, checkpoint_args):
+    """Take over from `checkpoint_args` what the flags' classes say, into `args`.
+
+    Returns a line for every flag whose value, on the command line or in the checkpoint, isn't used
+    although it might be expected.
+    """
+    inherited = INHERITED - explicit
+    if works_on_checkpoint(args):
+        inherited -= CAPTURE_GROUP | PROBE_GROUP
+        inherited |= (ORDER - explicit) - {"pathTrain", "pathVal"}
+        if args.only_classif_metric:
+            inherited |= names("pathTrain pathVal") - explicit
+            inherited -= {"path_phone_data"}  # whether it is given decides if phones are probed
+    else:
+        lost = {name for name in ORDER if is_gone(name, checkpoint_args)}
+        inherited |= ORDER - (lost & explicit)
+    for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
+        if chosen in explicit:
+            inherited -= {other}
+    unused = []
+    for name in sorted(ARCHITECTURE | inherited):
+        value = getattr(checkpoint_args, name)
+        if name in explicit and getattr(args, name) != value:
+            unused.append(f"--{name}: using the checkpoint's value, {value}")
+        setattr(args, name, value)
+    phones = args.path_phone_data
+    if args.onlyCapture and "path_phone_data" not in explicit and phones:
+        if is_gone("path_phone_data", checkpoint_args):
+            unused.append(f"--path_phone_data: {phones} is gone: no phones are captured")
+            args.path_phone_data = None
+    return unused
+
+
+def is_gone(name, checkpoint_args):
+    """Whether a flag of the checkpoint names a file that isn't there any more."""
+    path = getattr(checkpoint_args, name)
+    return name in FILES and bool(path) and not os.path.isfile(path)
+
+
+def adopt_architecture(args):
+    """Set the flags that describe what `--load` and `--loadCriterion` name to what it is.
+
+    Returns the names of these flags.
+    """
+    for path in args.load:
+        if not os.path.exists(path):
+            raise UserError(f"--load {path}: no such directory or file")
+    models = stored_models(args.load, gru_level=args.gru_level, nullspace=args.nullspace)
+    adopted = {}
+    if args.loadCriterion:
+        source = open_checkpoint(args.load[0])
+        flags = stored_arguments(source.state["args"], source.path)
+        adopted = {name: getattr(flags, name) for name in ARCHITECTURE - MODEL}
+    parts = [flags for model in models for flags in model.arguments]
+    for name in MODEL:
+        values = [getattr(flags, name) for flags in parts]
+        if all(value == values[0] for value in values):
+            adopted[name] = values[0]
+    widths = map(sum, zip(*(model.widths for model in models), strict=True))
+    adopted |= zip(("hiddenGar", "hiddenEncoder"), widths, strict=True)
+    for name, value in sorted(adopted.items()):
+        if getattr(args, name) != value:
+            print(f"--{name}: {value}, as in what is loaded (instead of {getattr(args, name)})")
+            setattr(args, name, value)
+    return adopted.keys() | MODEL

@@ -1,0 +1,249 @@
+"""The state of a training run: how far it has come, and everything that its checkpoints hold.
+
+Nothing random has a state: every step is seeded by its position in the data. So a run resumes
+exactly where it was saved, inside an epoch too.
+"""
+
+from pathlib import Path
+
+import torch
+
+from utils.misc import Position, UserError, counted
+from utils.run.checkpoint import (
+    copy_to_cpu,
+    load_optimizer,
+    remove_old_checkpoints,
+    save_checkpoint,
+    saved_checkpoints,
+)
+from utils.run.checkpoint_checks import check_resumable
+from utils.run.logs import Clock, Listener, RunningMeans, append_epoch, mean
+
+END_OF_EPOCH = 2**31  # as the pack of a position: nothing of the epoch is left to train on
+
+
+class RunState(Listener):
+    """What is trained, by which optimiser, and how far that has come.
+
+    args: the flags; networks: a Networks on `device`; world: all ranks, which have the same weights
+    and the same position; fingerprint: of the training and the validation set; locate: window ->
+    (file, offset) in the epoch in progress; models: the flags of each part of a model that began
+    with `--load`, or None; speakers: their names by id where the criterion has weights for each.
+    """
+
+    def __init__(
+        self, args, networks, *, device, world, fingerprint, locate, models=None, speakers=None
+    ):
+        self.args, self.networks, self.device, self.world = args, networks, device, world
+        self.fingerprint, self.locate = fingerprint, locate
+        self.models, self.speakers = models, speakers
+        self.directory = Path(args.pathCheckpoint)
+        self.optimizer = torch.optim.Adam(
+            networks.parameters(),
+            lr=args.learningRate,
+            betas=(args.beta1, args.beta2),
+            eps=args.epsilon,
+            fused=True,
+        )
+        self.position = Position(0, 0, 0)  # where training continues
+        self.saved_position = None
+        self.steps_since_save = 0
+        self.epoch_means = RunningMeans(world)  # of the epoch in progress
+        self.epoch_values = {}  # of the epoch in progress, for the logs
+        self.clock = Clock()  # of the epoch in progress, or the last one
+        self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
+        self.best = None  # weights of the model after its best epoch
+        self.best_metric = 0.0 if networks.has_accuracy else -float("inf")
+        self.unchecked_steps = []  # (position, windows, found_inf, losses)
+        self.checkpoints_to_remove = saved_checkpoints(self.directory) if args.restart else []
+
+    # ------------------------------------------------------------------------------- one more step
+
+    def count_step(self, position, batch, losses, accuracies, gradient_norm):
+        """Take note of a step that the optimiser has done on a batch, and save if that is due."""
+        self.epoch_means.add(losses, accuracies, len(batch.window), gradient_norm)
+        # Past the batches that the ranks above this one have in this step.
+        self.position = position._replace(
+            batch=position.batch + self.world.size - self.world.rank
+        )
+        self.unchecked_steps.append((position, batch.window, self.optimizer.found_inf, losses))
+        self.steps_since_save += 1
+        if self.device.type == "cpu" or self.epoch_means.batches % self.args.logging_step == 0:
+            self.check_finite()
+        if self.args.resume_every and self.steps_since_save >= self.args.resume_every:
+            self.save()
+
+    def check_finite(self):
+        """Stop at the first step whose loss or gradient was not finite; it changed no weight.
+
+        Looking waits for the device, so it is done where that costs little.
+        """
+        steps, self.unchecked_steps = self.unchecked_steps, []
+        skipped = torch.stack([found for *_, found, _ in steps]).tolist() if steps else []
+        for (position, windows, _, losses), was_skipped in zip(steps, skipped, strict=True):
+            if was_skipped:
+                files = {self.locate(window)[0] for window in windows.tolist()}
+                suspects = self.world.all_gather(None if losses.isfinite().all() else files)
+                found = [own for own in suspects if own] or self.world.all_gather(files)
+                names = ", ".join(sorted(set().union(*found)))
+                self.world.raise_everywhere(
+                    UserError(
+                        f"epoch {position.epoch}, pack {position.pack}, batch {position.batch}: "
+                        f"the loss or its gradient isn't a finite number (files: {names}). The "
+                        "checkpoints are sound; look at these files, or lower --learningRate"
+                    )
+                )
+
+    # ------------------------------------------------------------------------------ one more epoch
+
+    def epoch(self, epoch, values, clock):
+        self.epoch_values |= values
+
+    def end_epoch(self, epoch):
+        """Log the values of the epoch, keep its weights if it is the best, move to the next one."""
+        values, self.epoch_values = self.epoch_values, {}
+        append_epoch(self.logs, epoch, values)
+        metric = self.selection_metric(values["locLoss_val"], values["locAcc_val"])
+        if metric > self.best_metric:
+            self.best_metric = metric
+            self.best = copy_to_cpu(self.networks.model.state_dict())
+        self.position, self.epoch_means = Position(epoch + 1, 0, 0), RunningMeans(self.world)
+
+    def selection_metric(self, losses, accuracies):
+        """The largest makes an epoch the best: its accuracy or, where there is none, minus the
+        loss."""
+        return mean(accuracies) if self.networks.has_accuracy else -mean(losses)
+
+    @property
+    def best_row(self):
+        """The place of the best epoch in the lists of the logs."""
+        rows = zip(self.logs["locLoss_val"], self.logs["locAcc_val"], strict=True)
+        metrics = [self.selection_metric(*row) for row in rows]
+        return metrics.index(max(metrics))
+
+    # -------------------------------------------------------------------------------------- saving
+
+    def save(self, epoch=None):
+        """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` where no epoch has just ended.
+
+        Returns whether that went well: a full disk is no reason to stop training.
+        """
+        self.check_finite()
+        contents, self.steps_since_save = self.contents(), 0
+        if not self.world.is_rank_zero or (epoch is None and self.position == self.saved_position):
+            return True
+        try:
+            path = save_checkpoint(self.directory, contents, epoch)
+        except OSError as error:
+            print(
+                f"warning: {self.directory}: no checkpoint written ({error}). Earlier ones are as "
+                "they were, and the next save tries again"
+            )
+            return False
+        self.saved_position = self.position
+        try:
+            self.remove_superseded(path, epoch)
+        except OSError as error:
+            print(f"warning: {self.directory}: old checkpoints can't be removed ({error})")
+        return True
+
+    def remove_superseded(self, newest, epoch):
+        """Now that `newest` is written: remove those of before a restart, and what --keep says."""
+        for path in self.checkpoints_to_remove:
+            if path != newest:
+                path.unlink(missing_ok=True)
+        self.checkpoints_to_remove = []
+        if self.args.keep and epoch is not None:
+            best = self.logs["epoch"][self.best_row]
+            remove_old_checkpoints(self.directory, epoch, self.args.keep, best)
+
+    def contents(self):
+        """Everything that a later call needs to resume exactly here (utils/run/checkpoint.py)."""
+        contents = {
+            "gEncoder": self.networks.model.state_dict(),
+            "cpcCriterion": self.networks.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_accuracy": self.best_metric,
+            "args": vars(self.args),
+            "logs": self.logs,
+            "position": list(self.position),
+            "running": self.epoch_means.state(),
+            "hidden": self.networks.model.hidden_state(),
+            "fingerprint": self.fingerprint,
+            "machine": self.machine(),
+        }
+        if self.epoch_means.batches:  # between epochs a checkpoint holds only what was computed
+            contents["clock"] = self.clock.state()
+        rest = {"models": self.models, "speakers": self.speakers}
+        return contents | {key: value for key, value in rest.items() if value}
+
+    def machine(self):
+        """Everything that the bits of a run's results depend on, beside seed and data."""
+        return {
+            "device": self.device.type,
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "processor": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    # ------------------------------------------------------------------------------------ resuming
+
+    def restore(self, checkpoint):
+        """Continue from a checkpoint, of this program or of the original."""
+        check_resumable(checkpoint, self.networks.model.state_dict())
+        state = checkpoint.state
+        self.position = Position(*state["position"])
+        settings = self.logs.keys() - {"epoch"}  # those of this call stay
+        self.logs |= {key: value for key, value in state["logs"].items() if key not in settings}
+        print(f"resuming from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
+        load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
+        self.best = state["best"]
+        if checkpoint.of_original:  # its "best" is its latest epoch
+            latest = [row for row in self.logs.get("locAcc_val", []) if row][-1:]
+            self.best_metric = mean(latest[0]) if latest and self.best else 0.0
+            return
+        self.best_metric = state["best_accuracy"]
+        self.epoch_means.restore(state["running"], self.device)
+        self.clock = Clock(**state.get("clock", {}))  # older checkpoints have none
+        try:
+            # Of several ranks each kept that of its own batches, which nothing continues.
+            if state["machine"].get("processes", 1) == 1:
+                self.networks.model.set_hidden_state(state["hidden"])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
+        self.note_machine_change(state["machine"])
+        self.note_data_change(state["fingerprint"])
+
+    def note_machine_change(self, before):
+        """Note what is different from the machine that the run was on."""
+        changes = [
+            f"{part} {before.get(part, 'unknown')} -> {now}"
+            for part, now in self.machine().items()
+            if before.get(part) != now
+        ]
+        if changes:
+            print(
+                f"note: machine changed ({', '.join(changes)}); results will not be bit-identical"
+            )
+        if (processes := before.get("processes", 1)) != self.world.size:
+            print(
+                f"note: batches per step: {processes} -> {self.world.size}; --nGPU {processes} "
+                "continues as before"
+            )
+
+    def note_data_change(self, fingerprint):
+        """Warn of a training or validation set that isn't that of the checkpoint any more.
+
+        A position in the old training set means nothing in the new one: the epoch ends there.
+        """
+        old, new = fingerprint.split("-"), self.fingerprint.split("-")
+        for part, before, now in zip(("training", "validation"), old, new, strict=False):
+            if before != now:
+                print(
+                    f"warning: the {part} set isn't the one that the run was on: its files or its "
+                    "list were changed"
+                )
+        if old[0] != new[0] and self.epoch_means.batches:
+            print(f"note: epoch {self.position.epoch} ends here; the next one uses the new set")
+            self.position = self.position._replace(pack=END_OF_EPOCH)
