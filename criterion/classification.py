@@ -36,7 +36,7 @@ def _mean_accuracy(logits, label):
 
 
 class _Classifier(nn.Module):
-    """What all classifiers share. Subclasses define `logits` and `score`."""
+    """What all classifiers share. Subclasses define `logits` and `loss_and_accuracy`."""
 
     target = "phone"
 
@@ -46,7 +46,7 @@ class _Classifier(nn.Module):
         Returns a CriterionOutput: mean loss (1, 1), share of right answers (1, 1) and nothing
         captured. There is nothing random here; `generator` is part of the common interface.
         """
-        loss, accuracy = self.score(self.logits(context, encoded), label)
+        loss, accuracy = self.loss_and_accuracy(self.logits(context, encoded), label)
         return CriterionOutput(loss, accuracy, {})
 
 
@@ -63,7 +63,7 @@ class SpeakerCriterion(_Classifier):
         """(B, S, C) -> (B, n_speakers)"""
         return self.linearSpeakerClassifier(context[:, -1])
 
-    def score(self, logits, label):
+    def loss_and_accuracy(self, logits, label):
         """Mean cross-entropy and accuracy, each (1, 1)."""
         return F.cross_entropy(logits, label).view(1, 1), _mean_accuracy(logits, label)
 
@@ -94,7 +94,7 @@ class PhoneCriterion(_Classifier):
         """(B, S, C) or (B, S, E) -> (B, S, n_phones)"""
         return self.PhoneCriterionClassifier(encoded if self.on_encoder else context)
 
-    def score(self, logits, label):
+    def loss_and_accuracy(self, logits, label):
         """Mean cross-entropy and accuracy over all frames, each (1, 1)."""
         loss = F.cross_entropy(logits.flatten(0, 1), label.flatten())
         return loss.view(1, 1), _mean_accuracy(logits, label)
@@ -122,7 +122,7 @@ class CTCPhoneCriterion(_Classifier):
         """(B, S, C) -> (B, S, n_phones + 1)"""
         return self.PhoneCriterionClassifier(context)
 
-    def score(self, logits, label):
+    def loss_and_accuracy(self, logits, label):
         """CTC loss / length of the label sequence, mean over the batch, (1, 1); a row that has
         more labels than frames allow counts 0. There is no accuracy by frames: 0."""
         sequences, lengths = collapse_label_chain(label)

@@ -28,7 +28,7 @@ class CPCCriterion(ContrastiveCriterion):
             raise ValueError(f"plain CPC has no {sorted(capture - {'pred'})} to capture")
         context, encoded = self.in_direction(context, encoded)
         predictions = self.predict(context, speaker)
-        scores = self.score(predictions, encoded, generator)
+        scores = self.score_candidates(predictions, encoded, generator)
         # Prediction k is for frame k of those that follow, and no other.
         positives, best_negative = scores.positives.diagonal(dim1=1, dim2=2), scores.best_negative
         losses = -F.logsigmoid(positives - scores.negatives).mean(dim=0, keepdim=True)

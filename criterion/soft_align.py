@@ -14,7 +14,7 @@ from criterion.prediction import ContrastiveCriterion, CriterionOutput
 from utils.misc import UserError
 
 FORBIDDEN = -1000.0  # log-probability of a masked match
-NEVER = -1e30  # log-probability of the impossible: finite, so that differences of it are numbers
+LOG_ZERO = -1e30  # log-probability of the impossible: finite, so that differences of it are numbers
 
 NO_BLANK = "no blank"
 FORBIDDEN_BLANK = "forbidden blank"
@@ -89,7 +89,7 @@ class CPCCTCCriterion(ContrastiveCriterion):
         if self.normalize_encodings:
             encoded = F.layer_norm(encoded, encoded.shape[-1:])
         predictions = self.predict_all(context, encoded, speaker)
-        scores = self.score(predictions, encoded, generator)
+        scores = self.score_candidates(predictions, encoded, generator)
         positives = scores.positives.transpose(1, 2)  # (X, M, P), X = B * W
         log_scores = self.masked(F.logsigmoid(positives - scores.negatives.unsqueeze(1)))
         cost, alignment = soft_align(
@@ -118,12 +118,12 @@ class CPCCTCCriterion(ContrastiveCriterion):
     def predict_all(self, context, encoded, speaker):
         """The predictions with what is added in front of them, (B, W, P, E)."""
         predictions = self.predict(context, speaker)
-        n_sequences, n_windows, _, dim = predictions.shape
+        batch_size, n_anchors, _, dim = predictions.shape
         columns = [predictions]
         if self.self_loop:
-            columns.insert(0, encoded[:, :n_windows].unsqueeze(2))
+            columns.insert(0, encoded[:, :n_anchors].unsqueeze(2))
         if self.blank_proto is not None:
-            columns.insert(0, self.blank_proto.mT.expand(n_sequences, n_windows, -1, -1))
+            columns.insert(0, self.blank_proto.mT.expand(batch_size, n_anchors, -1, -1))
         predictions = torch.cat(columns, dim=2)
         return F.layer_norm(predictions, (dim,)) if self.normalize_predictions else predictions
 
@@ -247,7 +247,7 @@ class _SumOverAlignments(torch.autograd.Function):
         # Log-probability of all ways into a state, and of these with its emission. Both are kept:
         # subtracting what was added would not give back what was there.
         entered, reached = torch.empty_like(emissions), torch.empty_like(emissions)
-        entered[0, :n_ends], entered[0, n_ends:] = 0, NEVER
+        entered[0, :n_ends], entered[0, n_ends:] = 0, LOG_ZERO
         torch.add(entered[0], emissions[0], out=reached[0])
         for frame in range(1, len(emissions)):
             _enter(reached[frame - 1], with_blanks, out=entered[frame])
