@@ -12,7 +12,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformers
-from criterion import CPCCriterion, CPCCTCCriterion, NoneCriterion, build_criterion, sampling
+from criterion import (
+    CPCCriterion,
+    CPCCTCCriterion,
+    CriterionOutput,
+    Networks,
+    NoneCriterion,
+    build_criterion,
+    sampling,
+)
 from criterion.classification import (
     CTCPhoneCriterion,
     PhoneCriterion,
@@ -36,6 +44,7 @@ from criterion.soft_align import (
     parse_mask_rules,
     soft_align,
 )
+from dataset import Batch
 from tests.helpers import assert_close, assert_gradients_close, golden_cases
 from utils.misc import UserError, generator_from
 
@@ -895,9 +904,10 @@ def test_extreme_scores_stay_finite(scale, aligned):
 
 
 def test_perfect_alignment_costs_nothing():
-    """Where no frame has a share in the cost, it is shared equally and not divided by zero."""
-    shares = CPCCTCCriterion.shares(torch.zeros(5, 6, 3), torch.zeros(5, 6, dtype=torch.long))
-    assert_close(shares, torch.full((1, 6), 1 / 6))
+    """A cost of zero is distributed equally over the frames, without dividing by zero."""
+    log_scores, alignment = torch.zeros(5, 6, 3), torch.zeros(5, 6, dtype=torch.long)
+    fractions = CPCCTCCriterion.loss_fractions(log_scores, alignment)
+    assert_close(fractions, torch.full((1, 6), 1 / 6))
 
 
 def test_losses_add_up_to_the_cost():
@@ -1126,6 +1136,71 @@ def test_no_criterion_by_flag():
 def test_flags_that_cannot_work(given, named):
     with pytest.raises(UserError, match=named):
         build_criterion(flags(**given), n_speakers=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "n_phones", "step_name", "has_accuracy"),
+    [
+        ({}, 0, "prediction step", True),
+        ({"cpc_mode": "reverse"}, 0, "prediction step", True),
+        ({"CPCCTC": True}, 0, "matched frame", True),
+        ({"CPCCTC": True, "cpc_mode": "none"}, 0, None, True),
+        ({"supervised": True, "CPCCTC": True}, 0, None, True),
+        ({"supervised": True}, 5, None, True),
+        ({"supervised": True, "CTC": True}, 5, None, False),
+    ],
+)
+def test_networks_know_what_their_losses_are(given, n_phones, step_name, has_accuracy):
+    options = {"onEncoder": False, "nLevelsPhone": 1, "CTC": False} | given
+    networks = Networks(build_criterion(flags(**options), 2, n_phones), nn.Identity())
+    assert (networks.step_name, networks.has_accuracy) == (step_name, has_accuracy)
+
+
+class DoublingModel(nn.Module):
+    """Notes what it is called with; context and encoded are the waveform, times a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 2.0))
+        self.calls = []
+
+    def forward(self, waveform, continues=None, past=None):
+        self.calls.append((waveform, continues, past))
+        return self.weight * waveform, waveform
+
+
+@pytest.mark.parametrize("target", ["speaker", "phone"])
+def test_networks_apply_the_criterion_to_the_model(target):
+    criterion = small_criterion(False)
+    if target == "phone":
+        criterion = PhoneCriterion(16, 3)
+    networks = Networks(criterion, DoublingModel())
+    names = [name for name, _ in networks.named_parameters()]
+    assert names[-1] == "model.weight"  # the optimiser states of checkpoints have this order
+    assert all(name.startswith("criterion.") for name in names[:-1])
+    batch = Batch(
+        torch.randn(4, 20, 16),
+        torch.arange(4) % 2,
+        torch.randint(3, (4, 20)),
+        torch.arange(4),
+        torch.tensor([True, False, True, False]),
+    )
+    losses, accuracies = networks(batch, generator_from(1))
+    label = getattr(batch, target)
+    expected = criterion(2 * batch.waveform, batch.waveform, label, generator=generator_from(1))
+    assert torch.equal(losses, expected.losses)
+    assert torch.equal(accuracies, expected.accuracies)
+    ((waveform, continues, past),) = networks.model.calls
+    assert waveform is batch.waveform
+    assert continues is batch.continues
+    assert past is None
+
+
+def test_extra_values_are_never_shared_between_outputs():
+    output = CriterionOutput(torch.zeros(1, 1), torch.zeros(1, 1), {})
+    assert dict(output.extra) == {}
+    with pytest.raises(TypeError):
+        output.extra["perplexity"] = 1.0
 
 
 # ------------------------------------------------------------------------------- classifiers
