@@ -49,13 +49,13 @@ def check_length(n_frames, size_sequence):
         )
 
 
-def side_by_side(layers, x):
+def batched_forward(layers, x):
     """What each of K layers makes of the same frames: (B, S, dim) -> (B, S, K, dim).
 
     Other than calling them one by one, this takes one batched product where K layers have K: on a
     GPU a few large products take less time. The layers are alike, with relative positions.
     """
-    n_layers, training, (n_sequences, n_frames, dim) = len(layers), layers[0].training, x.shape
+    n_layers, training, (batch_size, n_frames, dim) = len(layers), layers[0].training, x.shape
     check_length(n_frames, layers[0].multihead.Att.size_sequence)
 
     def all_of(name):  # (K, ...); other than of a stack, gradients come back to all in one copy
@@ -71,7 +71,7 @@ def side_by_side(layers, x):
 
     rows = x.flatten(0, 1).expand(n_layers, -1, -1)  # (K, B * S, dim)
     weight = torch.cat([all_of(f"multihead.{name}.weight") for name in ("Wq", "Wk", "Wv")], dim=1)
-    heads = torch.bmm(rows, weight.mT).view(n_layers * n_sequences, n_frames, 3, N_HEADS, -1)
+    heads = torch.bmm(rows, weight.mT).view(n_layers * batch_size, n_frames, 3, N_HEADS, -1)
     query, key, value = heads.permute(2, 0, 3, 1, 4)  # (K * B, heads, S, dim_head)
     attended = attend(query, key, value, all_of("multihead.Att.Krelpos"), training)
     attended = attended.transpose(1, 2).reshape(n_layers, -1, dim)
@@ -79,7 +79,7 @@ def side_by_side(layers, x):
     hidden = F.dropout(linear(rows, "ffnetwork.lin1"), DROPOUT, training)
     hidden = F.relu(hidden, inplace=True)
     rows = normalised(rows + linear(hidden, "ffnetwork.lin2"), "ln_ffnetwork")
-    return rows.unflatten(1, (n_sequences, n_frames)).permute(1, 2, 0, 3)
+    return rows.unflatten(1, (batch_size, n_frames)).permute(1, 2, 0, 3)
 
 
 class SinusoidalPositions(nn.Module):

@@ -192,8 +192,8 @@ def score_copies(pool, predictions, candidates):
 
 def alignment_inputs(batch):
     generator = torch.Generator().manual_seed(0)
-    n_windows = batch * (N_FRAMES - N_MATCHED)
-    scores = torch.randn(n_windows, N_MATCHED, N_SYMBOLS, generator=generator)
+    n_anchors = batch * (N_FRAMES - N_MATCHED)
+    scores = torch.randn(n_anchors, N_MATCHED, N_SYMBOLS, generator=generator)
     return (F.logsigmoid(scores - 4).requires_grad_(),)
 
 
@@ -210,15 +210,15 @@ class _InnerCTC(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_probs):
-        n_windows = len(log_probs)
+        n_anchors = len(log_probs)
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
             emissions = F.pad(F.pad(leaf, (0, 0, *SKIPS)), (1, 0), value=FORBIDDEN)
             cost = F.ctc_loss(
                 emissions.log_softmax(dim=2).transpose(0, 1),
-                torch.arange(1, N_SYMBOLS + 1, device=leaf.device).expand(n_windows, -1),
-                torch.full((n_windows,), emissions.size(1)),
-                torch.full((n_windows,), N_SYMBOLS),
+                torch.arange(1, N_SYMBOLS + 1, device=leaf.device).expand(n_anchors, -1),
+                torch.full((n_anchors,), emissions.size(1)),
+                torch.full((n_anchors,), N_SYMBOLS),
                 reduction="none",
             ) - emissions.logsumexp(dim=2).sum(dim=1)
             (gradient,) = torch.autograd.grad(cost.sum(), leaf)

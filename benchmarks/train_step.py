@@ -341,13 +341,13 @@ def floating_point_operations(args):
     widths = [dim] + [args.hiddenGar] * args.nLevelsGRU
     ar = n_frames * sum(n_gates * args.hiddenGar * (w + args.hiddenGar) for w in widths[:-1])
     n_future = args.CPCCTCNumMatched if args.CPCCTC else args.nPredicts
-    n_windows = n_frames - n_future
-    head = n_windows * args.hiddenGar * dim
+    n_anchors = n_frames - n_future
+    head = n_anchors * args.hiddenGar * dim
     if args.rnnMode == "transformer":  # query, key, value, output; feed-forward; attention
-        head = n_windows * (4 * dim * dim + 2 * dim * SIZE_FEED_FORWARD + 3 * n_windows * dim)
+        head = n_anchors * (4 * dim * dim + 2 * dim * SIZE_FEED_FORWARD + 3 * n_anchors * dim)
     n_predictions = args.nPredicts + args.CPCCTCSelfLoop
     n_candidates = args.negativeSamplingExt + (n_future if args.CPCCTC else 1)
-    scores = n_windows * n_predictions * n_candidates * dim
+    scores = n_anchors * n_predictions * n_candidates * dim
     return {
         "encoder": 2 * batch * (3 * sum(convolutions) - convolutions[0]),
         "AR": 2 * batch * 3 * ar,

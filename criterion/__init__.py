@@ -1,7 +1,8 @@
-"""What training minimises, and the classifiers that probe what was learned."""
+"""Training criteria, and the classifiers used as probes."""
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion, SpeakerCriterion
 from criterion.cpc import CPCCriterion, NoneCriterion
+from criterion.networks import Networks
 from criterion.prediction import CriterionOutput
 from criterion.soft_align import CPCCTCCriterion, parse_mask_rules
 from utils.misc import SAMPLES_PER_FRAME, UserError
@@ -10,6 +11,7 @@ __all__ = [
     "CPCCTCCriterion",
     "CPCCriterion",
     "CriterionOutput",
+    "Networks",
     "NoneCriterion",
     "build_criterion",
     "mask_rules",
@@ -17,11 +19,11 @@ __all__ = [
 
 
 def build_criterion(args, n_speakers, n_phones=0):
-    """The criterion that the architecture flags in `args` ask for.
+    """The criterion that the architecture flags in `args` describe.
 
-    n_speakers: how many speakers --speakerEmbedding or --supervised tells apart; n_phones: how
-    many phones --supervised does, 0 for speakers. Raises UserError, naming the flags, where they
-    can't work together.
+    n_speakers: number of speakers, for --speakerEmbedding and --supervised; n_phones: number of
+    phones for --supervised, 0 to classify speakers. Raises UserError, naming the flags, if they
+    contradict each other.
     """
     if args.supervised:
         return _build_classifier(args, n_speakers, n_phones)
@@ -66,7 +68,7 @@ def _build_classifier(args, n_speakers, n_phones):
 
 
 def mask_rules(text):
-    """What `parse_mask_rules` makes of `--CPCCTCMasq`. Raises UserError, naming the flag."""
+    """`parse_mask_rules` of --CPCCTCMasq. Raises UserError, naming the flag."""
     try:
         return parse_mask_rules(text)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Classifiers of speakers and phones on top of the features, for probes and supervised training.
+"""Speaker and phone classifiers on top of the features, for probes and supervised training.
 
-Each is a criterion with the interface of the others, `criterion(context, encoded, label)`; its
-attribute `target` says which label of a batch that is, "speaker" or "phone".
+Each has the interface of all criteria, `criterion(context, encoded, label)`; its attribute `target`
+names the label in a `Batch` that it takes, "speaker" or "phone".
 """
 
 import torch
@@ -13,9 +13,9 @@ from criterion.seq_alignment import collapse_label_chain
 
 
 def build_classifier(n_features, n_classes, n_layers=1, n_outputs=None):
-    """A linear layer, or `n_layers` of them with ReLU between.
+    """`n_layers` linear layers with ReLU between them.
 
-    Every layer has `n_classes` neurons, the last one `n_outputs` (default: `n_classes`).
+    Each layer has `n_classes` outputs, the last one `n_outputs` (default: `n_classes`).
     """
     widths = [n_features] + [n_classes] * (n_layers - 1) + [n_outputs or n_classes]
     return _stack_layers(widths)
@@ -36,22 +36,23 @@ def _mean_accuracy(logits, label):
 
 
 class _Classifier(nn.Module):
-    """What all classifiers share. Subclasses define `logits` and `score`."""
+    """Base of all classifiers. Subclasses define `logits` and `loss_and_accuracy`."""
 
     target = "phone"
+    step_name, has_accuracy = None, True
 
     def forward(self, context, encoded, label, capture=frozenset(), generator=None):
         """context (B, S, C), encoded (B, S, E), label (B,) of speakers or (B, S) of phones.
 
-        Returns a CriterionOutput: mean loss (1, 1), share of right answers (1, 1) and nothing
-        captured. There is nothing random here; `generator` is part of the common interface.
+        Returns a CriterionOutput: mean loss (1, 1), accuracy (1, 1) and nothing captured.
+        `capture` and `generator` belong to the common interface and are ignored.
         """
-        loss, accuracy = self.score(self.logits(context, encoded), label)
+        loss, accuracy = self.loss_and_accuracy(self.logits(context, encoded), label)
         return CriterionOutput(loss, accuracy, {})
 
 
 class SpeakerCriterion(_Classifier):
-    """Who speaks, from the last frame of the context."""
+    """Classify the speaker from the last frame of the context."""
 
     target = "speaker"
 
@@ -63,16 +64,16 @@ class SpeakerCriterion(_Classifier):
         """(B, S, C) -> (B, n_speakers)"""
         return self.linearSpeakerClassifier(context[:, -1])
 
-    def score(self, logits, label):
+    def loss_and_accuracy(self, logits, label):
         """Mean cross-entropy and accuracy, each (1, 1)."""
         return F.cross_entropy(logits, label).view(1, 1), _mean_accuracy(logits, label)
 
 
 class SpeakerDoubleCriterion(SpeakerCriterion):
-    """The same through a bottleneck of `n_inner` dimensions, without a non-linearity.
+    """A speaker classifier with a linear bottleneck of `n_inner` dimensions.
 
-    The first layer spans the directions that tell speakers apart; the null-space probes remove
-    them.
+    The first layer spans the directions that separate speakers; the null-space probes project them
+    out.
     """
 
     def __init__(self, n_features, n_inner, n_speakers):
@@ -83,7 +84,7 @@ class SpeakerDoubleCriterion(SpeakerCriterion):
 
 
 class PhoneCriterion(_Classifier):
-    """Which phone each frame belongs to, from contexts or, with `on_encoder`, encoded frames."""
+    """Classify the phone of each frame, from contexts or, with `on_encoder`, encoded frames."""
 
     def __init__(self, n_features, n_phones, on_encoder=False, n_layers=1):
         super().__init__()
@@ -94,19 +95,21 @@ class PhoneCriterion(_Classifier):
         """(B, S, C) or (B, S, E) -> (B, S, n_phones)"""
         return self.PhoneCriterionClassifier(encoded if self.on_encoder else context)
 
-    def score(self, logits, label):
+    def loss_and_accuracy(self, logits, label):
         """Mean cross-entropy and accuracy over all frames, each (1, 1)."""
         loss = F.cross_entropy(logits.flatten(0, 1), label.flatten())
         return loss.view(1, 1), _mean_accuracy(logits, label)
 
 
 class CTCPhoneCriterion(_Classifier):
-    """Which phones are said, in which order, from contexts: connectionist temporal classification
-    (Graves et al. 2006). The frame labels serve as their sequence, without repetitions.
+    """Recognise the phone sequence from contexts by connectionist temporal classification (Graves
+    et al. 2006). The reference is the sequence of frame labels without repetitions.
 
-    The last layer has one output more than there are phones, the blank. Classifiers of the
-    original program may have other widths; a loaded one keeps them.
+    The last output is the blank. Inner layers take the widths of a loaded state, since classifiers
+    of the original program have other widths.
     """
+
+    has_accuracy = False
 
     def __init__(self, n_features, n_phones, on_encoder=False, n_layers=1):
         super().__init__()
@@ -122,9 +125,9 @@ class CTCPhoneCriterion(_Classifier):
         """(B, S, C) -> (B, S, n_phones + 1)"""
         return self.PhoneCriterionClassifier(context)
 
-    def score(self, logits, label):
-        """CTC loss / length of the label sequence, mean over the batch, (1, 1); a row that has
-        more labels than frames allow counts 0. There is no accuracy by frames: 0."""
+    def loss_and_accuracy(self, logits, label):
+        """CTC loss per label, averaged over the batch, (1, 1); rows with more labels than frames
+        allow count as 0. The accuracy, (1, 1), is always 0: CTC has none per frame."""
         sequences, lengths = collapse_label_chain(label)
         n_rows, n_frames, _ = logits.shape
         loss = F.ctc_loss(
@@ -139,7 +142,7 @@ class CTCPhoneCriterion(_Classifier):
 
 
 def _take_stored_widths(criterion, state_dict, prefix, *_):
-    """Before a state is loaded, give the inner layers the widths that they have in it."""
+    """Resize the inner layers to the widths in a state that is about to be loaded."""
     classifier = criterion.PhoneCriterionClassifier
     if not isinstance(classifier, nn.Sequential):
         return
@@ -148,8 +151,8 @@ def _take_stored_widths(criterion, state_dict, prefix, *_):
         if stored is None or not isinstance(linear, nn.Linear):
             continue
         n_outputs, n_inputs = stored.shape
-        if linear is not classifier[-1]:  # the last width is the number of classes: not adapted
+        if linear is not classifier[-1]:  # the output width is the number of classes: fixed
             linear.out_features, linear.bias.data = n_outputs, linear.bias.new_empty(n_outputs)
-        if linear is not classifier[0]:  # nor the first, the number of features
+        if linear is not classifier[0]:  # the input width is that of the features: fixed
             linear.in_features = n_inputs
         linear.weight.data = linear.weight.new_empty(linear.out_features, linear.in_features)

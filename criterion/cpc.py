@@ -1,4 +1,4 @@
-"""Contrastive predictive coding, and the criterion of a run that learns nothing."""
+"""Contrastive predictive coding, and a criterion that learns nothing."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from criterion.prediction import ContrastiveCriterion, CriterionOutput
 
 
 class CPCCriterion(ContrastiveCriterion):
-    """Tell the frame k steps ahead from random frames, for k = 1 to n_predictions.
+    """Tell the frame k steps ahead from random frames, for k = 1 to K = n_predictions.
 
     The InfoNCE loss of van den Oord et al., "Representation learning with contrastive predictive
     coding" (2018), with the heads of Riviere et al., "Unsupervised pretraining transfers well
@@ -21,33 +21,34 @@ class CPCCriterion(ContrastiveCriterion):
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None):
         """context (B, S, C), encoded (B, S, E), speaker (B,) -> CriterionOutput with (1, K).
 
-        capture: may hold "pred", the predictions (B, W, E, K). generator: where negatives come
-        from (None: the global generator). Raises ValueError for other things to capture.
+        capture: may hold "pred", the predictions (B, W, E, K). generator: draws the negatives
+        (None: the global generator). Raises ValueError for other names to capture.
         """
         if not capture <= {"pred"}:
             raise ValueError(f"plain CPC has no {sorted(capture - {'pred'})} to capture")
         context, encoded = self.in_direction(context, encoded)
         predictions = self.predict(context, speaker)
-        scores = self.score(predictions, encoded, generator)
-        # Prediction k is for frame k of those that follow, and no other.
+        scores = self.score_candidates(predictions, encoded, generator)
+        # Prediction k is scored against the k-th following frame only.
         positives, best_negative = scores.positives.diagonal(dim1=1, dim2=2), scores.best_negative
         losses = -F.logsigmoid(positives - scores.negatives).mean(dim=0, keepdim=True)
-        # A negative may be the right frame itself, its score a rounding error apart: not a mistake.
+        # A negative may be the true frame itself, up to rounding of its score: not a mistake.
         hits = (positives > best_negative) | torch.isclose(positives, best_negative)
         captured = {"pred": predictions.detach().transpose(2, 3).float()} if capture else {}
         return CriterionOutput(losses, hits.float().mean(dim=0, keepdim=True), captured)
 
 
 class NoneCriterion(nn.Module):
-    """The criterion of `--cpc_mode none`: nothing to predict, so nothing is learned."""
+    """The criterion of `--cpc_mode none`: nothing is predicted, so nothing is learned."""
 
     target = "speaker"
+    step_name, has_accuracy = None, True
 
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None):
         """Returns a loss and an accuracy of zero, both (1, 1).
 
-        The loss depends on the context, so that its gradient, which is zero, reaches every
-        parameter of the model: optimisers and DistributedDataParallel count on that.
+        The loss is computed from the context, so that every parameter of the model has a gradient
+        (of zero): optimisers and DistributedDataParallel need one.
         """
         if capture:
             raise ValueError(f"without a criterion there is no {sorted(capture)} to capture")

@@ -39,8 +39,8 @@ class EqualizedConv1d(Equalized):
         super().__init__(nn.Conv1d(dim_in, dim_out, kernel_size))
 
 
-def joined(layers):
-    """Weights and biases of equalized layers of one size, one below the other, times their gain."""
+def stacked_weights(layers):
+    """Weights and biases of equal-sized layers times their gain, concatenated over outputs."""
     weights = torch.cat([layer.module.weight for layer in layers])
     biases = torch.cat([layer.module.bias for layer in layers])
     return weights * layers[0].gain, biases * layers[0].gain

@@ -1,18 +1,18 @@
-"""Scores of candidates in kernels of their own, for a GPU; in Triton.
+"""Scores of candidates in Triton kernels, for GPUs.
 
-The same numbers as `sampling._ChunkedScores`, which is the form to read first and the one that
-the tests compare with. There, the vectors of a few hundred windows' candidates are written to
-memory, read by a matrix product, and again, gradients included, on the way back. Here, each
-vector goes from the pool, which a GPU's L2 cache holds (1 kB a frame by default), straight to the
-processor that multiplies it, and only scores are written. Gradients of the pool are added up
-atomically, in an order that varies: their last bits differ from run to run on a GPU.
+They compute the same as `sampling._ChunkedScores`, which is the version to read first and the
+reference in the tests. There, the candidates of a few hundred anchors are written to memory and
+read by a matrix product, and all again, with gradients, in the backward pass. Here, each vector
+goes from the pool, which fits a GPU's L2 cache (1 kB per frame with the defaults), directly to the
+multiprocessor that needs it, and only scores are written. Gradients of the pool are summed by
+atomic additions in varying order: their last bits differ from run to run.
 
-One program of the forward pass scores one window; one of the backward pass has a window and a
-block of features. Scores are kept between the two: K floats for each candidate are little beside
-the K predictions themselves, and with them a block of features needs none of the others.
+A program of the forward pass scores one anchor; a program of the backward pass handles one anchor
+and one block of features. Scores are kept for the backward pass: K floats per candidate are little
+beside the K predictions, and with them each block of features can be differentiated alone.
 
-Triton compiles the kernels at their first launch, for the sizes it meets, so launch them once
-before a CUDA graph is captured. Nothing here waits for the GPU or tries out alternatives.
+Triton compiles the kernels at their first launch, for the given sizes, so launch them once before
+capturing a CUDA graph. Nothing here synchronises with the GPU or auto-tunes.
 """
 
 import torch
@@ -21,30 +21,30 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 # Blocks of the matrix products. Compiled for an H100, 256 features and up to 16 predictions, the
-# forward kernel takes about 130 registers in a thread and 12 kB of shared memory, the backward one
-# about 170 and 21 kB: nothing spills, and a processor has room for 15 programs or 6. One warp for
-# products of 16 x 32, two for 16 x 64, give each thread 4 x 4 of them: it multiplies each value
-# that it reads from shared memory, the bottleneck, four times.
+# forward kernel takes about 130 registers per thread and 12 kB of shared memory, the backward
+# kernel about 170 and 21 kB: nothing spills, and a multiprocessor runs 15 or 6 programs at once.
+# One warp for blocks of 16 x 32, two for 16 x 64, give each thread 4 x 4 products: it uses each
+# value that it reads from shared memory, the bottleneck, four times.
 CANDIDATES_AT_ONCE = 32
 FEATURES_FORWARD, WARPS_FORWARD = 32, 1
 FEATURES_BACKWARD, WARPS_BACKWARD = 64, 2
-SMALLEST_BLOCK = 16  # of the dimensions of tl.dot
+SMALLEST_BLOCK = 16  # smallest size that tl.dot takes
 
 
 class FusedScores(torch.autograd.Function):
-    """Like `sampling._ChunkedScores`, in float32 only. Indices must be right: none is checked."""
+    """Like `sampling._ChunkedScores`, in float32 only. Indices are not checked."""
 
     @staticmethod
     def forward(ctx, pool, predictions, candidates, n_positives):
         pool, predictions = pool.contiguous(), predictions.contiguous()
         candidates = candidates.contiguous()
-        n_windows, n_predictions, _ = predictions.shape
-        scores = predictions.new_empty(n_windows, n_predictions, candidates.size(1))
-        log_sum = predictions.new_empty(n_windows, n_predictions)
+        n_anchors, n_predictions, _ = predictions.shape
+        scores = predictions.new_empty(n_anchors, n_predictions, candidates.size(1))
+        log_sum = predictions.new_empty(n_anchors, n_predictions)
         best = torch.empty_like(log_sum)
         blocks = _blocks(n_predictions, FEATURES_FORWARD, WARPS_FORWARD)
         with torch.cuda.device_of(pool):
-            _score_window[(n_windows,)](
+            _score_anchor[(n_anchors,)](
                 *(pool, predictions, candidates, scores, log_sum, best),
                 *(n_predictions, candidates.size(1), n_positives, pool.size(1)),
                 **blocks,
@@ -57,12 +57,12 @@ class FusedScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, positives_gradient, log_sum_gradient, _):
         pool, predictions, candidates, scores, log_sum = ctx.saved_tensors
-        n_windows, n_predictions, dim = predictions.shape
+        n_anchors, n_predictions, dim = predictions.shape
         pool_gradient = torch.zeros_like(pool)
         predictions_gradient = torch.empty_like(predictions)
         blocks = _blocks(n_predictions, FEATURES_BACKWARD, WARPS_BACKWARD)
         with torch.cuda.device_of(pool):
-            _differentiate_window[(n_windows, triton.cdiv(dim, FEATURES_BACKWARD))](
+            _differentiate_anchor[(n_anchors, triton.cdiv(dim, FEATURES_BACKWARD))](
                 *(pool, predictions, candidates, scores, log_sum),
                 *(positives_gradient.contiguous(), log_sum_gradient.contiguous()),
                 *(pool_gradient, predictions_gradient),
@@ -73,7 +73,7 @@ class FusedScores(torch.autograd.Function):
 
 
 def _blocks(n_predictions, n_features, n_warps):
-    """Sizes of a kernel's blocks; more predictions get more warps, so that registers suffice."""
+    """Block sizes of a kernel; more predictions get more warps, so that registers suffice."""
     predictions = max(SMALLEST_BLOCK, triton.next_power_of_2(n_predictions))
     return {
         "PREDICTIONS": predictions,
@@ -83,13 +83,13 @@ def _blocks(n_predictions, n_features, n_warps):
     }
 
 
-# In the kernels, tensors are contiguous, and positions in them have 64 bits. Sizes are those of
-# `score_candidates`; PREDICTIONS, CANDIDATES and FEATURES are how many are handled at once, beyond
-# the end of a tensor as zeros (predictions, vectors) or as what has no weight (scores).
+# In the kernels, tensors are contiguous and offsets into them have 64 bits. Sizes are those of
+# `score_candidates`. PREDICTIONS, CANDIDATES and FEATURES are block sizes; entries past the end of
+# a tensor are read as zero (predictions, vectors) or as -inf (scores of negatives).
 
 
 @triton.jit
-def _score_window(
+def _score_anchor(
     pool,  # (F, E)
     predictions,  # (X, K, E)
     candidates,  # (X, C)
@@ -104,19 +104,19 @@ def _score_window(
     CANDIDATES: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Scores of a window's candidates; the greatest of negatives, and log of their exps' sum."""
-    window = tl.program_id(0).to(tl.int64)
+    """Scores of an anchor's candidates; maximum and log-sum-exp over its negatives."""
+    anchor = tl.program_id(0).to(tl.int64)
     prediction = tl.arange(0, PREDICTIONS)
-    row = window * n_predictions + prediction
+    row = anchor * n_predictions + prediction
     in_rows = prediction < n_predictions
-    # Finite: a block of positives only leaves them as they are, where -inf would give inf - inf.
+    # Finite, since a block that holds positives only would compute -inf - -inf.
     highest = tl.full((PREDICTIONS,), -3e38, tl.float32)
     total = tl.zeros((PREDICTIONS,), tl.float32)  # of exp(score - highest)
 
     for first in range(0, n_candidates, CANDIDATES):
         column = first + tl.arange(0, CANDIDATES)
         in_columns = column < n_candidates
-        frame = tl.load(candidates + window * n_candidates + column, mask=in_columns, other=0)
+        frame = tl.load(candidates + anchor * n_candidates + column, mask=in_columns, other=0)
         products = tl.zeros((PREDICTIONS, CANDIDATES), tl.float32)
         for first_feature in range(0, dim, FEATURES):
             feature = first_feature + tl.arange(0, FEATURES)
@@ -149,7 +149,7 @@ def _score_window(
 
 
 @triton.jit
-def _differentiate_window(
+def _differentiate_anchor(
     pool,  # (F, E)
     predictions,  # (X, K, E)
     candidates,  # (X, C)
@@ -167,10 +167,10 @@ def _differentiate_window(
     CANDIDATES: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Gradients of a window's predictions and of its candidates, for a block of features."""
-    window = tl.program_id(0).to(tl.int64)
+    """Gradients of an anchor's predictions and candidates, for a block of features."""
+    anchor = tl.program_id(0).to(tl.int64)
     prediction = tl.arange(0, PREDICTIONS)
-    row = window * n_predictions + prediction
+    row = anchor * n_predictions + prediction
     in_rows = prediction < n_predictions
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     in_dim = feature < dim
@@ -185,7 +185,7 @@ def _differentiate_window(
         column = first + tl.arange(0, CANDIDATES)
         in_columns = column < n_candidates
         is_positive = column < n_positives
-        frame = tl.load(candidates + window * n_candidates + column, mask=in_columns, other=0)
+        frame = tl.load(candidates + anchor * n_candidates + column, mask=in_columns, other=0)
         block = tl.load(
             scores + row[:, None] * n_candidates + column[None, :],
             mask=in_rows[:, None] & in_columns[None, :],

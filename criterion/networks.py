@@ -1,12 +1,12 @@
-"""The module that is trained: criterion and model."""
+"""Everything that is trained, as one module."""
 
-import torch
+from torch import nn
 
 
-class Networks(torch.nn.Module):
-    """Everything that is trained: the criterion, then the model (the original's order).
+class Networks(nn.Module):
+    """The criterion and the model: what the optimiser, DistributedDataParallel and CUDA graphs see.
 
-    One forward pass is what an optimiser, a compiler and data parallelism see.
+    Registered in this order, which is that of the optimiser states in checkpoints.
     """
 
     def __init__(self, criterion, model):
@@ -15,7 +15,10 @@ class Networks(torch.nn.Module):
         self.model = model
 
     def forward(self, batch, generator=None):
-        """A `Batch` -> losses and accuracies, (1, n) each, one for each prediction step."""
+        """A `Batch` -> losses and accuracies, (1, n) each; see CriterionOutput.
+
+        generator: draws the negatives (None: the global generator).
+        """
         context, encoded = self.model(batch.waveform, batch.continues)
         label = getattr(batch, self.criterion.target)
         output = self.criterion(context, encoded, label, generator=generator)
@@ -23,10 +26,10 @@ class Networks(torch.nn.Module):
 
     @property
     def step_name(self):
-        """The meaning of each entry in a row of losses; None where a row has one."""
+        """What each of the n losses belongs to: "prediction step", "matched frame", or None."""
         return self.criterion.step_name
 
     @property
     def has_accuracy(self):
-        """Whether the accuracies mean anything."""
+        """Whether accuracies mean anything; those of CTC phone recognition are always 0."""
         return self.criterion.has_accuracy

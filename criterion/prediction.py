@@ -1,10 +1,12 @@
-"""What both contrastive criteria share: the heads that predict future frames, and their scoring.
+"""The prediction heads shared by both contrastive criteria, and the scoring of their predictions.
 
-Each prediction has a head of its own. All heads look at the past only: window w is predicted from
-the context of frames 0 to w.
+An anchor is a frame that is predicted from. There is one head per prediction step. All heads are
+causal: at anchor w they see the context of frames 0 to w only.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -12,42 +14,45 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion import sampling
-from criterion.custom_layers import EqualizedConv1d, EqualizedLinear, joined
-from transformers import build_transformer, side_by_side
+from criterion.custom_layers import EqualizedConv1d, EqualizedLinear, stacked_weights
+from transformers import batched_forward, build_transformer
 from utils.misc import UserError, recurrent
 
-DROPOUT = 0.5  # share of the predicted features dropped with --dropout
-ONE_BY_ONE_ON = ("cpu",)  # types of devices on which products of all heads gain nothing
+DROPOUT = 0.5  # fraction of the predicted features dropped with --dropout
+LOOP_OVER_HEADS_ON = ("cpu",)  # device types where batching all heads is no faster
 
 
 class CriterionOutput(NamedTuple):
-    """What every criterion returns; n is K (plain CPC), M (CPC-CTC) or 1."""
+    """The return value of every criterion; n is K (plain CPC), M (CPC-CTC) or 1."""
 
-    losses: torch.Tensor  # (1, n), their sum is what training minimises
-    accuracies: torch.Tensor  # (1, n), shares of right answers
-    captured: dict  # name -> detached tensor, of what was asked for
+    losses: torch.Tensor  # (1, n); training minimises their sum
+    accuracies: torch.Tensor  # (1, n), fractions correct
+    captured: dict  # name -> detached tensor, for each name in `capture`
+    extra: Mapping = MappingProxyType({})  # name -> scalar tensor, further values to log
 
 
 class ContrastiveCriterion(nn.Module):
-    """The common part of CPC and CPC-CTC: predict from each window, score against negatives.
+    """Base of CPC and CPC-CTC: predict from each anchor, score against negatives.
 
-    A *window* is a frame to predict from: one with `n_future` frames after it, so that of S
-    frames the first W = S - n_future are windows. Each of a window's predictions is scored
-    with those n_future frames and with n_negatives random ones.
+    An anchor is a frame with at least `n_future` frames after it: of the S frames of a window,
+    the first W = S - n_future are anchors. Each prediction is scored against the n_future frames
+    after its anchor and against n_negatives random frames.
 
-    n_frames: S, the length of the sequences (a transformer head must know it)
-    limit_negatives: if > 0, negatives come from groups of that many sequences of the batch
-    first_offset: how far after its window a negative lies at least, in frames
+    n_frames: S (a transformer head must know it)
+    limit_negatives: if > 0, negatives come from groups of this many windows of the batch
+    first_offset: a negative lies at least this many frames after its anchor
     reverse: predict the past from the future
-    speaker_embedding: if > 0, the size of a learned vector of the speaker, one of n_speakers,
-        that heads see beside the context
+    speaker_embedding: if > 0, the size of a learned embedding of the speaker (one of n_speakers),
+        appended to the context
     rnn_mode, dropout: see PredictionNetwork
 
-    Raises UserError for dimensions that can't work.
+    Raises UserError if the dimensions don't fit together.
     """
 
-    target = "speaker"  # the label of a batch that forward takes
-    fused_scores = False  # score in kernels written for it, where they can run
+    target = "speaker"  # the label in a `Batch` that `forward` takes
+    step_name = "prediction step"  # what each entry of losses and accuracies belongs to
+    has_accuracy = True
+    fused_scores = False  # score with the Triton kernels where they can run
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class ContrastiveCriterion(nn.Module):
         if n_frames <= n_future:
             raise UserError(
                 f"--sizeWindow has {n_frames} frames of 10 ms, too few to look {n_future} frames "
-                "ahead: choose a longer one, or fewer --nPredicts (with --CPCCTC: a smaller "
+                "ahead: choose a larger one, or a smaller --nPredicts (with --CPCCTC: a smaller "
                 "--CPCCTCNumMatched)"
             )
         self.n_future = n_future
@@ -78,7 +83,7 @@ class ContrastiveCriterion(nn.Module):
         self.limit_negatives = limit_negatives
         self.first_offset = first_offset
         self.reverse = reverse
-        # Registered in this order, in which optimiser states of existing checkpoints are stored.
+        # The order of registration is that of the optimiser states in existing checkpoints.
         self.speakerEmb = nn.Embedding(n_speakers, speaker_embedding) if speaker_embedding else None
         self.wPrediction = PredictionNetwork(
             n_predictions,
@@ -89,9 +94,9 @@ class ContrastiveCriterion(nn.Module):
             dropout=dropout,
         )
 
-    def in_direction(self, *sequences):
-        """The sequences (B, S, ...), turned around in time if the criterion works in reverse."""
-        return [sequence.flip(1) for sequence in sequences] if self.reverse else sequences
+    def in_direction(self, *features):
+        """Each tensor (B, S, ...), reversed in time if the criterion predicts the past."""
+        return [frames.flip(1) for frames in features] if self.reverse else features
 
     def predict(self, context, speaker):
         """context (B, S, C), speaker (B,) -> predictions (B, W, K, E)."""
@@ -101,11 +106,11 @@ class ContrastiveCriterion(nn.Module):
             context = torch.cat([context, voice], dim=2)
         return self.wPrediction(context)
 
-    @torch.compiler.disable  # its draws must not depend on --compile, and nothing is left to fuse
-    def score(self, predictions, encoded, generator):
-        """predictions (B, W, P, E), encoded (B, S, E) -> CandidateScores of X = B * W windows."""
-        n_sequences, n_frames = encoded.shape[:2]
-        sizes, device = (n_sequences, n_frames, predictions.size(1)), encoded.device
+    @torch.compiler.disable  # draws must not depend on --compile; nothing here to fuse
+    def score_candidates(self, predictions, encoded, generator):
+        """predictions (B, W, P, E), encoded (B, S, E) -> CandidateScores of X = B * W anchors."""
+        batch_size, n_frames = encoded.shape[:2]
+        sizes, device = (batch_size, n_frames, predictions.size(1)), encoded.device
         positives = sampling.following_frames(*sizes, self.n_future, device)
         negatives = sampling.draw_negatives(
             *sizes,
@@ -128,37 +133,37 @@ class ContrastiveCriterion(nn.Module):
 class PredictionNetwork(nn.Module):
     """`n_predictions` independent heads, each (B, W, dim_context) -> (B, W, dim_encoded).
 
-    rnn_mode names their kind, see build_head (None: linear). n_windows is W, which a transformer
-    head must know. With dropout, half of the predicted features are dropped in training. Raises
-    UserError for an unknown kind, or one that can't work with these dimensions.
+    rnn_mode: the kind of head, see build_head (None: linear); n_anchors: W, which a transformer
+    head must know; dropout: drop half of the predicted features in training. Raises UserError for
+    an unknown rnn_mode, or one that these dimensions don't suit.
     """
 
     def __init__(
-        self, n_predictions, dim_context, dim_encoded, n_windows, *, rnn_mode, dropout=False
+        self, n_predictions, dim_context, dim_encoded, n_anchors, *, rnn_mode, dropout=False
     ):
         super().__init__()
         self.predictors = nn.ModuleList(
-            build_head(rnn_mode or "linear", dim_context, dim_encoded, n_windows)
+            build_head(rnn_mode or "linear", dim_context, dim_encoded, n_anchors)
             for _ in range(n_predictions)
         )
         self.dropout = nn.Dropout(DROPOUT if dropout else 0.0)
 
     def forward(self, context):
         """context (B, W, dim_context) -> predictions (B, W, n_predictions, dim_encoded)."""
-        context = context.contiguous()  # once, not in every head
-        one_by_one = context.device.type in ONE_BY_ONE_ON
-        kind = Head if one_by_one else type(self.predictors[0])
-        return self.dropout(kind.together(self.predictors, context))
+        context = context.contiguous()  # once here instead of once per head
+        loop = context.device.type in LOOP_OVER_HEADS_ON
+        head_type = Head if loop else type(self.predictors[0])
+        return self.dropout(head_type.forward_all(self.predictors, context))
 
 
 class Head:
-    """One of several alike that predict from the same context, each another frame."""
+    """One of K heads of the same type that predict different frames from the same context."""
 
     @staticmethod
-    def together(heads, context):
-        """What all make of context (B, W, dim_context): (B, W, len(heads), dim_encoded).
+    def forward_all(heads, context):
+        """context (B, W, dim_context) -> predictions of all heads, (B, W, K, dim_encoded).
 
-        One after the other; subclasses do it in products that take in all heads, which suits a GPU.
+        Here in a loop over heads. Subclasses batch the matrix products of all heads, for GPUs.
         """
         return torch.stack([head(context) for head in heads], dim=2)
 
@@ -176,17 +181,17 @@ class FeedForwardHead(Head, nn.Module):
         return self.lin2(F.relu(self.lin1(context)))
 
     @staticmethod
-    def together(heads, context):
+    def forward_all(heads, context):
         first, second = ([getattr(head, name) for head in heads] for name in ("lin1", "lin2"))
-        hidden = F.relu(F.linear(context, *joined(first)))
+        hidden = F.relu(F.linear(context, *stacked_weights(first)))
         hidden = hidden.flatten(0, 1).unflatten(1, (len(heads), -1)).transpose(0, 1)
-        weight, bias = (tensor.unflatten(0, (len(heads), -1)) for tensor in joined(second))
+        weight, bias = (tensor.unflatten(0, (len(heads), -1)) for tensor in stacked_weights(second))
         predictions = torch.baddbmm(bias.unsqueeze(1), hidden, weight.mT)
         return predictions.unflatten(1, context.shape[:2]).permute(1, 2, 0, 3)
 
 
 class CausalConvolutionHead(Head, nn.Module):
-    """An equalized convolution over a frame and the kernel_size - 1 before it."""
+    """An equalized convolution over a frame and the kernel_size - 1 frames before it."""
 
     def __init__(self, dim_context, dim_encoded, kernel_size):
         super().__init__()
@@ -202,14 +207,14 @@ class CausalConvolutionHead(Head, nn.Module):
         return F.pad(context.transpose(1, 2), (self.n_before, 0))
 
     @staticmethod
-    def together(heads, context):
-        weight, bias = joined([head.module for head in heads])
+    def forward_all(heads, context):
+        weight, bias = stacked_weights([head.module for head in heads])
         predictions = F.conv1d(heads[0].padded(context), weight, bias)
         return predictions.unflatten(1, (len(heads), -1)).permute(0, 3, 1, 2)
 
 
 class RecurrentHead(Head):
-    """A recurrent layer over the frames, of which the outputs are wanted and not the last state."""
+    """A recurrent layer over the frames; returns the outputs without the last state."""
 
     def __init__(self, dim_context, dim_encoded):
         super().__init__(dim_context, dim_encoded, batch_first=True)
@@ -220,15 +225,15 @@ class RecurrentHead(Head):
 
 
 class RNNHead(RecurrentHead, nn.RNN):
-    """Of plain neurons."""
+    """A plain (Elman) recurrent layer."""
 
 
 class LSTMHead(RecurrentHead, nn.LSTM):
-    """Of long short-term memory."""
+    """A long short-term memory."""
 
 
 class LinearHead(Head, nn.Linear):
-    """A matrix. One that widens starts large in as many rows as it has columns, small below."""
+    """A matrix. If dim_encoded > dim_context, rows beyond dim_context start 100 times smaller."""
 
     def __init__(self, dim_context, dim_encoded):
         super().__init__(dim_context, dim_encoded, bias=False)
@@ -238,32 +243,32 @@ class LinearHead(Head, nn.Linear):
                 self.weight[dim_context:].normal_(std=0.01)
 
     @staticmethod
-    def together(heads, context):
+    def forward_all(heads, context):
         predictions = F.linear(context, torch.cat([head.weight for head in heads]))
         return predictions.unflatten(2, (len(heads), -1))
 
 
 class TransformerHead(Head, nn.Sequential):
-    """One causal layer with relative positions. Raises UserError unless it keeps the width."""
+    """A causal layer with relative positions. Raises UserError if the two widths differ."""
 
-    def __init__(self, dim_context, dim_encoded, n_windows):
+    def __init__(self, dim_context, dim_encoded, n_anchors):
         if dim_context != dim_encoded:
             raise UserError(
                 f"--rnnMode transformer can't turn {dim_context} features (--hiddenGar, plus "
                 f"--speakerEmbedding) into {dim_encoded} (--hiddenEncoder): make them equal, leave "
                 "out --speakerEmbedding, or choose another --rnnMode, such as linear"
             )
-        super().__init__(*build_transformer(dim_encoded, 1, n_windows, abspos=False))
+        super().__init__(*build_transformer(dim_encoded, 1, n_anchors, abspos=False))
 
     @staticmethod
-    def together(heads, context):
-        return side_by_side([layer for (layer,) in heads], context)
+    def forward_all(heads, context):
+        return batched_forward([layer for (layer,) in heads], context)
 
 
-def build_head(rnn_mode, dim_context, dim_encoded, n_windows):
-    """A head of the kind `rnn_mode`: (B, n_windows, dim_context) -> (B, n_windows, dim_encoded)."""
+def build_head(rnn_mode, dim_context, dim_encoded, n_anchors):
+    """The head that `rnn_mode` names: (B, W, dim_context) -> (B, W, dim_encoded)."""
     heads = {
-        "transformer": partial(TransformerHead, n_windows=n_windows),
+        "transformer": partial(TransformerHead, n_anchors=n_anchors),
         "RNN": RNNHead,
         "LSTM": LSTMHead,
         "linear": LinearHead,

@@ -1,10 +1,10 @@
-"""Negatives: which frames they are, and how predictions score against them.
+"""Negative sampling, and the scores of predictions against candidate frames.
 
 InfoNCE (van den Oord et al., "Representation learning with contrastive predictive coding", 2018)
-compares each prediction with the frame that really follows and with frames drawn at random from
-the batch. The original form copies all drawn vectors once per prediction and multiplies them
-element by element. Here a few windows at a time are gathered and multiplied as matrices, forward
-and once more backward: less arithmetic, and little memory that the processor's cache can hold.
+compares each prediction with the true future frame and with frames drawn at random from the batch.
+The original code copies all drawn vectors once per prediction and multiplies elementwise. Here the
+candidates of a few anchors at a time are gathered and scored by matrix products, and gathered
+again in the backward pass: less arithmetic, in little memory that stays in the processor's cache.
 """
 
 import importlib.util
@@ -13,62 +13,62 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-WINDOWS_AT_ONCE = 32  # on a CPU: the vectors of so many windows stay in the cache
-WINDOWS_AT_ONCE_ON_GPU = 1024  # there, each step should be large; about 150 MB by default
+ANCHORS_AT_ONCE = 32  # on a CPU: the candidates of this many anchors fit its cache
+ANCHORS_AT_ONCE_ON_GPU = 1024  # large steps suit a GPU; about 150 MB with the defaults
 
 
 def draw_negatives(
-    n_sequences, n_frames, n_windows, n_negatives, *, first_offset=1, group=0, device, generator
+    batch_size, n_frames, n_anchors, n_negatives, *, first_offset=1, group=0, device, generator
 ):
-    """Draw for each window of each sequence the frames that serve as its negatives.
+    """Draw the negatives of each anchor.
 
-    A negative of window w lies `first_offset` to n_frames - 1 frames after frame w, around the
-    end of the sequence to its start, in any sequence of the batch; so frame w itself is never
-    drawn where first_offset is 1. With group > 0 it comes from the sequences that share an
-    aligned group of `group` rows with the window's own. (Of an incomplete last group, sequences
-    beyond the batch are replaced by those at its start.)
+    A negative of anchor w comes from any window of the batch and lies `first_offset` to
+    n_frames - 1 frames after frame w, wrapping around at the end of the window; so with
+    first_offset 1 or more, frame w itself is never drawn. With group > 0, rows of the batch are
+    split into consecutive groups of `group`, and negatives come from the anchor's own group. (If
+    the last group is incomplete, its missing rows are taken from the start of the batch.)
 
-    Draws twice, sequences before offsets, from `generator`, or from the global generator of
-    `device` if that is None. Returns (B, W, N) int64 on `device`, indices into the (B * S) frames
-    of the batch.
+    Draws twice, rows before offsets, from `generator` or, if that is None, from the global
+    generator of `device`. Returns (B, W, N) int64 on `device`, indices into the (B * S) frames of
+    the batch.
     """
-    shape = (n_sequences, n_negatives, n_windows)
+    shape = (batch_size, n_negatives, n_anchors)
     draws_on = device if generator is None else generator.device
-    total = n_sequences * n_negatives * n_windows
-    sequence, offset = (
+    total = batch_size * n_negatives * n_anchors
+    row, offset = (
         torch.randint(low, high, (total,), generator=generator, device=draws_on)
         .to(device)
         .view(shape)
-        for low, high in ((0, n_sequences), (first_offset, n_frames))
+        for low, high in ((0, batch_size), (first_offset, n_frames))
     )
     if group:
-        own = torch.arange(n_sequences, device=device).view(-1, 1, 1)
-        sequence = (sequence % group + own - own % group) % n_sequences
-    frame = (offset + torch.arange(n_windows, device=device)) % n_frames
-    return (sequence * n_frames + frame).transpose(1, 2)
+        own = torch.arange(batch_size, device=device).view(-1, 1, 1)
+        row = (row % group + own - own % group) % batch_size
+    frame = (offset + torch.arange(n_anchors, device=device)) % n_frames
+    return (row * n_frames + frame).transpose(1, 2)
 
 
-def following_frames(n_sequences, n_frames, n_windows, n_following, device):
-    """The frames after each window's, (B, W, n_following) int64, indices like `draw_negatives`."""
-    sequence = torch.arange(n_sequences, device=device).view(-1, 1, 1)
-    window = torch.arange(n_windows, device=device).view(-1, 1)
-    return sequence * n_frames + window + torch.arange(1, n_following + 1, device=device)
+def following_frames(batch_size, n_frames, n_anchors, n_following, device):
+    """Frames 1 to n_following after each anchor, (B, W, n_following), as `draw_negatives` does."""
+    row = torch.arange(batch_size, device=device).view(-1, 1, 1)
+    anchor = torch.arange(n_anchors, device=device).view(-1, 1)
+    return row * n_frames + anchor + torch.arange(1, n_following + 1, device=device)
 
 
 class CandidateScores(NamedTuple):
-    """How the K predictions of X windows score: mean over features of the products."""
+    """Scores of the K predictions of X anchors; a score is a dot product divided by E."""
 
-    positives: torch.Tensor  # (X, K, n_positives), every prediction with every positive
-    negatives: torch.Tensor  # (X, K), log of the sum of exp(score) over the negatives
-    best_negative: torch.Tensor  # (X, K), the highest score of a negative; has no gradient
+    positives: torch.Tensor  # (X, K, n_positives), each prediction with each positive
+    negatives: torch.Tensor  # (X, K), log-sum-exp of the scores of the negatives
+    best_negative: torch.Tensor  # (X, K), highest score of a negative; without gradient
 
 
 def score_candidates(pool, predictions, candidates, n_positives, fused=False):
-    """Score each prediction with the candidates of its window, in float32 at least.
+    """Score each prediction against the candidates of its anchor, in float32 or float64.
 
     pool: (F, E) frames; predictions: (X, K, E); candidates: (X, n_positives + N) int64, indices
-    into pool, positives first; fused: in kernels written for it, where they can run (in float32
-    on a GPU, with Triton). Returns CandidateScores.
+    into pool, positives first; fused: use the Triton kernels where they can run (in float32 on a
+    GPU). Returns CandidateScores.
     """
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     form = _fused_form() if fused and pool.is_cuda and dtype == torch.float32 else _ChunkedScores
@@ -80,7 +80,7 @@ def score_candidates(pool, predictions, candidates, n_positives, fused=False):
 
 
 def _fused_form():
-    """FusedScores where Triton is installed: it comes with PyTorch for GPUs only."""
+    """FusedScores if Triton is installed: PyTorch brings it along for GPUs only."""
     if importlib.util.find_spec("triton") is None:
         return _ChunkedScores
     from criterion.fused_scores import FusedScores
@@ -89,16 +89,16 @@ def _fused_form():
 
 
 class _ChunkedScores(torch.autograd.Function):
-    """Gathers vectors chunk by chunk in both directions and keeps only their scores between.
+    """Gathers candidates chunk by chunk, forward and backward; only scores are kept in between.
 
-    `index_select` and `index_add_` rather than indexing, whose backward adds up in an order that
+    `index_select` and `index_add_` instead of indexing, whose backward pass sums in an order that
     changes from run to run.
     """
 
     @staticmethod
     def forward(ctx, pool, predictions, candidates, n_positives):
-        n_windows, n_predictions, dim = predictions.shape
-        scores = predictions.new_empty(n_windows, n_predictions, candidates.size(1))
+        n_anchors, n_predictions, dim = predictions.shape
+        scores = predictions.new_empty(n_anchors, n_predictions, candidates.size(1))
         for chunk, vectors in _gathered_chunks(pool, candidates):
             torch.baddbmm(
                 scores[chunk],
@@ -127,19 +127,19 @@ class _ChunkedScores(torch.autograd.Function):
         predictions_gradient = torch.empty_like(predictions)
         for chunk, vectors in _gathered_chunks(pool, candidates):
             torch.bmm(gradient[chunk], vectors, out=predictions_gradient[chunk])
-            # The gathered vectors have done their part: their gradients take their place.
+            # The gathered vectors are no longer needed: their memory takes their gradients.
             torch.bmm(gradient[chunk].transpose(1, 2), predictions[chunk], out=vectors)
             pool_gradient.index_add_(0, candidates[chunk].flatten(), vectors.flatten(0, 1))
         return pool_gradient, predictions_gradient, None, None
 
 
 def _gathered_chunks(pool, candidates):
-    """Yield (slice of windows, their candidates' vectors (windows, n, E)), reusing the memory."""
-    n_windows, n_candidates = candidates.shape
-    at_once = WINDOWS_AT_ONCE if pool.device.type == "cpu" else WINDOWS_AT_ONCE_ON_GPU
-    memory = pool.new_empty(min(at_once, n_windows) * n_candidates, pool.size(1))
-    for start in range(0, n_windows, at_once):
-        chunk = slice(start, min(start + at_once, n_windows))
+    """Yield (slice of anchors, their candidates (anchors, n, E)), all in the same memory."""
+    n_anchors, n_candidates = candidates.shape
+    at_once = ANCHORS_AT_ONCE if pool.device.type == "cpu" else ANCHORS_AT_ONCE_ON_GPU
+    memory = pool.new_empty(min(at_once, n_anchors) * n_candidates, pool.size(1))
+    for start in range(0, n_anchors, at_once):
+        chunk = slice(start, min(start + at_once, n_anchors))
         wanted = candidates[chunk].flatten()
         vectors = torch.index_select(pool, 0, wanted, out=memory[: wanted.numel()])
         yield chunk, vectors.unflatten(0, (-1, n_candidates))

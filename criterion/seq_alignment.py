@@ -1,27 +1,27 @@
-"""From frame-wise labels and probabilities to label sequences, and how wrong those are.
+"""Label sequences from frame labels or CTC outputs, and their error rate.
 
-Label runs are collapsed to sequences, CTC outputs are decoded by prefix beam search (Graves 2012,
-"Supervised sequence labelling with recurrent neural networks", section 7.5; in the form of Hannun
-et al. 2014, arXiv:1408.2873), and sequences are compared by edit distance.
+Runs of equal labels are collapsed; CTC outputs are decoded by prefix beam search (Graves 2012,
+"Supervised sequence labelling with recurrent neural networks", section 7.5; in the formulation of
+Hannun et al. 2014, arXiv:1408.2873); sequences are compared by edit distance.
 """
 
 import torch
 
-_NOTHING = -1  # no symbol was appended
-_EXCLUDED = -1.0  # below every probability: never kept while a real candidate is left
+_NOTHING = -1  # no label was appended
+_EXCLUDED = -1.0  # below every probability: kept only if nothing else is left
 _EMPTY_PREFIX = 0x243F6A8885A308D3  # hash of the empty prefix
-_UNUSED = 0x13198A2E03707344  # hash of a place in the beam that holds no prefix
-_NO_PARENT = 0x299F31D0082EFA98  # hash in place of the empty prefix's parent
+_UNUSED = 0x13198A2E03707344  # hash of an unused beam entry
+_NO_PARENT = 0x299F31D0082EFA98  # hash that stands for the parent of the empty prefix
 _HASH_FACTOR = 0x5851F42D4C957F2D
-_FRAMES_PER_SCALE = 16  # the best prefix shrinks by less than the number of symbols in each
+_FRAMES_PER_SCALE = 16  # the best prefix shrinks at most by the number of symbols in each
 _SMALLEST = 1e-300
 
 
 def collapse_label_chain(labels):
     """Drop each label that equals its predecessor.
 
-    labels: (N, T) integers. Returns the collapsed rows, padded with 0 to the longest (N, longest)
-    int64, and their lengths (N,) int64.
+    labels: (N, T) integers. Returns the collapsed rows, padded with 0 to the longest, (N, longest)
+    int64, and their lengths, (N,) int64.
     """
     labels = labels.long()
     starts_run = torch.ones_like(labels, dtype=torch.bool)
@@ -29,15 +29,14 @@ def collapse_label_chain(labels):
     lengths = starts_run.sum(dim=1)
     collapsed = labels.new_zeros(labels.shape[0], int(lengths.max()))
     filled = torch.arange(collapsed.shape[1], device=labels.device) < lengths[:, None]
-    collapsed[filled] = labels[starts_run]  # both masks are read row by row, so the orders agree
+    collapsed[filled] = labels[starts_run]  # both masks are read in row-major order
     return collapsed, lengths
 
 
 def phone_error_rate(hypotheses, references):
-    """Mean over sequences of edit distance / length of the reference: 0 is perfect, 1 can be
-    exceeded.
+    """Mean over sequences of edit distance / reference length; 0 is perfect, it may exceed 1.
 
-    hypotheses, references: equally many sequences (lists) of labels.
+    hypotheses, references: lists of label sequences (lists), equally long.
     """
     from utils.torchaudio_import import torchaudio
 
@@ -50,7 +49,7 @@ def phone_error_rate(hypotheses, references):
 
 
 def best_label_sequences(probabilities, blank, n_keep, lengths=None):
-    """The most probable label sequence of each utterance, as N lists; see `beam_search_batch`."""
+    """The most probable label sequence of each utterance, N lists; see `beam_search_batch`."""
     _, symbols = beam_search_batch(probabilities, blank, n_keep, lengths)
     return [[s for s in row if s != _NOTHING] for row in symbols[:, 0].tolist()]
 
@@ -58,8 +57,8 @@ def best_label_sequences(probabilities, blank, n_keep, lengths=None):
 def beam_search(probabilities, n_keep, blank):
     """Prefix beam search over one utterance.
 
-    probabilities: (T, P), of each symbol in each frame. Returns at most `n_keep` pairs
-    (probability of the label sequence, [labels]), the most probable first.
+    probabilities: (T, P), per frame and symbol. Returns at most `n_keep` pairs (probability of the
+    label sequence, [labels]), the most probable first.
     """
     log_scores, symbols = beam_search_batch(probabilities[None], blank, n_keep)
     return [
@@ -73,12 +72,12 @@ def beam_search(probabilities, n_keep, blank):
 def beam_search_batch(probabilities, blank, n_keep, lengths=None):
     """Prefix beam search over several utterances at once.
 
-    probabilities: (N, T, P), of each symbol in each frame; `lengths` (N,): frames that count
-    (default: all). The probability of a label sequence is the sum over its alignments, with one
-    symbol, `blank`, for no label; equal neighbours need a blank between them.
+    probabilities: (N, T, P), per frame and symbol; lengths: (N,) frames in use (default: all).
+    The probability of a label sequence is summed over its alignments; the symbol `blank` means no
+    label, and separates equal neighbours.
 
-    Returns log probabilities (N, n_keep), the highest first, -inf where there are fewer sequences,
-    and (N, n_keep, T): the label that each sequence gains in each frame, -1 where none.
+    Returns log-probabilities (N, n_keep), the highest first, -inf if there are fewer sequences, and
+    (N, n_keep, T): the label that each sequence gains in each frame, -1 for none.
     """
     n_utterances, n_frames, n_symbols = probabilities.shape
     probabilities = probabilities.double()
@@ -97,7 +96,7 @@ def beam_search_batch(probabilities, blank, n_keep, lengths=None):
 
 
 def _blank_after(probabilities, lengths, blank):
-    """Past its end an utterance is certainly blank, which changes neither prefixes nor scores."""
+    """Make the frames past each end certainly blank: prefixes and scores don't change there."""
     frames = torch.arange(probabilities.shape[1], device=probabilities.device)
     ended = frames >= torch.as_tensor(lengths, device=probabilities.device)[:, None]
     only_blank = torch.zeros_like(probabilities[0, 0])
@@ -106,11 +105,11 @@ def _blank_after(probabilities, lengths, blank):
 
 
 class _Beam:
-    """The kept prefixes of N utterances. All tensors are (N, n_keep).
+    """The prefixes kept for N utterances. All tensors are (N, n_keep).
 
-    A prefix is known by a 64-bit hash of its labels and by that of its parent, the prefix without
-    the last label; its labels themselves are read off the appended symbols at the end.
-    Probabilities are kept relative to the best prefix, so that long utterances don't underflow.
+    A prefix is identified by a 64-bit hash of its labels, and its parent (the prefix without the
+    last label) by another; the labels themselves are traced back at the end. Probabilities are
+    relative to the best prefix, so that long utterances don't underflow.
     """
 
     def __init__(self, n_utterances, n_symbols, n_keep, blank, device):
@@ -119,15 +118,15 @@ class _Beam:
 
         self.blank = blank
         self.hash, self.parent_hash = full(_UNUSED), full(_NO_PARENT)
-        self.last = full(blank)  # the last label; blank where there is none
+        self.last = full(blank)  # the last label; blank if there is none
         self.ends_in_blank = full(0.0, torch.float64)
         self.ends_in_label = full(0.0, torch.float64)
         self.hash[:, 0] = _EMPTY_PREFIX
         self.ends_in_blank[:, 0] = 1.0
         self.log_scale = torch.zeros(n_utterances, 1, dtype=torch.float64, device=device)
-        # The extension of place i by the label of rank r (both from 0) is at most as probable as
-        # those of places 0 to i by labels of ranks 0 to r, save one of each place, its last label.
-        # Where these alone fill the beam, it needn't be looked at.
+        # The extension of beam entry i by the label of rank r (both from 0) is at most as probable
+        # as those of entries 0 to i by the labels of ranks 0 to r, except for one label of each
+        # entry: its last. If these already fill the beam, it need not be considered.
         place = torch.arange(n_keep, device=device)[:, None]
         rank = torch.arange(n_symbols, device=device)
         self.places, self.ranks = ((place + 1) * rank <= n_keep).nonzero(as_tuple=True)
@@ -136,10 +135,10 @@ class _Beam:
         return (self.ends_in_blank + self.ends_in_label).log() + self.log_scale
 
     def advance(self, probabilities, order):
-        """Take in a frame: probabilities (N, P), and the labels from the most probable on, (N, P).
+        """Process a frame: probabilities (N, P), and labels (N, P) sorted by them, highest first.
 
-        Returns (N, n_keep) twice: the place in the beam before the frame that each new prefix came
-        from, and the label it gained (-1: none).
+        Returns, each (N, n_keep): the previous beam entry that each new prefix came from, and the
+        label that it gained (-1: none).
         """
         n_keep, n_symbols = self.hash.shape[1], probabilities.shape[1]
         total = self.ends_in_blank + self.ends_in_label
@@ -159,33 +158,33 @@ class _Beam:
         gained = torch.where(stays, _NOTHING, extension % n_symbols)
         self.ends_in_blank = stay_blank.gather(1, source) * stays
         self.ends_in_label = torch.where(stays, stay_label.gather(1, source), score.clamp(min=0))
-        self._rename(source, gained, unused=score < 0)
+        self._update_hashes(source, gained, unused=score < 0)
         return source, gained
 
     def _extensions(self, probabilities, total, of_last):
-        """Probabilities of every kept prefix with one label more, (N, n_keep * P)."""
+        """Probabilities of each kept prefix extended by each label, (N, n_keep * P)."""
         extended = total[:, :, None] * probabilities[:, None, :]
-        # A label after itself is a new label only if a blank stood between.
+        # A repeated label is new only after a blank.
         repeated = (self.ends_in_blank * of_last)[:, :, None]
         extended.scatter_(2, self.last[:, :, None], repeated)
         extended[:, :, self.blank] = _EXCLUDED
         return extended.flatten(1)
 
     def _take_extensions_to_kept(self, extended, n_symbols):
-        """An extension that leads to a prefix kept already adds to it and is struck out.
+        """Exclude the extensions that yield a prefix already in the beam.
 
-        Returns what each kept prefix gains, (N, n_keep).
+        Returns the probability that each kept prefix gains from them, (N, n_keep).
         """
         is_parent = self.parent_hash[:, :, None] == self.hash[:, None, :]  # [n, child, parent]
         found, parent = is_parent.max(dim=2)
-        # Where no parent is kept, point at an entry that is excluded in any case.
+        # Without a parent in the beam, point at an entry that is excluded anyway.
         index = torch.where(found, parent * n_symbols + self.last, self.blank)
         gain = extended.gather(1, index) * found
         extended.scatter_(1, index, _EXCLUDED)
         return gain
 
-    def _rename(self, source, gained, unused):
-        """Hashes and last labels of the prefixes that came from `source` by adding `gained`."""
+    def _update_hashes(self, source, gained, unused):
+        """Hashes and last labels after the prefixes at `source` gained a label each."""
         stays = gained == _NOTHING
         old = self.hash.gather(1, source)
         mixed = (old ^ (gained + 1)) * _HASH_FACTOR  # wraps around
@@ -197,7 +196,7 @@ class _Beam:
         self.last.masked_fill_(unused, self.blank)
 
     def rescale(self):
-        """Make the best prefix's probability 1 again."""
+        """Scale probabilities so that that of the best prefix is 1."""
         best = (self.ends_in_blank + self.ends_in_label).amax(dim=1, keepdim=True)
         best = best.clamp(min=_SMALLEST)
         self.ends_in_blank /= best
@@ -206,7 +205,7 @@ class _Beam:
 
 
 def _trace_back(steps):
-    """(N, n_keep, T): the labels gained along the way to each final prefix."""
+    """The labels gained on the way to each final prefix, (N, n_keep, T)."""
     sources, gained = (torch.stack(column) for column in zip(*steps, strict=True))  # (T, N, n_keep)
     place = torch.arange(sources.shape[2], device=sources.device).expand_as(sources[0])
     symbols = torch.empty_like(gained)

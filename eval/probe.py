@@ -400,7 +400,9 @@ class Probe:
     def _train(self, batches):
         summary = PassSummary(self.n_classes)
         for features, label in batches:
-            loss, accuracy = self.criterion.score(self.criterion.logits(features, features), label)
+            loss, accuracy = self.criterion.loss_and_accuracy(
+                self.criterion.logits(features, features), label
+            )
             self.optimizer.zero_grad()
             loss.sum().backward()
             self.optimizer.step()
@@ -412,7 +414,7 @@ class Probe:
         summary = ValidationSummary(self.n_classes)
         for features, label in batches:
             logits = self.criterion.logits(features, features)
-            summary.add(*self.criterion.score(logits, label), label)
+            summary.add(*self.criterion.loss_and_accuracy(logits, label), label)
             if self.options.ctc:
                 summary.add_sequences(logits, label, self.criterion.blank)
             elif self.task == "phone" and self.n_classes <= MOST_CONFUSABLE:

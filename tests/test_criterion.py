@@ -12,7 +12,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformers
-from criterion import CPCCriterion, CPCCTCCriterion, NoneCriterion, build_criterion, sampling
+from criterion import (
+    CPCCriterion,
+    CPCCTCCriterion,
+    CriterionOutput,
+    Networks,
+    NoneCriterion,
+    build_criterion,
+    sampling,
+)
 from criterion.classification import (
     CTCPhoneCriterion,
     PhoneCriterion,
@@ -36,6 +44,7 @@ from criterion.soft_align import (
     parse_mask_rules,
     soft_align,
 )
+from dataset import Batch
 from tests.helpers import assert_close, assert_gradients_close, golden_cases
 from utils.misc import UserError, generator_from
 
@@ -79,8 +88,8 @@ def reference_soft_align(log_probs, skips_beg=0, skips_end=0, blank=NO_BLANK):
 
 def reference_scores(predictions, encoded, negatives, n_following):
     """Scores (B, W, n_following, P) and (B, W, N, P): vectors copied, multiplied, averaged."""
-    n_windows = predictions.size(1)
-    ahead = torch.stack([encoded[:, w + 1 : w + 1 + n_following] for w in range(n_windows)], 1)
+    n_anchors = predictions.size(1)
+    ahead = torch.stack([encoded[:, w + 1 : w + 1 + n_following] for w in range(n_anchors)], 1)
     drawn = encoded.flatten(0, 1)[negatives]
     return tuple(
         (predictions.unsqueeze(2) * vectors.unsqueeze(3)).mean(dim=4) for vectors in (ahead, drawn)
@@ -123,9 +132,9 @@ def reference_cpcctc(criterion, config, context, encoded, speaker, negatives, or
         encoded = F.layer_norm(encoded, encoded.shape[-1:])
     over_batch = original and config["rnnMode"] == "RNN"
     predictions = reference_predictions(criterion, context, speaker, over_batch)
-    n_windows, n_matched = predictions.size(1), config["nMatched"]
+    n_anchors, n_matched = predictions.size(1), config["nMatched"]
     if config["predict_self_loop"]:
-        predictions = torch.cat([encoded[:, :n_windows, None], predictions], dim=2)
+        predictions = torch.cat([encoded[:, :n_anchors, None], predictions], dim=2)
     if config["learn_blank"]:
         blank = criterion.blank_proto.view(1, 1, 1, -1).expand_as(predictions[:, :, :1])
         predictions = torch.cat([blank, predictions], dim=2)
@@ -194,9 +203,9 @@ def criterion_from(config):
     ).eval()
 
 
-def deliberately_different(config, n_sequences):
+def deliberately_different(config, batch_size):
     """Why the original's values don't hold for a configuration, or None."""
-    if config["rnnMode"] == "RNN" and n_sequences > 1:
+    if config["rnnMode"] == "RNN" and batch_size > 1:
         return "RNN heads recur over time, not over the batch"
     if config.get("normalize_preds"):
         return "predictions are normalised over features, not over predictions"
@@ -210,10 +219,10 @@ def golden_inputs(case, dtype):
 
 def golden_negatives(case):
     """(B, W, N) indices into the frames of the batch."""
-    n_sequences, n_frames = case["z"].shape[:2]
+    batch_size, n_frames = case["z"].shape[:2]
     config = case.config
-    n_windows = n_frames - config.get("nMatched", config["nPredicts"])
-    return case["extIdx"].view(n_sequences, -1, n_windows).transpose(1, 2)
+    n_anchors = n_frames - config.get("nMatched", config["nPredicts"])
+    return case["extIdx"].view(batch_size, -1, n_anchors).transpose(1, 2)
 
 
 def loaded_criterion(case, dtype):
@@ -247,11 +256,11 @@ def test_draws_golden(case, monkeypatch):
         return numbers
 
     monkeypatch.setattr(torch, "randint", replay)
-    config, (n_sequences, n_frames) = case.config, case["z"].shape[:2]
+    config, (batch_size, n_frames) = case.config, case["z"].shape[:2]
     expected = golden_negatives(case)
     first_offset = config["nMatched"] if config.get("no_negs_in_match_window") else 1
     negatives = sampling.draw_negatives(
-        n_sequences,
+        batch_size,
         n_frames,
         expected.size(1),
         config["negativeSamplingExt"],
@@ -261,7 +270,7 @@ def test_draws_golden(case, monkeypatch):
         generator=None,
     )
     assert torch.equal(negatives, expected)
-    assert bounds == [(0, n_sequences), (first_offset, n_frames)]
+    assert bounds == [(0, batch_size), (first_offset, n_frames)]
 
 
 @pytest.mark.parametrize("suffix", ["", "64"])
@@ -342,7 +351,7 @@ def test_references_golden(case, monkeypatch):
 def ways_of_heads(request, monkeypatch):
     """Heads work as on a CPU, one after the other, and as on a GPU, in products of all."""
     if request.param == "together":
-        monkeypatch.setattr("criterion.prediction.ONE_BY_ONE_ON", ())
+        monkeypatch.setattr("criterion.prediction.LOOP_OVER_HEADS_ON", ())
 
 
 @pytest.mark.parametrize("case", golden_cases("PredictionNetwork"))
@@ -406,7 +415,7 @@ def test_heads_together_are_the_heads_one_by_one(rnn_mode, training, monkeypatch
         nn.init.normal_(parameter)
     results = []
     for on in (("cpu",), ()):
-        monkeypatch.setattr("criterion.prediction.ONE_BY_ONE_ON", on)
+        monkeypatch.setattr("criterion.prediction.LOOP_OVER_HEADS_ON", on)
         context = torch.randn(4, 9, 16, dtype=torch.float64, generator=generator_from(3))
         predictions = network(context.requires_grad_())
         leaves = (context, *network.parameters())
@@ -420,7 +429,7 @@ def test_heads_together_are_the_heads_one_by_one(rnn_mode, training, monkeypatch
 def test_transformer_layers_side_by_side_drop_out(training):
     layers = nn.Sequential(*transformers.build_transformer(16, 3, 9, abspos=False)).train(training)
     context = torch.randn(4, 9, 16)
-    first, second = (transformers.side_by_side(layers, context) for _ in range(2))
+    first, second = (transformers.batched_forward(layers, context) for _ in range(2))
     assert torch.equal(first, second) != training
 
 
@@ -508,12 +517,12 @@ def test_equalized_layers_keep_the_scale(layer):
 # Negatives
 
 
-def drawn_negatives(n_sequences, n_frames, n_windows, n_negatives, **options):
+def drawn_negatives(batch_size, n_frames, n_anchors, n_negatives, **options):
     """Sequence (B, W, N) and frame (B, W, N) of each negative."""
     negatives = sampling.draw_negatives(
-        n_sequences, n_frames, n_windows, n_negatives, device="cpu", generator=None, **options
+        batch_size, n_frames, n_anchors, n_negatives, device="cpu", generator=None, **options
     )
-    assert negatives.shape == (n_sequences, n_windows, n_negatives)
+    assert negatives.shape == (batch_size, n_anchors, n_negatives)
     return negatives // n_frames, negatives % n_frames
 
 
@@ -559,11 +568,11 @@ def test_following_frames():
     assert following[1, 6].tolist() == [17, 18, 19]
 
 
-def score_inputs(n_windows=75, n_predictions=4, dim=24, n_negatives=37, dtype=torch.float64):
+def score_inputs(n_anchors=75, n_predictions=4, dim=24, n_negatives=37, dtype=torch.float64):
     """A number of windows that ends in an incomplete chunk; indices that repeat."""
     pool = torch.randn(60, dim, dtype=dtype, requires_grad=True)
-    predictions = torch.randn(n_windows, n_predictions, dim, dtype=dtype, requires_grad=True)
-    candidates = torch.randint(0, 60, (n_windows, 5 + n_negatives))
+    predictions = torch.randn(n_anchors, n_predictions, dim, dtype=dtype, requires_grad=True)
+    candidates = torch.randint(0, 60, (n_anchors, 5 + n_negatives))
     return pool, predictions, candidates
 
 
@@ -584,7 +593,7 @@ def test_scores_against_reference():
 
 
 def test_scores_differentiate():
-    pool, predictions, candidates = score_inputs(n_windows=34, n_predictions=2, dim=3)
+    pool, predictions, candidates = score_inputs(n_anchors=34, n_predictions=2, dim=3)
     assert torch.autograd.gradcheck(
         lambda *leaves: sampling.score_candidates(*leaves, candidates, 5)[:2], (pool, predictions)
     )
@@ -710,10 +719,10 @@ def small_criterion(aligned, **options):
     return CPCCTCCriterion(3, 6, **options) if aligned else CPCCriterion(3, **options)
 
 
-def small_inputs(n_sequences=4, n_frames=20, dim_context=16, dim_encoded=16):
-    context = torch.randn(n_sequences, n_frames, dim_context, requires_grad=True)
-    encoded = torch.randn(n_sequences, n_frames, dim_encoded, requires_grad=True)
-    return context, encoded, torch.arange(n_sequences) % 2
+def small_inputs(batch_size=4, n_frames=20, dim_context=16, dim_encoded=16):
+    context = torch.randn(batch_size, n_frames, dim_context, requires_grad=True)
+    encoded = torch.randn(batch_size, n_frames, dim_encoded, requires_grad=True)
+    return context, encoded, torch.arange(batch_size) % 2
 
 
 @pytest.mark.parametrize("aligned", [False, True])
@@ -823,10 +832,10 @@ def test_the_right_frame_as_its_own_negative(aligned, monkeypatch):
     """Perfect predictions, and half of the negatives the very frames to be predicted."""
     criterion = small_criterion(aligned).eval()
     context, encoded, speaker = small_inputs()
-    n_windows = 20 - criterion.n_future
-    ahead = [encoded[:, k : k + n_windows] for k in range(1, 4)]
+    n_anchors = 20 - criterion.n_future
+    ahead = [encoded[:, k : k + n_anchors] for k in range(1, 4)]
     monkeypatch.setattr(criterion, "predict", lambda *_: 100 * torch.stack(ahead, dim=2))
-    own = sampling.following_frames(4, 20, n_windows, criterion.n_future, "cpu")
+    own = sampling.following_frames(4, 20, n_anchors, criterion.n_future, "cpu")
     monkeypatch.setattr(sampling, "draw_negatives", lambda *_, **__: own)
     accuracies = criterion(context, encoded, speaker).accuracies
     # Plain CPC counts a tie as right, CPC-CTC as wrong, as the original does.
@@ -895,9 +904,10 @@ def test_extreme_scores_stay_finite(scale, aligned):
 
 
 def test_perfect_alignment_costs_nothing():
-    """Where no frame has a share in the cost, it is shared equally and not divided by zero."""
-    shares = CPCCTCCriterion.shares(torch.zeros(5, 6, 3), torch.zeros(5, 6, dtype=torch.long))
-    assert_close(shares, torch.full((1, 6), 1 / 6))
+    """A cost of zero is distributed equally over the frames, without dividing by zero."""
+    log_scores, alignment = torch.zeros(5, 6, 3), torch.zeros(5, 6, dtype=torch.long)
+    fractions = CPCCTCCriterion.loss_fractions(log_scores, alignment)
+    assert_close(fractions, torch.full((1, 6), 1 / 6))
 
 
 def test_losses_add_up_to_the_cost():
@@ -953,9 +963,9 @@ def test_negatives_outside_the_match_window(monkeypatch):
     offsets = []
     draw = sampling.draw_negatives
 
-    def remember(n_sequences, n_frames, n_windows, *rest, **options):
-        negatives = draw(n_sequences, n_frames, n_windows, *rest, **options)
-        offsets.append((negatives - torch.arange(n_windows).view(-1, 1)) % n_frames)
+    def remember(batch_size, n_frames, n_anchors, *rest, **options):
+        negatives = draw(batch_size, n_frames, n_anchors, *rest, **options)
+        offsets.append((negatives - torch.arange(n_anchors).view(-1, 1)) % n_frames)
         return negatives
 
     monkeypatch.setattr(sampling, "draw_negatives", remember)
@@ -1126,6 +1136,71 @@ def test_no_criterion_by_flag():
 def test_flags_that_cannot_work(given, named):
     with pytest.raises(UserError, match=named):
         build_criterion(flags(**given), n_speakers=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "n_phones", "step_name", "has_accuracy"),
+    [
+        ({}, 0, "prediction step", True),
+        ({"cpc_mode": "reverse"}, 0, "prediction step", True),
+        ({"CPCCTC": True}, 0, "matched frame", True),
+        ({"CPCCTC": True, "cpc_mode": "none"}, 0, None, True),
+        ({"supervised": True, "CPCCTC": True}, 0, None, True),
+        ({"supervised": True}, 5, None, True),
+        ({"supervised": True, "CTC": True}, 5, None, False),
+    ],
+)
+def test_networks_know_what_their_losses_are(given, n_phones, step_name, has_accuracy):
+    options = {"onEncoder": False, "nLevelsPhone": 1, "CTC": False} | given
+    networks = Networks(build_criterion(flags(**options), 2, n_phones), nn.Identity())
+    assert (networks.step_name, networks.has_accuracy) == (step_name, has_accuracy)
+
+
+class DoublingModel(nn.Module):
+    """Notes what it is called with; context and encoded are the waveform, times a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 2.0))
+        self.calls = []
+
+    def forward(self, waveform, continues=None, past=None):
+        self.calls.append((waveform, continues, past))
+        return self.weight * waveform, waveform
+
+
+@pytest.mark.parametrize("target", ["speaker", "phone"])
+def test_networks_apply_the_criterion_to_the_model(target):
+    criterion = small_criterion(False)
+    if target == "phone":
+        criterion = PhoneCriterion(16, 3)
+    networks = Networks(criterion, DoublingModel())
+    names = [name for name, _ in networks.named_parameters()]
+    assert names[-1] == "model.weight"  # the optimiser states of checkpoints have this order
+    assert all(name.startswith("criterion.") for name in names[:-1])
+    batch = Batch(
+        torch.randn(4, 20, 16),
+        torch.arange(4) % 2,
+        torch.randint(3, (4, 20)),
+        torch.arange(4),
+        torch.tensor([True, False, True, False]),
+    )
+    losses, accuracies = networks(batch, generator_from(1))
+    label = getattr(batch, target)
+    expected = criterion(2 * batch.waveform, batch.waveform, label, generator=generator_from(1))
+    assert torch.equal(losses, expected.losses)
+    assert torch.equal(accuracies, expected.accuracies)
+    ((waveform, continues, past),) = networks.model.calls
+    assert waveform is batch.waveform
+    assert continues is batch.continues
+    assert past is None
+
+
+def test_extra_values_are_never_shared_between_outputs():
+    output = CriterionOutput(torch.zeros(1, 1), torch.zeros(1, 1), {})
+    assert dict(output.extra) == {}
+    with pytest.raises(TypeError):
+        output.extra["perplexity"] = 1.0
 
 
 # ------------------------------------------------------------------------------- classifiers

@@ -32,12 +32,12 @@ SIZES = [  # windows, predictions, positives, negatives, features
 ]
 
 
-def random_inputs(n_windows, n_predictions, n_positives, n_negatives, dim, *, scale=1, n_frames=50):
+def random_inputs(n_anchors, n_predictions, n_positives, n_negatives, dim, *, scale=1, n_frames=50):
     """Few frames, so that some are drawn several times; tensors whose dimensions are swapped."""
-    generator = torch.Generator().manual_seed(n_windows + dim)
+    generator = torch.Generator().manual_seed(n_anchors + dim)
     pool = torch.randn(dim, n_frames, generator=generator).T
-    predictions = scale * torch.randn(n_predictions, n_windows, dim, generator=generator)
-    candidates = (n_positives + n_negatives, n_windows)
+    predictions = scale * torch.randn(n_predictions, n_anchors, dim, generator=generator)
+    candidates = (n_positives + n_negatives, n_anchors)
     candidates = torch.randint(n_frames, candidates, generator=generator).T
     return pool, predictions.transpose(0, 1), candidates, n_positives
 
