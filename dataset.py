@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.data.corpus import in_order
+from utils.data.corpus import in_order, read_sequence_list, select_sequences
 from utils.data.packs import PackDecoding
 from utils.data.windows import Layout, cumulated, plan_pack, split_in_packs
 from utils.misc import (
@@ -178,6 +178,11 @@ class AudioDataset:
             text += f", {n_files} of {n_files + self.n_unlabelled} files have phone labels"
         return text
 
+    def require_windows(self):
+        """Raise UserError if the set gives nothing to work on."""
+        if not self.n_windows:
+            raise self.no_window()
+
     def no_window(self):
         """The UserError that the set gives nothing to work on."""
         return UserError(
@@ -209,16 +214,79 @@ class AudioDataset:
         return self._only_pack
 
 
+# ------------------------------------------------------------------------- the sets of a command
+
+
+def listed(corpus, path):
+    """The utterances of a list; of the whole corpus without one."""
+    if path is None:
+        return list(corpus.sequences)
+    return select_sequences(corpus.sequences, read_sequence_list(path), path)
+
+
+def split_corpus(args, corpus):
+    """The utterances to train and to validate on: those of the lists, or 1 % set aside."""
+    training = listed(corpus, args.pathTrain)
+    if args.pathVal:
+        validation = listed(corpus, args.pathVal)
+    else:
+        training, validation = set_aside(training, 0.01, args.random_seed)
+    if args.debug:
+        training, validation = training[-1000:], validation[-100:]
+    warn_of_shared_files(training, validation)
+    return training, validation
+
+
 def warn_of_shared_files(training, validation):
-    """Say so where what is tested on was trained on. Both are AudioDatasets."""
-    trained_on = {sequence.path for sequence in training.sequences}
-    shared = [s.path for s in validation.sequences if s.path in trained_on]
+    """Warn of utterances that are both trained and tested on."""
+    trained_on = {utterance.path for utterance in training}
+    shared = [utterance.path for utterance in validation if utterance.path in trained_on]
     if shared:
         print(
-            f"warning: {len(shared)} of {counted(len(validation.sequences), 'file')} of the "
-            f"{validation.title} are in the {training.title}, too: {first_few(shared)}",
+            f"warning: {len(shared)} of {counted(len(validation), 'file')} of the validation set "
+            f"are in the training set, too: {first_few(shared)}",
             flush=True,
         )
+
+
+def set_aside(utterances, fraction, seed):
+    """Split off a random fraction of the utterances, at least one."""
+    if len(utterances) < 2:
+        raise UserError("--pathVal FILE is needed: one sequence can't be split into two sets")
+    order = torch.randperm(len(utterances), generator=generator_from(seed, "validation set"))
+    chosen = set(order[: max(1, round(fraction * len(utterances)))].tolist())
+    return (
+        [u for index, u in enumerate(utterances) if index not in chosen],
+        [u for index, u in enumerate(utterances) if index in chosen],
+    )
+
+
+def build_set(corpus, utterances, args, title, labels=None, **more):
+    """The AudioDataset that the flags describe; with labels, of the utterances that have some."""
+    dataset = AudioDataset(
+        corpus,
+        utterances,
+        args.sizeWindow,
+        phone_labels=labels,
+        labelled_only=labels is not None,
+        n_threads=args.n_process_loader,
+        max_bad_files=args.max_bad_files,
+        title=title,
+        **more,
+    )
+    print(dataset.describe(), flush=True)
+    return dataset
+
+
+def build_sets(corpus, split, args, labels=None):
+    """Training and validation set of a `split_corpus`; see `build_set`."""
+    training, validation = split
+    labelled = " with phone labels" if labels else ""
+    size = {"max_size_loaded": args.max_size_loaded}
+    return (
+        build_set(corpus, training, args, f"training set{labelled}", labels, **size),
+        build_set(corpus, validation, args, f"validation set{labelled}", labels),
+    )
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -465,3 +533,13 @@ class BatchLoader:
         i = layout.position_of(start)
         path = self.dataset.sequences[layout.files[i]].path
         return path, int(start - layout.boundaries[i])
+
+
+def build_loaders(args, sets, world):
+    """The BatchLoaders of the training and the validation set."""
+    training, validation = sets
+    common = {"batch_size": args.batchSizeGPU, "seed": args.random_seed, "world": world}
+    return (
+        BatchLoader(training, sampling=args.samplingType, training=True, **common),
+        BatchLoader(validation, sampling="sequential", training=False, **common),
+    )

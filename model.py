@@ -492,7 +492,7 @@ def build_model(args):
 
 
 @contextlib.contextmanager
-def untouched(model, criterion=None):
+def preserved_state(model, criterion=None):
     """A block after which the networks are as before it.
 
     Restores train or eval mode and `requires_grad` everywhere, and the model's kept hidden state.

@@ -1,8 +1,8 @@
 """Train CPC or CPC-CTC on speech, and look at what it learns.
 
     python train.py --pathDB AUDIO --pathTrain LIST --pathVal LIST --pathCheckpoint RUN --CPCCTC
-    python train.py --pathCheckpoint RUN                              # resume a run that was stopped
-    python train.py --pathCheckpoint RUN --nEpoch 300                                # ... for longer
+    python train.py --pathCheckpoint RUN                             # resume a run that was stopped
+    python train.py --pathCheckpoint RUN --nEpoch 300                               # ... for longer
     python train.py --pathDB AUDIO --pathCheckpoint RUN --device cpu               # without a GPU
     python train.py ... --pathCaptureDS LIST --pathCaptureSave DIR --captureEverything
     python train.py ... --supervised_classif_metric --speaker_sep --path_phone_data LABELS \
@@ -17,41 +17,47 @@ of this file: main, run, train, train_one_epoch, train_step; then validate and r
 parts that `run` puts together: the machine, the data, the networks and the hooks.
 """
 
-import contextlib
+import functools
 import math
+import os
 import random
 import sys
-from functools import partial
 
 import torch
 
-from criterion import NoneCriterion, build_criterion, mask_rules
+from criterion import (
+    NoneCriterion,
+    build_criterion,
+    mask_rules,
+    tells_speakers_apart,
+    trains_on_phones,
+)
 from criterion.networks import Networks
-from dataset import BatchLoader, build_sets, listed, on_device, set_aside, warn_of_shared_files
-from eval.hooks import PREDICTED, capture_hook, probe_hook
+from dataset import build_loaders, build_sets, on_device, split_corpus
+from eval.hooks import PREDICTED, build_hooks
 from feature_loader import load_model
 from model import CPCModel, build_model, preserved_state
-from stats.stats_collector import StatsCollector
-from stats.stats_utils import check_needs, parse_stats, with_absolute_directories
-from utils.data.corpus import scan_corpus, warn_of_single_speaker, warn_of_subsets
+from stats.stats_utils import build_stats, with_absolute_directories
+from utils.data.corpus import open_corpus
 from utils.data.labels import read_phone_labels
 from utils.misc import UserError, generator_from, seed_from
-from utils.report.page import RunReport
-from utils.report.run_record import RunRecord, epoch_speed, machine_in_words
+from utils.report.run_files import RunFiles
+from utils.report.run_record import epoch_speed, is_finished
 from utils.run import console
 from utils.run.checkpoint import load_criterion, open_checkpoint, remove_stale
 from utils.run.command import command
-from utils.run.cuda_graph import RecordedPasses
+from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.distributed import joined_world
-from utils.run.flags import build_parser, capturable_names, captured_names, parse_arguments
+from utils.run.flags import captured_names, parse_arguments
 from utils.run.launch import launch, processes_to_start
 from utils.run.lock import training_lock
 from utils.run.logs import Clock, RunningMeans
-from utils.run.machine import device_from, keep_freed_memory, set_precision, set_threads
+from utils.run.machine import autocast, device_from, keep_freed_memory
 from utils.run.resolve import resolve, works_on_checkpoint
-from utils.run.state import RunState
+from utils.run.state import RunState, learning_rate
 from utils.run.stopping import Stopped, StopSignals
 
+TRAINING_MEANS = ("locLoss_train", "locAcc_train")  # their names in the logs
 STEPS_BETWEEN_STOP_CHECKS = 8  # of several ranks, which agree on stopping
 
 
@@ -66,6 +72,8 @@ def main(argv=None):
         try:
             device = device_from(args.device)
             with joined_world(stop, device) as world, training_lock(args, world):
+                if not world.is_rank_zero:
+                    console.silence()
                 run(args, explicit, argv, world, device)
         except Stopped as stopped:
             print(f"stopped by {stopped}")
@@ -92,45 +100,47 @@ def run(args, explicit, argv, world, device):
     if not once:
         world.on_rank_zero(lambda: remove_stale(args.pathCheckpoint, checkpoint))
         if world.on_rank_zero(lambda: is_finished(args, checkpoint)):
-            return console.print_finished(checkpoint.state["position"][0])
+            console.print_finished(checkpoint.state["position"][0])
+            return
     prepare_machine(args, world)
 
     # ---- data
-    corpus = world.on_rank_zero(lambda: find_audio(args))
+    corpus = world.on_rank_zero(lambda: open_corpus(args))
     with world.shared_errors():
         labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
         split = None if args.onlyCapture else split_corpus(args, corpus)
-        sets_with = partial(build_sets, corpus, split, args)  # labels -> training, validation set
-        sets = None if once else sets_with(labels if trains_on_phones(args) else None)
+
+        @functools.cache  # training and probes share them
+        def sets(*, labelled):
+            return build_sets(corpus, split, args, labels if labelled else None)
 
         # ---- networks
         networks, models = build_networks(args, corpus, labels, checkpoint, stats)
         networks.to(device)
 
-        # ---- hooks
-        hooks = build_hooks(args, corpus, labels, sets_with, stats, checkpoint, device, world)
-
-        # ---- state and loaders
+        # ---- state
         if not once:
-            state = RunState(args, networks, sets, corpus, models, device, world)
+            trained_on = sets(labelled=trains_on_phones(args))
+            loaders = build_loaders(args, trained_on, world)
+            speakers = list(corpus.speakers) if tells_speakers_apart(args) else None
+            state = RunState(args, networks, *loaders, device, models=models, speakers=speakers)
             if checkpoint:
                 state.restore(checkpoint)
-            loader = partial(BatchLoader, batch_size=args.batchSizeGPU, seed=state.seed, world=world)
-            train_loader = loader(sets[0], sampling=args.samplingType, training=True)
-            val_loader = loader(sets[1], sampling="sequential", training=False)
-            command_line = ["python", "train.py", *argv]
-            report = RunReport(state, command_line, sets, labels, stats)
+            files = RunFiles(state, argv, trained_on, labels, stats)
+
+        # ---- hooks
+        hooks = build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world)
     if once:
         for hook in hooks:
             hook.run(checkpoint.epoch, networks.model, networks.criterion)
     else:
-        train(state, train_loader, val_loader, hooks, report)
+        train(state, *loaders, hooks, files)
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
-def train(state, train_loader, val_loader, hooks, report):
+def train(state, train_loader, val_loader, hooks, files):
     """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
     args, world, screen = state.args, state.world, console.Console(state.networks)
     world.check_same(
@@ -138,18 +148,21 @@ def train(state, train_loader, val_loader, hooks, report):
         "not all processes have the same training and validation set: are the lists the same on "
         "all machines?",
     )
-    world.on_rank_zero(lambda: complete_record(state, report))
+    world.on_rank_zero(lambda: files.complete(state.logs, world.stop))
     if state.position.epoch >= args.nEpoch:
-        return console.print_finished(state.position.epoch)
+        console.print_finished(state.position.epoch)
+        return
     listeners = [screen, state]
     forward_backward = build_forward_backward(state)
     val_loader.prepare()
     try:
         if state.position == (0, 0, 0):
-            state.logs["before_training"] = start = validate(state, val_loader, 0, "before training")
+            state.logs["before_training"] = start = validate(
+                state, val_loader, 0, "before training"
+            )
             screen.before_training(start)
             if world.is_rank_zero and not state.checkpoints_to_remove:  # else: an old run's report
-                report.write_files(state.logs)
+                files.write(state.logs)
         while state.position.epoch < args.nEpoch:
             epoch = state.position.epoch
             values = train_one_epoch(state, train_loader, forward_backward, listeners)
@@ -158,14 +171,14 @@ def train(state, train_loader, val_loader, hooks, report):
             screen.note_if_stuck(epoch, values, state.logs, args)
             failure = run_hooks(hooks, state, epoch, listeners)
             with world.stop.deferred():
-                end_epoch(state, epoch, report, save_now=failure is not None)
+                end_epoch(state, epoch, files, save_now=failure is not None)
             if failure:
                 raise failure
     except Stopped:
         if state.position != (0, 0, 0) and state.save():
             print(f"saved in epoch {state.position.epoch}; the same command resumes there")
         raise
-    screen.summary(state.logs, state.best_row, state.clock, report.files())
+    screen.summary(state.logs, state.best_row, state.clock, files.places())
 
 
 def train_one_epoch(state, loader, forward_backward, listeners):
@@ -257,12 +270,6 @@ def build_forward_backward(state):
     return forward_backward
 
 
-def autocast(args, device):
-    if args.precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 # -------------------------------------------------------------------------- validation, hooks, end
 
 
@@ -318,7 +325,7 @@ def publish(listeners, epoch, values, clock):
         listener.epoch(epoch, values, clock)
 
 
-def end_epoch(state, epoch, report, save_now):
+def end_epoch(state, epoch, files, save_now):
     """Log the epoch, save where that is due, and write logs, curves and report."""
     args, world = state.args, state.world
     state.end_epoch(epoch)
@@ -326,7 +333,7 @@ def end_epoch(state, epoch, report, save_now):
     if save_now or is_last or epoch % args.save_step == 0:
         is_saved = state.save(epoch)
     if world.is_rank_zero:
-        report.write_files(state.logs, epoch_speed(state.clock, state.device, world.size))
+        files.write(state.logs, epoch_speed(state.clock, state.device, world.size))
     # All wait for rank 0 here: a rank that ended earlier, after an error, would end it as well.
     lost = f"{state.directory}: the last epoch's checkpoint couldn't be written"
     world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)
@@ -389,3 +396,5 @@ def compile_networks(criterion, model):
     criterion.compile()
 
 
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,13 +34,13 @@ from collections import defaultdict
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from trainer import Trainer
 
 from benchmarks.data import in_new_process, write_corpus
 from criterion import soft_align
 from dataset import on_device
 from model import CPCEncoder
 from train import Data, build_step, find_audio, prepare_machine, settle_arguments
-from trainer import Trainer
 from transformers import SIZE_FEED_FORWARD
 from utils.files import save_json
 from utils.misc import SAMPLES_PER_FRAME

@@ -73,3 +73,12 @@ def mask_rules(text):
         return parse_mask_rules(text)
     except ValueError as error:
         raise UserError(f"--CPCCTCMasq: {error}") from error
+
+
+def trains_on_phones(args):
+    return args.supervised and args.path_phone_data is not None
+
+
+def tells_speakers_apart(args):
+    """Whether the criterion has weights for each speaker."""
+    return args.speakerEmbedding > 0 or (args.supervised and not trains_on_phones(args))

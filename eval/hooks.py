@@ -11,6 +11,7 @@ from utils.data.corpus import keep_percentage, keep_total
 from utils.misc import counted, generator_from
 from utils.run.console import progress
 from utils.run.flags import captured_names
+from utils.run.resolve import works_on_checkpoint
 
 PREDICTED = frozenset(("pred", "cpcctc_align", "cpcctc_log_scores"))  # captured in the criterion
 
@@ -107,9 +108,8 @@ class CaptureHook(Hook):
         values = self.collector.logStats(epoch)
         for name, value in values.items():
             print(f"    {name}: {value:.4g}")
-        drawn = {str(s.directory) for s in self.collector.stats.values() if hasattr(s, "directory")}
-        if drawn:
-            print(f"    pictures of the statistics: {', '.join(sorted(drawn))}")
+        if drawn := sorted(map(str, set(self.collector.directories.values()))):
+            print(f"    pictures of the statistics: {', '.join(drawn)}")
         return values
 
     @torch.no_grad()
@@ -149,6 +149,30 @@ class ProbeHook(Hook):
 
 
 # ----------------------------------------------------------------------------- as the flags ask for
+
+
+def build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world):
+    """Captures and probes, between epochs or once on a checkpoint, as the flags ask for.
+
+    sets: `sets(labelled=...)` gives training and validation set, with phone labels or without.
+    """
+    once, place, hooks = works_on_checkpoint(args), {"device": device, "world": world}, []
+    if args.pathCaptureDS and not args.only_classif_metric:
+        source = checkpoint if once else None
+        hooks.append(capture_hook(args, corpus, labels, stats, checkpoint=source, **place))
+    if args.supervised_classif_metric and not args.onlyCapture:
+        if args.path_phone_data:
+            hooks.append(probe_hook(args, "phone", sets(labelled=True), labels.n_phones, **place))
+        if args.speaker_sep:
+            n_speakers = len(corpus.speakers)
+            hooks.append(probe_hook(args, "speaker", sets(labelled=False), n_speakers, **place))
+    for hook in hooks:
+        if not once and not any(map(hook.due, range(args.nEpoch))):
+            print(
+                f"warning: --{hook.flag} {hook.every}: {hook.name} never runs in "
+                f"{counted(args.nEpoch, 'epoch')}"
+            )
+    return hooks
 
 
 def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None):

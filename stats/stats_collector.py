@@ -31,6 +31,11 @@ class StatsCollector:
         self.stats[name] = stat
         self.needs |= stat.needs
 
+    @property
+    def directories(self):
+        """Name -> directory of its pictures, of each stat that draws some."""
+        return {n: stat.directory for n, stat in self.stats.items() if hasattr(stat, "directory")}
+
     def zeroStats(self):
         """Forget all batches."""
         self.values = {}

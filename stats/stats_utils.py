@@ -7,7 +7,9 @@ from stats.alignment_stat import AlignmentOccupancyStat
 from stats.boundary_stat import BoundaryStat
 from stats.phone_similarity_stat import PhoneSimilarityStat
 from stats.repr_diff_stat import ReprDiffStat
+from stats.stats_collector import StatsCollector
 from utils.misc import UserError
+from utils.run.flags import capturable_names
 
 # A new stat is a class with the interface of `stats.empty_stat.Stat`, and a line here.
 STATS = {
@@ -23,6 +25,13 @@ _FLAG_FOR = {
     "cpcctc_align": "--CPCCTC",
     "cpcctc_log_scores": "--CPCCTC",
 }
+
+
+def build_stats(args):
+    """The StatsCollector of `--captureSetStats`. Raises UserError for specs that can't work."""
+    stats = parse_stats(args.captureSetStats) if args.captureSetStats else []
+    check_needs(stats, capturable_names(args))
+    return StatsCollector(stats, vars(args))
 
 
 def parse_stats(specs):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+import trainer
 
 import train
-import trainer
 from criterion import build_criterion
 from dataset import Batch
 from eval import linear_separability

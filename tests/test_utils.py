@@ -32,9 +32,9 @@ from utils.report.plots import draw_curves
 from utils.run.checkpoint import (
     Checkpoint,
     check_resumable,
-    follow_speaker_order,
     load_optimizer,
     newest_checkpoint,
+    permute_speakers,
     read_checkpoint,
     save_checkpoint,
 )
@@ -526,7 +526,7 @@ def original_with_speakers(tmp_path):
 
 def test_speakers_of_the_original_are_renumbered(tmp_path):
     checkpoint, criterion = original_with_speakers(tmp_path)
-    follow_speaker_order(checkpoint, criterion, ("a", "b"), tmp_path / "_seqs_cache.txt")
+    permute_speakers(checkpoint, criterion, ("a", "b"), tmp_path / "_seqs_cache.txt")
     swapped = torch.tensor([[3.0, 4.0, 5.0], [0.0, 1.0, 2.0]])
     moments = checkpoint.state["optimizer"]["state"][0]
     assert torch.equal(checkpoint.state["cpcCriterion"]["speakerEmb.weight"], swapped)
@@ -537,9 +537,9 @@ def test_speakers_of_the_original_are_renumbered(tmp_path):
 def test_without_their_order_speakers_of_the_original_are_refused(tmp_path):
     checkpoint, criterion = original_with_speakers(tmp_path)
     with pytest.raises(UserError, match="none.txt is needed"):
-        follow_speaker_order(checkpoint, criterion, ("a", "b"), tmp_path / "none.txt")
+        permute_speakers(checkpoint, criterion, ("a", "b"), tmp_path / "none.txt")
     with pytest.raises(UserError, match="doesn't list the speakers"):
-        follow_speaker_order(checkpoint, criterion, ("a", "c"), tmp_path / "_seqs_cache.txt")
+        permute_speakers(checkpoint, criterion, ("a", "c"), tmp_path / "_seqs_cache.txt")
 
 
 # ------------------------------------------------------------------------------------------ logs

@@ -62,6 +62,19 @@ def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_
     return Corpus(root, tuple(in_order(map(Sequence._make, rows))), speakers)
 
 
+def open_corpus(args):
+    """The Corpus of --pathDB, with warnings where that may be a folder too high."""
+    corpus = scan_corpus(
+        args.pathDB,
+        args.file_extension,
+        ignore_cache=args.ignore_cache,
+        n_threads=args.n_process_loader,
+    )
+    warn_of_single_speaker(corpus)
+    warn_of_subsets(corpus)
+    return corpus
+
+
 def in_order(sequences):
     return sorted(sequences, key=lambda s: (s.speaker, s.name, s.path))
 

@@ -71,10 +71,11 @@ class PackDecoding:
         good[list(problems)] = False
         if problems:
             bad = {self.dataset.sequences[files[i]].path: p for i, p in problems.items()}
-            self.world.together(lambda: self.dataset.skip(bad))
+            with self.world.shared_errors():
+                self.dataset.skip(bad)
             if self.world.local_rank == 0:
                 close_gaps(self.audio, self.layout.boundaries, good)
-            self.world.agree()  # nobody reads before that is done
+            self.world.raise_everywhere()  # nobody reads before that is done
         layout = Layout.of(files[good], self.dataset.samples)
         audio = self.audio[: int(layout.boundaries[-1])]
         return Pack(audio, self.dataset.labels_of(layout.files), layout)
@@ -82,7 +83,7 @@ class PackDecoding:
     def _problems(self):
         """Wait for all processes' threads; what is wrong with which of the files, by position."""
         own = zip(self.own, self.workers.results("decoding", " files"), strict=True)
-        found = self.world.gather({i: problem for i, problem in own if problem})
+        found = self.world.all_gather({i: problem for i, problem in own if problem})
         return {i: problem for part in reversed(found) for i, problem in part.items()}
 
 

@@ -36,7 +36,6 @@ from utils.report.values import (
     windows_per_second,
     without_accuracies,
 )
-from utils.run.logs import has_accuracy, step_name
 
 REPORT = "report.html"
 STYLE = Path(__file__).with_name("page.css")
@@ -49,10 +48,22 @@ class RunReport:
     args, defaults: the flags of the run and those of an empty command line, as namespaces
     command: list of the words of this call; sets: its AudioDatasets; labels: PhoneLabels or None
     stats: name -> directory of its pictures, of each stat
-    machine: what this call is on, in words
+    machine: what this call is on, in words; step_name, has_accuracy: those of the Networks
     """
 
-    def __init__(self, args, defaults, command, sets, labels=None, stats=None, machine=""):
+    def __init__(
+        self,
+        args,
+        defaults,
+        command,
+        sets,
+        labels=None,
+        stats=None,
+        machine="",
+        step_name=None,
+        has_accuracy=True,
+    ):
+        self.step_name, self.has_accuracy = step_name, has_accuracy
         self.args, self.defaults, self.stats = args, defaults, dict(stats or {})
         self.command, self.machine = shlex.join(command), machine
         self.corpus = [corpus_row(dataset, labels) for dataset in sets]
@@ -85,10 +96,10 @@ class RunReport:
         args, speeds = self.args, of_epochs(self.record.epochs, logs)
         begun = {"epoch": len(logs["epoch"]), "command": self.command}
         calls = of_epochs(self.record.calls, logs) or [begun]
-        if not has_accuracy(args):
+        if not self.has_accuracy:
             logs = without_accuracies(logs)  # they are zeros, which say nothing
         sections = {
-            "Training": training_section(logs, step_name(args)),
+            "Training": training_section(logs, self.step_name),
             "Probes": probe_section(logs, args, pictures),
             "Stats": stats_section(logs, args, self.stats, pictures),
             "Capture": capture_section(logs, args, pictures),

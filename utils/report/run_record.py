@@ -45,6 +45,14 @@ def machine_in_words(device, processes=1):
     return f"{several}{name}, {threads}, PyTorch {torch.__version__}"
 
 
+def is_finished(args, checkpoint):
+    """Whether the run has all its epochs, with logs, curves and report: no audio is needed then."""
+    if not checkpoint:
+        return False
+    done = checkpoint.state["position"][0]
+    return done >= args.nEpoch and RunRecord(args.pathCheckpoint).covers(done - 1)
+
+
 class RunRecord:
     """The content of `report_data.json`.
 
@@ -64,6 +72,10 @@ class RunRecord:
         except UserError:
             return {}
         return content if isinstance(content, dict) else {}
+
+    def covers(self, epoch):
+        """Whether everything was written after this epoch."""
+        return any(row["epoch"] == epoch for row in self.epochs)
 
     def add(self, epoch, speed, command):
         """Note a finished epoch; what was noted of it and of later ones is overtaken by it."""

@@ -20,7 +20,7 @@ from utils.report.run_record import RunRecord
 from utils.report.values import without_accuracies
 from utils.run.command import CommandLine, command
 from utils.run.flags import stored_arguments
-from utils.run.logs import has_accuracy, mean, percent
+from utils.run.logs import mean, percent
 
 
 @command
@@ -30,8 +30,9 @@ def main(argv=None):
     flags, logs = (load_json(args.run / f"checkpoint_{name}.json") for name in ("args", "logs"))
     if not logs.get("epoch"):
         raise UserError(f"{args.run}: no epoch is finished yet")
-    if not has_accuracy(stored_arguments(flags, args.run)):
-        logs = without_accuracies(logs)  # they are zeros, which say nothing
+    run = stored_arguments(flags, args.run)
+    if run.supervised and run.CTC:  # it has no accuracy: zeros, which say nothing
+        logs = without_accuracies(logs)
     rows = validation_rows(logs) + probe_rows(logs, untrained_scores(args.untrained))
     print(f"{'':<38}{'untrained':>12}{'trained':>12}")
     for name, before, after in rows:

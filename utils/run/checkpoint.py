@@ -428,6 +428,17 @@ def _check_moments(moments, parameter):
     float(moments["step"])
 
 
+def load_criterion(criterion, checkpoint, corpus):
+    """Load the criterion's weights; `corpus` says which speakers there are, and where its audio is.
+
+    Raises UserError where they don't fit.
+    """
+    listing = Path(corpus.root, "_seqs_cache.txt")
+    permute_speakers(checkpoint, criterion, corpus.speakers, listing)
+    check_speakers(checkpoint, corpus.speakers)
+    load_weights(criterion, checkpoint.state["cpcCriterion"], checkpoint.path)
+
+
 def check_speakers(checkpoint, speakers):
     """Raise UserError if weights that belong to speakers would be given to others.
 

@@ -9,6 +9,15 @@ import torch
 WARM_UP = 3  # steps before recording, in which libraries choose their kernels
 
 
+def can_be_recorded(args, device, world):
+    """Whether --compile may record the passes: alone on a GPU, where every step is like the others.
+
+    Not where hidden state is kept, or where a loss (CTC) waits for the device.
+    """
+    alike = args.samplingType != "sequential" and not args.supervised
+    return args.compile and device.type == "cuda" and world.size == 1 and alike
+
+
 class RecordedPasses:
     """The forward and backward pass of batches of one size, replayed from a CUDA graph.
 

@@ -367,41 +367,6 @@ def stored_arguments(stored, source):
         raise UserError(f"{source}: its stored arguments can't be used: {error}") from error
 
 
-def follow_checkpoint(args, given, kept):
-    """Complete `args` by the arguments `kept` in the checkpoint that the run goes on from.
-
-    Changes `args` as the flags' classes say, and returns a line for every flag whose value, on the
-    command line or in the checkpoint, isn't used although it might be expected.
-    """
-    follows = INHERITED - given
-    if args.onlyCapture or args.only_classif_metric:
-        follows -= CAPTURE_GROUP | PROBE_GROUP
-        follows |= (ORDER - given) - {"pathTrain", "pathVal"}
-        if args.only_classif_metric:
-            follows |= names("pathTrain pathVal") - given
-            follows -= {"path_phone_data"}  # given or not, it says whether phones are probed
-    else:
-        follows |= {name for name in ORDER if not (gone(name, kept) and name in given)}
-    for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
-        if chosen in given:
-            follows -= {other}
-    unused = []
-    for name in sorted(ARCHITECTURE | follows):
-        value = getattr(kept, name)
-        if name in given and getattr(args, name) != value:
-            unused.append(f"--{name}: using the checkpoint's value, {value}")
-        setattr(args, name, value)
-    if args.onlyCapture and "path_phone_data" not in given and gone("path_phone_data", kept):
-        unused.append(f"--path_phone_data: {args.path_phone_data} is gone: no phones are captured")
-        args.path_phone_data = None
-    return unused
-
-
-def gone(name, kept):
-    """Whether a flag of the checkpoint names a file that isn't there any more."""
-    return name in FILES and getattr(kept, name) and not os.path.isfile(getattr(kept, name))
-
-
 # ------------------------------------------------------------------------------ what they ask for
 
 

@@ -1,5 +1,6 @@
 """The machine: its device, its memory and its allocator."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -59,3 +60,10 @@ def _left_in_container():
     except (OSError, KeyError, ValueError):  # no such file, or the limit is the word "max"
         return float("inf")
     return limit - taken
+
+
+def autocast(args, device):
+    """A block that computes in the precision of `--precision`."""
+    if args.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()

@@ -83,11 +83,10 @@ def inherit_args(args, explicit, checkpoint_args):
         if name in explicit and getattr(args, name) != value:
             unused.append(f"--{name}: using the checkpoint's value, {value}")
         setattr(args, name, value)
-    phones = args.path_phone_data
-    if args.onlyCapture and "path_phone_data" not in explicit and phones:
-        if is_gone("path_phone_data", checkpoint_args):
-            unused.append(f"--path_phone_data: {phones} is gone: no phones are captured")
-            args.path_phone_data = None
+    labels_are_gone = is_gone("path_phone_data", checkpoint_args)
+    if args.onlyCapture and "path_phone_data" not in explicit and labels_are_gone:
+        unused.append(f"--path_phone_data: {args.path_phone_data} is gone: no phones are captured")
+        args.path_phone_data = None
     return unused
 
 

@@ -22,20 +22,37 @@ from utils.run.logs import Clock, Listener, RunningMeans, append_epoch, mean
 END_OF_EPOCH = 2**31  # as the pack of a position: nothing of the epoch is left to train on
 
 
+def learning_rate(epoch, base, ramp=None, halve_every=-1):
+    """Adam's learning rate in `epoch` (counted from 0), whether or not the run was resumed.
+
+    Over the first `ramp` epochs it rises linearly, reaching `base` in the last of them. It is
+    halved at every multiple of `halve_every` epochs after the ramp; a multiple inside the ramp
+    halves nothing.
+    """
+    ramp = ramp or 0
+    if epoch < ramp:
+        return base * (epoch + 1) / ramp
+    if halve_every <= 0:
+        return base
+    return base * 0.5 ** (epoch // halve_every - ramp // halve_every)
+
+
 class RunState(Listener):
     """What is trained, by which optimiser, and how far that has come.
 
-    args: the flags; networks: a Networks on `device`; world: all ranks, which have the same weights
-    and the same position; fingerprint: of the training and the validation set; locate: window ->
-    (file, offset) in the epoch in progress; models: the flags of each part of a model that began
-    with `--load`, or None; speakers: their names by id where the criterion has weights for each.
+    args: the flags; networks: a Networks on `device`; the loaders: BatchLoaders of the training and
+    the validation set, whose world is that of all ranks: these have the same weights and the same
+    position; models: the flags of each part of a model that began with `--load`, or None;
+    speakers: their names by id where the criterion has weights for each, or None.
     """
 
     def __init__(
-        self, args, networks, *, device, world, fingerprint, locate, models=None, speakers=None
+        self, args, networks, train_loader, val_loader, device, *, models=None, speakers=None
     ):
-        self.args, self.networks, self.device, self.world = args, networks, device, world
-        self.fingerprint, self.locate = fingerprint, locate
+        self.args, self.networks, self.device = args, networks, device
+        self.world, self.locate = train_loader.world, train_loader.locate
+        loaders = (train_loader, val_loader)
+        self.fingerprint = "-".join(loader.dataset.fingerprint() for loader in loaders)
         self.models, self.speakers = models, speakers
         self.directory = Path(args.pathCheckpoint)
         self.optimizer = torch.optim.Adam(
@@ -48,7 +65,7 @@ class RunState(Listener):
         self.position = Position(0, 0, 0)  # where training continues
         self.saved_position = None
         self.steps_since_save = 0
-        self.epoch_means = RunningMeans(world)  # of the epoch in progress
+        self.epoch_means = RunningMeans(self.world)  # of the epoch in progress
         self.epoch_values = {}  # of the epoch in progress, for the logs
         self.clock = Clock()  # of the epoch in progress, or the last one
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
@@ -63,9 +80,7 @@ class RunState(Listener):
         """Take note of a step that the optimiser has done on a batch, and save if that is due."""
         self.epoch_means.add(losses, accuracies, len(batch.window), gradient_norm)
         # Past the batches that the ranks above this one have in this step.
-        self.position = position._replace(
-            batch=position.batch + self.world.size - self.world.rank
-        )
+        self.position = position._replace(batch=position.batch + self.world.size - self.world.rank)
         self.unchecked_steps.append((position, batch.window, self.optimizer.found_inf, losses))
         self.steps_since_save += 1
         if self.device.type == "cpu" or self.epoch_means.batches % self.args.logging_step == 0:

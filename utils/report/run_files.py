@@ -1,0 +1,57 @@
+"""The files that people read beside a run's checkpoints: logs, curves and report."""
+
+from utils.files import save_json
+from utils.report.page import REPORT, RunReport
+from utils.report.plots import draw_curves
+from utils.report.run_record import machine_in_words
+from utils.run.flags import build_parser
+
+LOGS = "checkpoint_logs.json"
+CURVES = "checkpoint_curves.png"
+
+
+class RunFiles:
+    """Writes them after each epoch.
+
+    state: the RunState; argv: the command line of this call; sets: training and validation
+    AudioDataset; labels: PhoneLabels or None; stats: StatsCollector.
+    """
+
+    def __init__(self, state, argv, sets, labels, stats):
+        self.directory, networks = state.directory, state.networks
+        self.step_name, self.has_accuracy = networks.step_name, networks.has_accuracy
+        self.report = RunReport(
+            state.args,
+            build_parser().parse_args([]),
+            ["python", "train.py", *argv],
+            sets,
+            labels,
+            stats.directories,
+            machine_in_words(state.device, state.world.size),
+            self.step_name,
+            self.has_accuracy,
+        )
+
+    def write(self, logs, speed=None):
+        """Write all of them; speed: the `epoch_speed` of the last epoch.
+
+        What can't be written costs a warning: a run is worth more than its pictures.
+        """
+        try:
+            if logs["epoch"]:
+                save_json(self.directory / LOGS, logs)
+                draw_curves(logs, self.directory / CURVES, self.step_name, self.has_accuracy)
+            self.report.write(logs, speed)
+        except OSError as error:
+            print(f"warning: {self.directory}: logs and pictures not written ({error})")
+
+    def complete(self, logs, stop):
+        """Write what a run that was killed right after a save hadn't written yet."""
+        if logs["epoch"] and not self.report.covers(logs["epoch"][-1]):
+            with stop.deferred():
+                self.write(logs)
+
+    def places(self):
+        """Name -> path, of what to look at."""
+        curves, report = self.directory / CURVES, self.directory / REPORT
+        return {"checkpoints, logs": self.directory, "curves": curves, "report": report}
