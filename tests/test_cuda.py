@@ -15,13 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import trainer
+import train
 from dataset import Batch, on_device
 from tests.helpers import ends_refused
 from tests.test_train import EXAMPLE, SMALL, assert_same, on, run, trained
 from utils.misc import UserError
 from utils.run.command import command
-from utils.run.cuda_graph import RecordedPasses
+from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.flags import build_parser, check_compilers
 
 
@@ -98,7 +98,7 @@ def graphs(monkeypatch, streams):
         made.append(Recording())
         return made[-1]
 
-    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: True)
+    monkeypatch.setattr(train, "can_be_recorded", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     return made
@@ -132,7 +132,7 @@ def test_a_device_that_refuses_to_record(tiny_corpus, tmp_path, graphs, monkeypa
     renewed = renewed_generator(monkeypatch)
     refused = trained(tiny_corpus, tmp_path / "refused")
     assert capsys.readouterr().out.count("can't be recorded (capture failed)") == 1
-    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: False)
+    monkeypatch.setattr(train, "can_be_recorded", lambda *_: False)
     assert_same(trained(tiny_corpus, tmp_path / "plain"), refused)
     assert renewed == ["a copy"]
 
@@ -210,13 +210,12 @@ def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypa
 )
 def test_what_can_be_recorded(words, expected):
     args = build_parser().parse_args(["--compile", *words])
-    one = SimpleNamespace(args=args, device=torch.device("cuda"), world=SimpleNamespace(size=1))
-    assert trainer.Trainer.can_be_recorded(one) is expected
-    for change in ({"device": torch.device("cpu")}, {"world": SimpleNamespace(size=2)}):
-        other = SimpleNamespace(**{**vars(one), **change})
-        assert trainer.Trainer.can_be_recorded(other) is False
+    gpu, alone = torch.device("cuda"), SimpleNamespace(size=1)
+    assert can_be_recorded(args, gpu, alone) is expected
+    assert can_be_recorded(args, torch.device("cpu"), alone) is False
+    assert can_be_recorded(args, gpu, SimpleNamespace(size=2)) is False
     args.compile = False
-    assert trainer.Trainer.can_be_recorded(one) is False
+    assert can_be_recorded(args, gpu, alone) is False
 
 
 def test_a_compiler_without_triton_is_refused(tiny_corpus, tmp_path, monkeypatch, capsys):

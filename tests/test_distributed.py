@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train
-import trainer
 from criterion import build_criterion
+from criterion.networks import Networks
 from dataset import AudioDataset, Batch
 from model import build_model
 from tests.helpers import assert_close, ends_refused, write_tiny_corpus
@@ -49,7 +49,7 @@ def tiny_step(flags):
     words = [*SMALL, "--hiddenEncoder", "16", "--hiddenGar", "16", "--nPredicts", "4", *flags]
     args = build_parser().parse_args(words)
     torch.manual_seed(0)
-    return trainer.TrainStep(build_criterion(args, 2), build_model(args))
+    return Networks(build_criterion(args, 2), build_model(args))
 
 
 def tiny_batch(number):
@@ -71,8 +71,8 @@ def meet(words):
     directory, corpus = words
     torch.set_num_threads(1)
     with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
-        found = {"gathered": world.gather(world.rank), "first": world.from_first(os.getpid)}
-        found["total"] = world.total(torch.tensor(2.0) if world.rank else None)
+        found = {"gathered": world.all_gather(world.rank), "first": world.on_rank_zero(os.getpid)}
+        found["total"] = world.all_reduce(torch.tensor(2.0) if world.rank else None)
         for name, flags in CRITERIA.items():
             step = tiny_step(flags)
             found[name] = gradients(world.wrap(step), step, world.rank)
@@ -88,10 +88,10 @@ def meet(words):
 
 
 def writes_are_seen(world, audio):
-    world.gather(None)  # all have their copies
+    world.all_gather(None)  # all have their copies
     if world.rank == 1:
         audio[7] = 77
-    world.gather(None)
+    world.all_gather(None)
     return int(audio[7])
 
 
@@ -167,7 +167,7 @@ class Deserted(World):
         super().__init__(size=2, local_size=2)
         self.messages = messages
 
-    def gather(self, value):
+    def all_gather(self, value):
         self.messages -= 1
         if self.messages < 0:
             raise RuntimeError("Connection closed by peer")
@@ -190,11 +190,11 @@ def test_a_process_that_waits_for_others_holds_no_shared_memory(monkeypatch):
 
 def test_one_that_is_alone_needs_no_one():
     world = World()
-    assert world.gather(3) == [3]
-    assert world.from_first(lambda: 4) == 4
-    world.agree()
+    assert world.all_gather(3) == [3]
+    assert world.on_rank_zero(lambda: 4) == 4
+    world.raise_everywhere()
     with pytest.raises(UserError, match="a reason"):
-        world.agree(UserError("a reason"))
+        world.raise_everywhere(UserError("a reason"))
 
 
 # --------------------------------------------------------------------------------------- whole runs
@@ -224,16 +224,16 @@ def undisturbed(tiny_corpus, tmp_path_factory):
 
 def interrupted(words, action):
     """`train.main` in which process 1 does something before its third step."""
-    train_on, begun = trainer.Trainer.train_on, []
+    train_step, begun = train.train_step, []
 
-    def step(self, position, batch):
+    def step(state, forward_backward, position, batch):
         begun.append(position)
-        if self.world.rank == 1 and len(begun) == 3:
+        if state.world.rank == 1 and len(begun) == 3:
             action()
-        train_on(self, position, batch)
+        train_step(state, forward_backward, position, batch)
 
-    trainer.Trainer.train_on = step
-    trainer.STEPS_BETWEEN_AGREEMENTS = 2
+    train.train_step = step
+    train.STEPS_BETWEEN_STOP_CHECKS = 2
     return train.main(words)
 
 
@@ -306,13 +306,13 @@ def checkpoint_resume(directory):
 def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, monkeypatch):
     """And sees each batch that is left of the epoch once."""
     one_epoch = ["--nEpoch", 1]
-    train_on, seen = trainer.Trainer.train_on, []
+    train_step, seen = train.train_step, []
 
-    def step(self, position, batch):
+    def step(state, forward_backward, position, batch):
         seen.append((position, batch.window.tolist()))
-        train_on(self, position, batch)
+        train_step(state, forward_backward, position, batch)
 
-    monkeypatch.setattr(trainer.Trainer, "train_on", step)
+    monkeypatch.setattr(train, "train_step", step)
     assert run(*words_of(tiny_corpus, tmp_path / "whole", *one_epoch)) == 0
     whole, seen = seen, []
     words = words_of(tiny_corpus, tmp_path / "two")
@@ -323,21 +323,21 @@ def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, 
     assert windows + sum(len(w) for _, w in seen) == sum(len(w) for _, w in whole)
     printed = capsys.readouterr().out
     assert "processes 2 -> 1" in printed
-    assert "won't be the same to the last bit" in printed
-    assert "batches in a step: 2 -> 1; --nGPU 2 goes on as it was" in printed
+    assert "results will not be bit-identical" in printed
+    assert "batches per step: 2 -> 1; --nGPU 2 continues as before" in printed
 
 
 def test_one_process_forgets_the_hidden_state_of_two(tiny_corpus, tmp_path, monkeypatch):
     """That of the first isn't where the rows of the last batch ended, which another one had."""
     words = words_of(tiny_corpus, tmp_path, "--samplingType", "sequential")
     assert launch(2, asked_to_stop, words) == 143
-    train_on, seen = trainer.Trainer.train_on, []
+    train_step, seen = train.train_step, []
 
-    def step(self, position, batch):
-        seen.append((batch.continues.any(), self.step.model.hidden_state()))
-        train_on(self, position, batch)
+    def step(state, forward_backward, position, batch):
+        seen.append((batch.continues.any(), state.networks.model.hidden_state()))
+        train_step(state, forward_backward, position, batch)
 
-    monkeypatch.setattr(trainer.Trainer, "train_on", step)
+    monkeypatch.setattr(train, "train_step", step)
     assert run(*words) == 0
     assert seen[0] == (True, None)
     assert seen[1][1] is not None

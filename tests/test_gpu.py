@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import trainer
+import train
 import transformers
 from benchmarks import criteria, train_step
 from criterion import sampling
@@ -170,7 +170,7 @@ def test_recorded_steps_train_alike(words, tiny_corpus, tmp_path, capsys, monkey
     replayed = trained(tiny_corpus, tmp_path / "replayed", *words)
     assert "can't be recorded" not in capsys.readouterr().out
     assert len(replays) > 3
-    monkeypatch.setattr(trainer.Trainer, "can_be_recorded", lambda self: False)
+    monkeypatch.setattr(train, "can_be_recorded", lambda *_: False)
     plain = trained(tiny_corpus, tmp_path / "plain", *words)
     for key in ("locLoss_train", "locLoss_val", "gradNorm_train"):
         for expected, found in zip(plain["logs"][key], replayed["logs"][key], strict=True):
@@ -218,22 +218,18 @@ def test_a_recording_that_fails_leaves_a_usable_device(capsys):
 )
 def test_gradients_of_bf16_point_where_those_of_fp32_do(words, tiny_corpus, tmp_path, monkeypatch):
     """None vanishes, and what a step makes of them is alike: those of the first step."""
-    found, train_on = {}, trainer.Trainer.train_on
+    found, step = {}, train.train_step
 
-    def noted(self, *item):
-        passes = self.passes
-
+    def noted(state, forward_backward, position, batch):
         def and_kept(batch):
-            results = passes(batch)
-            gradients = [p.grad.flatten() for p in self.step.parameters()]
-            found.setdefault(self.args.precision, torch.cat(gradients).clone())
+            results = forward_backward(batch)
+            gradients = [p.grad.flatten() for p in state.networks.parameters()]
+            found.setdefault(state.args.precision, torch.cat(gradients).clone())
             return results
 
-        self.passes = and_kept
-        train_on(self, *item)
-        self.passes = passes
+        step(state, and_kept, position, batch)
 
-    monkeypatch.setattr(trainer.Trainer, "train_on", noted)
+    monkeypatch.setattr(train, "train_step", noted)
     monkeypatch.setattr(transformers, "DROPOUT", 0.0)
     for precision in ("fp32", "bf16"):
         directory = tmp_path / precision
@@ -354,16 +350,16 @@ def test_criteria_are_compared_and_measured(capsys):
 
 
 def test_a_step_waits_for_the_device_only_to_log(tiny_corpus, tmp_path, monkeypatch):
-    train_on = trainer.Trainer.train_on
+    step = train.train_step
 
-    def without_waiting(self, *item):
+    def without_waiting(*item):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            train_on(self, *item)
+            step(*item)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(trainer.Trainer, "train_on", without_waiting)
+    monkeypatch.setattr(train, "train_step", without_waiting)
     trained(tiny_corpus, tmp_path, *GPU, *EXAMPLE, "--logging_step", "1000")
 
 

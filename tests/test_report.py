@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import train
-import trainer
 from dataset import AudioDataset
 from tests.helpers import ends_refused
 from utils.capture import CapturedWindow, CaptureReader, CaptureWriter
@@ -584,12 +583,12 @@ def test_a_run_that_was_just_begun_is_shown(tmp_path):
 def test_the_report_of_a_run_in_its_first_epoch_names_the_machine(
     tiny_corpus, tmp_path, monkeypatch, capsys
 ):
-    def shown(_):
+    def shown(*_):
         said.append(Page((tmp_path / REPORT).read_text()).text)
         raise UserError("that is all")
 
     said = []
-    monkeypatch.setattr(trainer.Trainer, "run_epoch", shown)
+    monkeypatch.setattr(train, "train_one_epoch", shown)
     flags = "--rnnMode linear --hiddenEncoder 8 --hiddenGar 8 --sizeWindow 3200".split()
     with ends_refused(capsys, "that is all"):
         train.main(["--pathDB", f"{tiny_corpus}/audio", "--pathCheckpoint", f"{tmp_path}", *flags])

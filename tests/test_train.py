@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-import trainer
 
 import train
 from criterion import build_criterion
+from criterion.networks import Networks
 from dataset import Batch
 from eval import linear_separability
 from eval.hooks import CaptureHook
@@ -35,6 +35,8 @@ from tests.helpers import (
     needs_real_speech,
     write_tiny_corpus,
 )
+from utils.report import run_files
+from utils.run.checkpoint import save_checkpoint
 from utils.run.command import EXIT_BROKEN_PIPE
 from utils.run.flags import build_parser
 from utils.run.lock import locked
@@ -170,15 +172,15 @@ def test_a_run_stopped_inside_an_epoch_goes_on_from_that_step(
 ):
     words = ["--samplingType", "sequential", "--max_size_loaded", "60000", *EXAMPLE]
     whole = trained(tiny_corpus, tmp_path / "whole", *words)
-    train_on, steps = trainer.Trainer.train_on, []
+    train_step, steps = train.train_step, []
 
-    def stop_in_step_five(self, *item):
+    def stop_in_step_five(*item):
         steps.append(1)
         if len(steps) == 5:
             os.kill(os.getpid(), number)
-        train_on(self, *item)
+        train_step(*item)
 
-    monkeypatch.setattr(trainer.Trainer, "train_on", stop_in_step_five)
+    monkeypatch.setattr(train, "train_step", stop_in_step_five)
     directory = tmp_path / "parts"
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *words]
     assert run(*flags) == 128 + number
@@ -192,15 +194,15 @@ def test_a_run_stopped_inside_an_epoch_goes_on_from_that_step(
 
 def test_a_run_stopped_in_validation_goes_on_with_it(tiny_corpus, tmp_path, monkeypatch):
     whole = trained(tiny_corpus, tmp_path / "whole")
-    validate = trainer.Trainer.validate
+    validate = train.validate
 
-    def stop(self, epoch, what):
+    def stop(state, loader, epoch, title):
         if epoch == 1:
-            monkeypatch.setattr(trainer.Trainer, "validate", validate)
+            monkeypatch.setattr(train, "validate", validate)
             os.kill(os.getpid(), signal.SIGTERM)
-        return validate(self, epoch, what)
+        return validate(state, loader, epoch, title)
 
-    monkeypatch.setattr(trainer.Trainer, "validate", stop)
+    monkeypatch.setattr(train, "validate", stop)
     directory = tmp_path / "parts"
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2]
     assert run(*flags) == 143
@@ -211,7 +213,7 @@ def test_a_run_stopped_in_validation_goes_on_with_it(tiny_corpus, tmp_path, monk
 def test_a_stop_right_after_the_last_save_leaves_nothing_to_go_on_with(
     tiny_corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(run_files, "draw_curves", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--nEpoch", 1]
     assert run(*flags) == 143
     assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint_0.pt"]
@@ -237,15 +239,15 @@ def test_a_stop_that_a_hook_makes_another_error_of_is_a_stop(tiny_corpus, tmp_pa
 
 def test_resume_every_keeps_the_last_steps_of_a_killed_run(tiny_corpus, tmp_path, monkeypatch):
     whole = trained(tiny_corpus, tmp_path / "whole")
-    train_on, steps = trainer.Trainer.train_on, []
+    train_step, steps = train.train_step, []
 
-    def die_in_step_six(self, *item):
+    def die_in_step_six(*item):
         steps.append(1)
         if len(steps) == 6:
             raise KeyboardInterrupt  # nothing is saved, as if it were killed
-        train_on(self, *item)
+        train_step(*item)
 
-    monkeypatch.setattr(trainer.Trainer, "train_on", die_in_step_six)
+    monkeypatch.setattr(train, "train_step", die_in_step_six)
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "parts", "--nEpoch", 2]
     assert run(*flags, "--resume_every", 2) == 130
     state = torch.load(tmp_path / "parts" / "checkpoint_resume.pt", weights_only=True)
@@ -262,7 +264,7 @@ def test_a_run_killed_after_its_last_save_has_its_curves_and_report_written(
 
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--nEpoch", 1]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_json", die)
+        patch.setattr(run_files, "save_json", die)
         assert run(*flags) == 130
     (tmp_path / "checkpoint_logs.json").unlink()  # as if killed before that, too
     assert run(*flags) == 0
@@ -313,14 +315,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(
 def test_a_disk_that_is_full_for_a_while_costs_no_checkpoint(
     tiny_corpus, tmp_path, monkeypatch, capsys
 ):
-    save = trainer.save_checkpoint
+    save = save_checkpoint
 
     def full_in_epoch_one(directory, state, epoch=None):
         if epoch == 1:
             raise OSError(28, "No space left on device")
         return save(directory, state, epoch)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full_in_epoch_one)
+    monkeypatch.setattr("utils.run.state.save_checkpoint", full_in_epoch_one)
     trained(tiny_corpus, tmp_path, epochs=3)
     assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint_0.pt", "checkpoint_2.pt"}
     assert "No space left" in capsys.readouterr().out
@@ -331,10 +333,10 @@ def accuracies(monkeypatch):
     """A list of the validation accuracies that the epochs are to have, whatever is trained."""
     by_epoch = []
 
-    def validate(_self, epoch, _what):
+    def validate(_state, _loader, epoch, _title):
         return {"locLoss_val": [1.0, 1.0], "locAcc_val": [by_epoch[epoch]] * 2}
 
-    monkeypatch.setattr(trainer.Trainer, "validate", validate)
+    monkeypatch.setattr(train, "validate", validate)
     return by_epoch
 
 
@@ -382,7 +384,7 @@ def test_keep_removes_nothing_before_the_new_checkpoint_is_there(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr("utils.run.state.save_checkpoint", full)
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 5) == 2
     assert numbers(tmp_path) == [0, 2]
 
@@ -449,15 +451,15 @@ def test_another_corpus_is_said_and_the_next_epoch_begins(
     tiny_corpus, tmp_path, monkeypatch, capsys
 ):
     flags = [*SMALL, "--pathCheckpoint", tmp_path / "run", "--resume_every", 2, "--nEpoch", 1]
-    train_on, steps = trainer.Trainer.train_on, []
+    train_step, steps = train.train_step, []
 
-    def die_in_step_three(self, *item):
+    def die_in_step_three(*item):
         steps.append(1)
         if len(steps) == 4:
             raise KeyboardInterrupt
-        train_on(self, *item)
+        train_step(*item)
 
-    monkeypatch.setattr(trainer.Trainer, "train_on", die_in_step_three)
+    monkeypatch.setattr(train, "train_step", die_in_step_three)
     assert run(*on(tiny_corpus), *flags) == 130
     other = write_tiny_corpus(tmp_path / "other", seed=3)
     assert run("--pathCheckpoint", tmp_path / "run", "--pathDB", other / "audio") == 0
@@ -529,14 +531,14 @@ def inside_an_epoch(tiny_corpus, tmp_path_factory):
     words = ["--samplingType", "sequential", "--resume_every", 1, "--nEpoch", 2]
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, *words]
     with pytest.MonkeyPatch.context() as patch:
-        end_epoch = trainer.Trainer.end_epoch
+        end_epoch = train.end_epoch
 
-        def die_in_the_second(self, epoch, *rest, **more):
+        def die_in_the_second(state, epoch, *rest, **more):
             if epoch == 1:
                 raise KeyboardInterrupt
-            end_epoch(self, epoch, *rest, **more)
+            end_epoch(state, epoch, *rest, **more)
 
-        patch.setattr(trainer.Trainer, "end_epoch", die_in_the_second)
+        patch.setattr(train, "end_epoch", die_in_the_second)
         assert run(*flags) == 130
     return directory / "checkpoint_resume.pt"
 
@@ -756,7 +758,7 @@ def test_a_pipe_that_is_closed_ends_the_program_without_a_word(words, tiny_corpu
 def test_a_finished_run_is_known_without_its_audio(tiny_corpus, tmp_path, capsys, monkeypatch):
     trained(tiny_corpus, tmp_path, epochs=1)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(train, "find_audio", None)
+    monkeypatch.setattr(train, "open_corpus", None)
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 1) == 0
     assert "nothing left to do: 1 epoch done; a larger --nEpoch" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -918,18 +920,18 @@ def test_kept_hidden_state_begins_at_zero_in_each_pass_set_and_pack(
     tiny_corpus, tmp_path, monkeypatch
 ):
     starts, positions = {True: [], False: []}, []  # of training batches, and of others
-    start, train_on = CPCAR._start, trainer.Trainer.train_on
+    start, train_step = CPCAR._start, train.train_step
 
     def recorded_start(self, *rest):
         starts[self.training].append(start(self, *rest))
         return starts[self.training][-1]
 
-    def recorded_train_on(self, position, batch):
+    def recorded_train_step(state, forward_backward, position, batch):
         positions.append(position)
-        train_on(self, position, batch)
+        train_step(state, forward_backward, position, batch)
 
     monkeypatch.setattr(CPCAR, "_start", recorded_start)
-    monkeypatch.setattr(trainer.Trainer, "train_on", recorded_train_on)
+    monkeypatch.setattr(train, "train_step", recorded_train_step)
     words = ["--samplingType", "sequential", "--max_size_loaded", "60000", "--arMode", "GRU"]
     trained(tiny_corpus, tmp_path, *words, epochs=2)
     pairs = list(zip(positions, starts[True], strict=True))
@@ -1187,7 +1189,10 @@ def test_the_other_modes_of_cpc_run(mode, tiny_corpus, tmp_path):
 def test_a_hook_that_never_comes_is_said_at_the_start(tiny_corpus, tmp_path, capsys):
     words = ["--supervised_classif_metric", "--speaker_sep", "--linsep_logs_dir", tmp_path / "l"]
     trained(tiny_corpus, tmp_path / "run", *words)
-    assert "never in a run of 2" in capsys.readouterr().out
+    assert (
+        "--linsep_classif_each_epochs 20: the speaker probe never runs in 2 epochs"
+        in capsys.readouterr().out
+    )
 
 
 def step_arguments(config):
@@ -1212,7 +1217,7 @@ def test_golden_training_steps(case, monkeypatch):
     """Steps of Adam, then validation, from recorded weights, batches and negatives."""
     config = case.config
     args = step_arguments(config)
-    step = trainer.TrainStep(build_criterion(args, n_speakers=1), build_model(args))
+    step = Networks(build_criterion(args, n_speakers=1), build_model(args))
     step.load_state_dict(case.state_dict)
     optimizer = torch.optim.Adam(
         step.parameters(), lr=config["lr"], betas=config["betas"], eps=config["eps"], fused=True
@@ -1260,7 +1265,7 @@ def test_every_combination_trains(encoder, ar, aligned, mode):
     batch = Batch(torch.randn(2, 1, 3200), torch.zeros(2, dtype=torch.int64), None, None, None)
     for head in HEADS:
         args.rnnMode = head
-        step = trainer.TrainStep(build_criterion(args, n_speakers=1), model)
+        step = Networks(build_criterion(args, n_speakers=1), model)
         step.zero_grad()
         losses, _ = step(batch)
         losses.sum().backward()
