@@ -15,8 +15,9 @@ report only the names are, of a refusal only the status and that it is one `erro
 lists the keys that are left out. Some cases also need BASE to be right: an exit status that isn't
 the expected one counts as a difference, even in both trees.
 
-Timing: processor seconds of a training step in both trees in turn, as the difference between a long
-and a short run; the ratio is the median of the rounds', with the lowest and the highest.
+Timing: processor seconds of training steps in both trees in turn, as the difference between a run
+on a long and one on a short list; the ratio is the median of the rounds', with the lowest and the
+highest.
 
 The exit status is 1 if anything differs; times don't count. With --work_dir, whatever was written
 stays there, with the output of each step in `logs`.
@@ -38,6 +39,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -53,20 +55,18 @@ NOT_EQUAL = {  # keys of dicts whose values differ from one call to the next
     "waited": "how long it waited for data",
     "finished": "when it ended",
     "memory": "the process's largest size",
-    "clock": "the same seconds, in a checkpoint inside an epoch",
 }
 BY_NAME = {".png", ".html"}  # pictures depend on fonts, the report holds times
 PATIENCE = 300  # seconds that a step may take
-SIGNALS = {"TERM": (signal.SIGTERM, 143), "KILL": (signal.SIGKILL, -9)}  # and the exit status
+SIGNALS = {"TERM": (signal.SIGTERM, "143"), "KILL": (signal.SIGKILL, "-9")}  # and the exit status
 REFUSAL, NO_REFUSAL = "2, one error: line", "2, not one error: line"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-TIMED = {  # a step of these is long enough to be timed
-    "cpc": "RUN --hiddenEncoder 64 --hiddenGar 64 --sizeWindow 10240 --batchSizeGPU 8 "
-    "--nPredicts 6 --negativeSamplingExt 64 --save_step 100",
-    "cpcctc": "RUN ALIGN --hiddenEncoder 64 --hiddenGar 64 --sizeWindow 10240 --batchSizeGPU 8 "
-    "--nPredicts 6 --negativeSamplingExt 64 --CPCCTCNumMatched 12 --save_step 100",
-}
-SHORT, LONG = 1, 7  # epochs of a timed run
+LARGER = (
+    "--pathDB long/audio --pathVal long/test.txt --nEpoch 1 --hiddenEncoder 64 --hiddenGar 64 "
+    "--sizeWindow 10240 --batchSizeGPU 8 --nPredicts 6 --negativeSamplingExt 64"
+)
+TIMED = {"cpc": f"RUN {LARGER}", "cpcctc": f"RUN ALIGN {LARGER} --CPCCTCNumMatched 12"}
+ALLOWED = 0.03  # share by which the ratio of times may differ from 1 without a word
 
 
 def main(argv=None):
@@ -83,7 +83,7 @@ def main(argv=None):
         shutil.copytree(trees[0].work, trees[1].work)
         rows = [compare_case(name, trees) for name in with_needed(args.only)]
         rows.append(compare_directory("corpus", Comparison(*trees)))
-        times = [] if args.no_timing else [timed(name, trees, args.rounds) for name in TIMED]
+        times = [] if args.no_timing else time_steps(trees, args.rounds)
     differ = [row["case"] for row in rows if row["differences"]]
     print(f"{len(rows)} cases, {len(differ)} differ{': ' if differ else ''}{', '.join(differ)}")
     if args.json:
@@ -100,7 +100,7 @@ def parse_arguments(argv):
     add("--only", type=lambda text: text.split(","), metavar="NAME,NAME", default=list(CASES),
         help="cases, with those that they need (default: all)")  # fmt: skip
     add("--no_timing", action="store_true", help="compare results alone")
-    add("--rounds", type=int, default=5, metavar="N", help="of the timing (default: 5)")
+    add("--rounds", type=int, default=3, metavar="N", help="of the timing (default: 3)")
     add("--json", type=Path, metavar="FILE", help="results as JSON")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.only) - set(CASES))
@@ -177,7 +177,7 @@ class Tree:
         verb, *rest = words = self.expand(step, out)
         if verb == "COPY":
             shutil.copytree(self.work / rest[0], self.work / rest[1], dirs_exist_ok=True)
-            return 0
+            return "0"
         log = make_directory(self.work.parent / "logs") / f"{name}.{number}.{self.name}"
         process = self.start(rest if verb in SIGNALS else words, log)
         if verb in SIGNALS:
@@ -191,16 +191,14 @@ class Tree:
         if status == 2:
             said = log.with_name(f"{log.name}.err").read_text().splitlines()
             return REFUSAL if len(said) == 1 and said[0].startswith("error: ") else NO_REFUSAL
-        return status
+        return str(status)
 
     def start(self, words, log):
         """The process of a command; what it prints goes to files whose names begin with `log`."""
         command = [sys.executable, str(self.code / words[0]), *words[1:]]
         with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
-            return subprocess.Popen(
-                command, cwd=self.work, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err,
-            )  # fmt: skip
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+            return subprocess.Popen(command, cwd=self.work, env=ENVIRONMENT, **streams)
 
 
 def wait_until(condition, process):
@@ -212,7 +210,7 @@ def wait_until(condition, process):
 
 def expected_statuses(name):
     steps = CASES[name].split(" ; ")
-    statuses = [SIGNALS.get(step.split()[0], (None, 0))[1] for step in steps]
+    statuses = [SIGNALS.get(step.split()[0], (None, "0"))[1] for step in steps]
     return [*statuses[:-1], REFUSAL] if name in REFUSED else statuses
 
 
@@ -286,7 +284,7 @@ class Comparison:
         else:
             self.counts["values"] += 1
             if one != other and not (isinstance(one, float) and math.isnan(one + other)):
-                self.differ(where, f"{shortened(one)}, {shortened(other)}")
+                self.differ(where, first_difference(one, other))
 
     def arrays(self, where, one, other):
         kinds = [f"{array.dtype} {array.shape}" for array in (one, other)]
@@ -302,9 +300,15 @@ def names_below(directory):
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
 
 
-def shortened(value):
-    text = repr(value)
-    return text if len(text) <= 70 else f"{text[:67]}..."
+def first_difference(one, other):
+    """Two values, shortened to where they differ; of files, the first lines that differ."""
+    if isinstance(one, bytes):
+        lines = enumerate(zip_longest(one.split(b"\n"), other.split(b"\n")), 1)
+        number, pair = next((number, pair) for number, pair in lines if pair[0] != pair[1])
+        return f"line {number}: {first_difference(*map(str, pair))}"
+    texts = repr(one), repr(other)
+    start = max(len(os.path.commonprefix(texts)) - 20, 0)
+    return ", ".join(t if len(t) <= 70 else f"...{t[start : start + 60]}..." for t in texts)
 
 
 def read(tree, name):
@@ -338,35 +342,44 @@ def without_paths(tree, value):
 # ---------------------------------------------------------------------------------------- timing
 
 
+def time_steps(trees, rounds):
+    """Print and return how long training takes HERE, as a ratio to that in BASE."""
+    for tree in trees:
+        write_corpus(tree.work / "long", utterances=12, seconds=25)
+    return [timed(name, trees, rounds) for name in TIMED]
+
+
 def timed(name, trees, rounds):
-    """Print and return how long a step takes HERE, as a ratio to that in BASE."""
-    print(f"timing {name} ...", end="", flush=True)
     ratios, seconds = [], {tree.name: [] for tree in trees}
     for number in range(rounds):
         for tree in trees if number % 2 else reversed(trees):
-            seconds[tree.name].append(seconds_of_epochs(tree, TIMED[name]))
+            seconds[tree.name].append(seconds_of_steps(tree, name))
         ratios.append(seconds["HERE"][-1] / seconds["BASE"][-1])
-    here, base = (statistics.median(seconds[key]) for key in ("HERE", "BASE"))
+    base, here = (statistics.median(seconds[key]) for key in ("BASE", "HERE"))
     ratio, spread = statistics.median(ratios), (min(ratios), max(ratios))
     print(
-        f" {LONG - SHORT} epochs: {base:.2f} s of the processor in BASE, {here:.2f} s here; ratio "
-        f"{ratio:.3f} (of {rounds} rounds: {spread[0]:.3f} to {spread[1]:.3f})"
+        f"time of {name:12}BASE {base:.2f} s, HERE {here:.2f} s of the processor, ratio "
+        f"{ratio:.3f} ({spread[0]:.3f} to {spread[1]:.3f} in {rounds} rounds)"
+        f"{'' if abs(ratio - 1) <= ALLOWED else f': beyond {ALLOWED:.0%}'}",
+        flush=True,
     )
     return {"case": name, "ratio": ratio, "spread": spread, "seconds": seconds}
 
 
-def seconds_of_epochs(tree, flags):
-    """Processor seconds of LONG - SHORT epochs, without what a run takes to begin and end."""
+def seconds_of_steps(tree, name):
+    """Processor seconds of an epoch, without what a run takes to begin and end."""
     spent = {}
-    for epochs in (SHORT, LONG):
-        shutil.rmtree(tree.work / "out" / "timed", ignore_errors=True)
-        words = tree.expand(f"{flags} --nEpoch {epochs}", "out/timed")
-        process = tree.start(words, make_directory(tree.work / "out") / "timing")
+    for training in ("train", "test"):
+        out = f"out/timed-{name}"
+        shutil.rmtree(tree.work / out, ignore_errors=True)
+        words = tree.expand(f"{TIMED[name]} --pathTrain long/{training}.txt", out)
+        log = make_directory(tree.work.parent / "logs") / f"timed-{name}.{tree.name}"
+        process = tree.start(words, log)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"{tree.name}: a timed run failed; see its output in --work_dir")
-        spent[epochs] = usage.ru_utime + usage.ru_stime
-    return spent[LONG] - spent[SHORT]
+            raise SystemExit(f"{tree.name}: a timed run failed; --work_dir keeps what it printed")
+        spent[training] = usage.ru_utime + usage.ru_stime
+    return spent["train"] - spent["test"]
 
 
 if __name__ == "__main__":
