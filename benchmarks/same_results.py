@@ -4,10 +4,10 @@
     python benchmarks/same_results.py BASE --base_dir DIR [--work_dir DIR]
 
 BASE is a commit, checked out into a temporary directory; --base_dir names a checkout that is there
-already. About ninety command lines (`benchmarks/trials/cases.py`) run in both trees on a tiny
-corpus: training in all its variants, stops and resumptions, captures, probes, statistics, ABX,
-features, the corpus commands, refusals; and each tree resumes runs of the other. Only command lines
-and files are used, so that everything inside may be rearranged between the two.
+already. The hundred cases of `benchmarks/trials/cases.py`, one or two commands each, run in both
+trees on a tiny corpus: training in all its variants, stops and resumptions, captures, probes,
+statistics, ABX, features, the corpus commands, refusals; and each tree resumes runs of the other.
+Only command lines and files are used, so that everything inside may be rearranged between the two.
 
 Of each case are compared: exit statuses, names of all files, tensors and arrays bit for bit, values
 of JSON files and checkpoints with their types, other files byte for byte. Of pictures and the
@@ -20,7 +20,8 @@ on a long and one on a short list; the ratio is the median of the rounds', with 
 highest.
 
 The exit status is 1 if anything differs; times don't count. With --work_dir, whatever was written
-stays there, with the output of each step in `logs`.
+stays there, with the output of each step in `logs`. Every command is a process that takes about
+five seconds of a processor, so that all of it takes ten minutes on two idle cores.
 """
 
 import argparse
@@ -66,7 +67,7 @@ LARGER = (
     "--sizeWindow 10240 --batchSizeGPU 8 --nPredicts 6 --negativeSamplingExt 64"
 )
 TIMED = {"cpc": f"RUN {LARGER}", "cpcctc": f"RUN ALIGN {LARGER} --CPCCTCNumMatched 12"}
-ALLOWED = 0.03  # share by which the ratio of times may differ from 1 without a word
+ALLOWED = 0.03  # a ratio of times farther from 1 than this is marked
 
 
 def main(argv=None):
@@ -167,7 +168,7 @@ class Tree:
         return words
 
     def run_case(self, name):
-        """What came of each step: its status, or more of that for a refusal."""
+        """Run a case; returns the exit status of each step, with more about it if it is 2."""
         make_directory(self.work / "out" / name)
         steps = CASES[name].split(" ; ")
         return [self.run_step(s, name, number) for number, s in enumerate(steps)]

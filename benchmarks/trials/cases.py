@@ -160,7 +160,7 @@ REFUSED = {
     "nothing-to-capture": "ONLYCAPTURE --pathCheckpoint OUT --captureEverything",
     "too-many-bad": "RUN --pathDB corpus/damaged --max_bad_files 0",
     "not-finite": "RUN --learningRate 1e30",
-    "other-run": "COPY out/cpc OUT ; RUN --arMode GRU --hiddenGar x",
+    "no-number": "RUN --hiddenGar x",
     "no-item": "eval/ABX.py from_checkpoint out/cpc corpus/nowhere.item corpus/audio SPEECH",
     "no-probe-load": "PROBE corpus/nowhere.pt BRIEF",
     "no-features": "FEATURES out/cpc SPEECH --train_mode",
