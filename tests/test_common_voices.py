@@ -70,9 +70,10 @@ def test_frozen_model_stays_as_it_was_while_the_loss_falls(speech, tmp_path):
 
 
 def test_phones_are_learned_and_measured(speech, tmp_path, capsys):
+    """Other seeds end at 0 %, too; at a learning rate of 0.01, rounding makes 3 % or 25 % of it."""
     out = tmp_path / "out"
-    words = "--seqNorm --kernelSize 6 --lr 0.01".split()
-    assert learn(speech, out, *words, "--pathVal", speech / "test.txt", epochs=25) == 0
+    words = "--seqNorm --kernelSize 6 --lr 0.005".split()
+    assert learn(speech, out, *words, "--pathVal", speech / "test.txt", epochs=30) == 0
     training, validation = losses(out)
     assert training[-1] < 0.2 * training[0]
     state = torch.load(out / "checkpoint.pt", weights_only=True)

@@ -81,7 +81,11 @@ def test_golden_mfcc_encoder(case):
     encoder = MFCCEncoder(case.config["dimEncoded"])
     assert list(encoder.state_dict()) == list(case.state_dict)
     for name, value in encoder.state_dict().items():
-        assert_close(value, case.state_dict[name], what=name)
+        # A band's edge, thousands of Hz in float32 (steps of up to 5e-4 Hz), is divided by its
+        # width, about 100 Hz: processors differ by 1e-5.
+        tolerance = 1e-4 if name.endswith("mel_scale.fb") else 1e-5
+        assert_close(value, case.state_dict[name], tolerance, what=name)
+    encoder.load_state_dict(case.state_dict)
     assert_close(encoder(case["x"]).transpose(1, 2), case["y"])
 
 

@@ -127,26 +127,36 @@ def test_the_same_seed_gives_the_same_checkpoint(tiny_corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "training", "validation"),
+    ("words", "start", "training", "validation"),
     [
         (
             ["--rnnMode", "transformer", "--samplingType", "uniform"],
-            [3.17290, 3.11482, 3.08571],
-            [3.13614, 3.08810, 3.07281],
+            3.2546844,
+            [3.1953975, 3.1608311],
+            [3.1790835, 3.1505199],
         ),
         (
             [*EXAMPLE, "--schedulerRamp", "2"],
-            [11.21744, 10.86616, 10.48122],
-            [11.14212, 10.44722, 10.43446],
+            11.2950938,
+            [11.2841392, 11.2659700],
+            [11.2822878, 11.2487184],
         ),
     ],
     ids=["cpc", "cpc-ctc"],
 )
-def test_the_curve_of_a_seed_stays_as_it_is(words, training, validation, tiny_corpus, tmp_path):
-    """What makes training faster must not change it."""
-    logs = trained(tiny_corpus, tmp_path, *words, "--learningRate", "0.01", epochs=3)["logs"]
-    for key, expected in (("locLoss_train", training), ("locLoss_val", validation)):
-        assert [sum(row) for row in logs[key]] == pytest.approx(expected, rel=1e-3), key
+def test_the_curve_of_a_seed_stays_as_it_is(
+    words, start, training, validation, tiny_corpus, tmp_path
+):
+    """What makes training faster must not change it.
+
+    At this learning rate the rounding of one processor or another stays below 1e-7 of the losses
+    of two epochs (at 0.01 it grows to 4e-3 in three); other negatives in a single step, or rows in
+    another order, change one of them by 2e-5 or more.
+    """
+    logs = trained(tiny_corpus, tmp_path, *words, "--learningRate", "0.001")["logs"]
+    found = [logs["before_training"]["locLoss_val"], *logs["locLoss_train"], *logs["locLoss_val"]]
+    expected = [start, *training, *validation]
+    assert [sum(losses) for losses in found] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
