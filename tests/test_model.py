@@ -133,19 +133,6 @@ def test_golden_recurrent_network(case):
     assert_close(ar(case["x2"].double()), case["y2_64"], 1e-6)
 
 
-@pytest.mark.parametrize("case", golden_cases("CPCModel"))
-def test_golden_model(case):
-    encoder = case.config["encoder"]
-    model = CPCModel(
-        CPCEncoder(encoder["sizeHidden"], encoder["normMode"]), recurrent_network(case.config["ar"])
-    )
-    assert list(model.state_dict()) == list(case.state_dict)
-    model.load_state_dict(case.state_dict)
-    context, encoded = model.eval()(case["x"])
-    assert_close(context, case["c"])
-    assert_close(encoded, case["z"])
-
-
 @pytest.mark.parametrize("case", golden_cases("CPCModelNullspace"))
 def test_golden_nullspace_model(case):
     config = case.config
