@@ -31,14 +31,12 @@ from tests.helpers import (
     assert_close,
     assert_equal_trees,
     ends_refused,
-    golden_cases,
     needs_real_speech,
     write_tiny_corpus,
 )
 from utils.run.command import UNREAD
 from utils.run.flags import build_parser
 from utils.run.lock import locked
-from utils.run.logs import RunningMeans
 from utils.run.stopping import Stopped
 
 SMALL = (
