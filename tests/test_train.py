@@ -657,17 +657,6 @@ def written(path, text):
     return path
 
 
-def test_a_wrong_sample_rate_names_the_cure(tmp_path, capsys):
-    corpus = write_tiny_corpus(tmp_path)
-    path = corpus / "audio" / "10" / "0" / "10-0-0001.flac"
-    waveform, _ = soundfile.read(path)
-    soundfile.write(path, waveform, 8000)
-    assert run(*on(corpus), *SMALL, "--pathCheckpoint", tmp_path / "run") == 2
-    error = capsys.readouterr().err
-    assert "10-0-0001.flac" in error
-    assert "adjust_sample_rate.py" in error
-
-
 @pytest.mark.parametrize("words", [["--help"], ["--pathCheckpoint", "RUN"]])
 def test_a_pipe_that_is_closed_ends_the_program_without_a_word(words, tiny_corpus, tmp_path):
     flags = [*on(tiny_corpus), *SMALL, "--nEpoch", "1", *words]
