@@ -376,17 +376,6 @@ def kept(mode, n_layers):
 
 
 @pytest.mark.parametrize(("mode", "n_layers"), RECURRENT)
-def test_two_halves_are_one_whole(mode, n_layers):
-    ar = kept(mode, n_layers)
-    whole = torch.randn(3, 14, 6)
-    expected = ar(whole)
-    ar.hidden = None
-    assert_close(torch.cat([ar(whole[:, :8]), ar(whole[:, 8:])], 1), expected)
-    ar.keep_hidden = False
-    assert_close(ar(whole), expected)
-
-
-@pytest.mark.parametrize(("mode", "n_layers"), RECURRENT)
 def test_rows_that_do_not_continue_begin_from_zero(mode, n_layers):
     ar = kept(mode, n_layers)
     first, second = torch.randn(4, 3, 6), torch.randn(4, 3, 6)
