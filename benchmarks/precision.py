@@ -21,7 +21,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tests.helpers import ROOT
+from tests.common import ROOT
 from utils.corpus import make_demo
 from utils.files import load_json, save_json
 from utils.run.console import progress

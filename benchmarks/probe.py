@@ -24,7 +24,7 @@ import torch
 from dataset import AudioDataset
 from eval.probe import Probe, ProbeOptions
 from model import build_model
-from tests.helpers import write_tiny_corpus
+from tests.common import write_tiny_corpus
 from utils.data.corpus import scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.run.flags import build_parser as build_train_parser

@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # forked processes inherit no threads
 from benchmarks.trials.damaged_files import checkpoints, corpora
 from benchmarks.trials.interruptions import disk, kill, stop
 from benchmarks.trials.runs import TINY, Part, Run, on, warm_up
-from tests.helpers import write_tiny_corpus
+from tests.common import write_tiny_corpus
 from utils.files import save_json
 
 

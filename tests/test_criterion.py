@@ -379,29 +379,6 @@ def test_heads_golden(case, ways_of_heads):
     assert_gradients_close(network, case.parameter_gradients())
 
 
-@pytest.mark.parametrize("suffix", ["", "64"])
-@pytest.mark.parametrize("case", golden_cases("soft_align"))
-def test_soft_align_golden(case, suffix):
-    config = case.config
-    masked = config["variant"] == "masked"
-    blank = FORBIDDEN_BLANK if masked else NO_BLANK
-    dtype = torch.float64 if suffix else torch.float32
-    log_probs = case["log_probs"].to(dtype, copy=True).requires_grad_()
-    cost, alignment = soft_align(
-        log_probs,
-        config["allowed_skips_beg"],
-        config["allowed_skips_end"],
-        blank=blank if config["force_forbid_blank"] else LEARNED_BLANK,
-    )
-    cost.backward(case["grad_out"].to(dtype))
-    tolerance = 1e-9 if suffix else 1e-5
-    assert_close(cost, case["cost" + suffix], tolerance, "cost")
-    gradient_tolerance = 1e-9 if suffix else 2e-3 if masked else 1e-4
-    assert_close(log_probs.grad, case["grad" + suffix], gradient_tolerance, "gradient")
-    certain = case["margin"] >= 1e-4
-    assert torch.equal(alignment[certain], case["align64"][certain])
-
-
 # Heads
 
 

@@ -761,20 +761,6 @@ def test_a_capture_that_cannot_be_drawn_costs_nothing_but_its_pictures(tmp_path,
 # --------------------------------------------------------------------------------------- its record
 
 
-def test_the_record_of_a_run_survives_and_is_begun_anew_when_damaged(tmp_path):
-    record = RunRecord(tmp_path)
-    speed = {"seconds": 2.0, "windows": 10, "machine": "CPU"}
-    for epoch in (0, 1, 2):
-        record.add(epoch, speed, "train.py")
-    record.save()
-    again = RunRecord(tmp_path)
-    again.add(1, speed, "train.py --nEpoch 9")  # the run went back to epoch 1
-    assert [row["epoch"] for row in again.epochs] == [0, 1]
-    assert [call["epoch"] for call in again.calls] == [0, 1]
-    record.path.write_text("{torn")
-    assert RunRecord(tmp_path).epochs == []
-
-
 def test_a_resumed_run_keeps_its_speed_and_its_commands(tmp_path):
     args, logs = arguments(tmp_path), invented_logs(6)
     report_of(args, logs, ["train.py", "--nEpoch", "6"])

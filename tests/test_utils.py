@@ -345,13 +345,6 @@ def test_where_nothing_can_be_written_is_noticed_without_making_it(tmp_path, mon
         check_writable(tmp_path / "a" / "b", "--x")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x02J\x01", b"\x80\x02X\x05", b"\x80\x02G\x00"])
-def test_bytes_that_end_early_are_refused(content, tmp_path):
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UserError, match="x.pt: can't be loaded"):
-        load_tensors(tmp_path / "x.pt")
-
-
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -368,10 +361,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"<!doctype html><p>404", b"PK\x03\x04 torn", b"\x80"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80", b"\x80\x02J\x01", b"\x80\x02X\x05", b"\x80\x02G\x00", b"PK\x03\x04 torn",
+     b"<!doctype html><p>404"],
+)  # fmt: skip
 def test_what_is_no_checkpoint_is_named_in_one_line(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UserError, match="x.pt") as refused:
+    with pytest.raises(UserError, match="x.pt: can't be loaded") as refused:
         load_tensors(tmp_path / "x.pt")
     assert "\n" not in str(refused.value)
 
@@ -435,13 +432,6 @@ def test_a_stale_resume_file_does_not_hide_a_newer_checkpoint(tmp_path):
     save_checkpoint(tmp_path, state((3, 0, 0)), epoch=2)
     save_checkpoint(tmp_path, state((1, 0, 4)))
     assert newest_checkpoint(tmp_path).epoch == 2
-
-
-def test_an_unreadable_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
-    save_checkpoint(tmp_path, state((1, 0, 0)), epoch=0)
-    (tmp_path / "checkpoint_1.pt").write_bytes(b"torn")
-    assert newest_checkpoint(tmp_path).epoch == 0
-    assert "checkpoint_1.pt" in capsys.readouterr().out
 
 
 def test_a_directory_of_unreadable_checkpoints_is_never_a_new_run(tmp_path):

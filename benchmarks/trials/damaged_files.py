@@ -15,7 +15,7 @@ from benchmarks.trials.mutations import (
 )
 from benchmarks.trials.runs import OWN_PROCESS, TINY, Run, content, differences, on
 from benchmarks.trials.true_labels import check_capture, check_training_sets
-from tests.helpers import write_tiny_corpus
+from tests.common import write_tiny_corpus
 from utils.data.listing import LISTING
 from utils.files import save_json
 

@@ -8,7 +8,7 @@ import subprocess
 from collections import Counter
 
 from benchmarks.trials.runs import OWN_PROCESS, PHASES, TINY, Run, content, differences, on
-from tests.helpers import write_tiny_corpus
+from tests.common import write_tiny_corpus
 from utils.files import TEMPORARY_PREFIX
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

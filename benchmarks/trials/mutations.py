@@ -1,6 +1,6 @@
 """Damage to corpora and to checkpoints, drawn from a seeded generator.
 
-    corrupt_corpus(random.Random(7), corpus)      what utils/testing.write_tiny_corpus has written
+    corrupt_corpus(random.Random(7), corpus)      what tests/common.write_tiny_corpus has written
     corrupt_file(random.Random(7), path)          any file: bits, ends, other contents
     corrupt_checkpoint(random.Random(7), path, canary)      what is stored, under a sound format
 

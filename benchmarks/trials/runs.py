@@ -20,11 +20,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-
 import trainer
+
 from dataset import AudioDataset, BatchLoader
 from eval.hooks import CaptureHook, ProbeHook
-from tests.helpers import ROOT, assert_equal_trees
+from tests.common import ROOT, assert_equal_trees
 from train import main as train
 from utils.data.packs import PackDecoding
 from utils.report.page import RunReport
