@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
-from model import ConcatenatedModel, CPCModelNullspace, build_model, untouched
+from model import ConcatenatedModel, CPCModelNullspace, build_model, preserved_state
 from transformers import CausalAttention
 from utils.data.audio import open_audio, reason
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
@@ -384,7 +384,7 @@ def _features_of_file(module, path, max_size, batch_size, strict, seq_norm, *, o
     chunks = _plan_chunks(module, path, waveform.size(1), max_size, strict)
     device = _device(module)
     pieces, end = [], None
-    with untouched(module.model, module), torch.no_grad():
+    with preserved_state(module.model, module), torch.no_grad():
         module.eval()
         for batch in _batches(chunks, batch_size):
             audio = torch.stack([waveform[:, chunk.start : chunk.end] for chunk in batch])

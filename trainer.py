@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dataset import BatchLoader, Position, on_device
-from model import untouched
+from model import preserved_state
 from utils.files import save_json
 from utils.misc import UserError, counted, generator_from, seed_from
 from utils.report.page import REPORT
@@ -184,7 +184,7 @@ class Trainer:
         for hook in self.hooks:
             if hook.due(epoch):
                 try:
-                    with untouched(self.step.model, self.step.criterion):
+                    with preserved_state(self.step.model, self.step.criterion):
                         values.update(hook.run(epoch, self.step.model, self.step.criterion))
                 except UserError as error:
                     return error
@@ -335,7 +335,7 @@ class Trainer:
         """Means over the validation set, for the logs. Leaves kept hidden state as it was."""
         self.step.eval()
         self.world.copy_buffers(self.step)
-        with untouched(self.step.model):
+        with preserved_state(self.step.model):
             running = self.world.together(lambda: self.validation_means(epoch, what))
         losses, accuracies = running.means()
         if not math.isfinite(sum(losses)):

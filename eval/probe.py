@@ -120,7 +120,7 @@ def run_probe(
     classifier, with the model it belongs to, to `<checkpoint_dir>/<CPC epoch>/<task>/`.
 
     Nothing is drawn from the global random generators. The model's weights stay as they are, its
-    mode and kept hidden state don't: `model.untouched` puts those back.
+    mode and kept hidden state don't: `model.preserved_state` puts those back.
     """
     place = Path(str(options.cpc_epoch), task)
     log = Path(logs_dir, place, "logs.json")
