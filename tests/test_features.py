@@ -594,9 +594,9 @@ assert os.listdir("cache/checkpoints") == ["model-0123.pt"]
 """
 REFUSALS = """
 for flags, reason in (
-    (dict(hiddenEncodr=3), "hiddenEncodr: not a flag"),
+    (dict(hiddenEncodr=3), "hiddenEncodr: not an architecture flag"),
     (dict(arMode="MLP"), "invalid choice: 'MLP'"),
-    (dict(pretrained=True, arMode="GRU"), "arMode: the pretrained model has flags of its own"),
+    (dict(pretrained=True, arMode="GRU"), "arMode: not with pretrained=True"),
     (dict(pretrained=True, url="{server}/absent.pt"), "absent.pt: can't be downloaded (HTTP Error"),
 ):
     try:

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from utils.misc import ToldElsewhere, UserError
+from utils.misc import ReportedElsewhere, UserError
 
 REFUSED = 2  # exit status after a UserError
 UNREAD = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
@@ -89,7 +89,7 @@ def command(main):
         try:
             with flushed_output():
                 return main(argv)
-        except ToldElsewhere:
+        except ReportedElsewhere:
             sys.exit(REFUSED)
         except BrokenPipeError:  # whoever read what is printed has gone, as in `| head`
             discard_output()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.misc import ToldElsewhere, UserError, first_few
+from utils.misc import ReportedElsewhere, UserError, first_few
 from utils.run.console import Muted
 from utils.run.stopping import Stopped, let_signals_in
 
@@ -155,7 +155,7 @@ def _as_message(error):
 
 
 def _as_error(message):
-    return Stopped(message) if isinstance(message, int) else ToldElsewhere(message)
+    return Stopped(message) if isinstance(message, int) else ReportedElsewhere(message)
 
 
 def _reserve(n_bytes):
