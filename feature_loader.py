@@ -345,7 +345,7 @@ def build_feature_batch(
 def load_waveform(path):
     """All samples of an audio file, (1, n) float32 in [-1, 1]; channels are averaged.
 
-    Raises UserError if the file can't be read, is empty, holds NaN, or isn't at 16 kHz.
+    Raises UserError if the file can't be read, is empty, contains NaN, or isn't at 16 kHz.
     """
     try:
         with open_audio(path) as file:
@@ -360,9 +360,9 @@ def load_waveform(path):
         )
     waveform = torch.from_numpy(waveform)[None]
     if waveform.numel() == 0:
-        raise UserError(f"{path}: holds no audio")
+        raise UserError(f"{path}: contains no audio")
     if not torch.isfinite(waveform).all():
-        raise UserError(f"{path}: holds NaN or infinite samples")
+        raise UserError(f"{path}: contains NaN or infinite samples")
     return waveform
 
 

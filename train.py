@@ -39,9 +39,9 @@ from utils.capture import refuse_to_lose
 from utils.data.corpus import (
     keep_percentage,
     keep_total,
-    read_sequence_list,
+    read_utterance_list,
     scan_corpus,
-    select_sequences,
+    select_utterances,
     warn_of_single_speaker,
     warn_of_subsets,
 )
@@ -330,8 +330,8 @@ class Data:
     def listed(self, path):
         """The sequences of a list; of the whole corpus without one."""
         if path is None:
-            return list(self.corpus.sequences)
-        return select_sequences(self.corpus.sequences, read_sequence_list(path), path)
+            return list(self.corpus.utterances)
+        return select_utterances(self.corpus.utterances, read_utterance_list(path), path)
 
     @functools.cached_property
     def split(self):
@@ -477,8 +477,7 @@ def probe_hooks(job):
 def probe_hook(job, task, sets, n_classes):
     args = job.args
     for audio in sets:
-        if not audio.n_windows:
-            raise audio.no_window()
+        audio.require_windows()
 
     def probe(epoch, model):
         result = run_probe(

@@ -504,7 +504,7 @@ def test_remainder_too_short_for_an_encoder_is_seen_with_what_precedes_it(
 @pytest.mark.parametrize(
     ("n_samples", "options", "reason"),
     [
-        (0, {}, "empty|holds no audio"),
+        (0, {}, "empty|contains no audio"),
         (159, {}, "159 samples are too short"),
         (1600, {"rate": 8000}, "8000 Hz.*adjust_sample_rate"),
     ],
