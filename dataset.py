@@ -131,12 +131,12 @@ class AudioDataset:
         difference = np.maximum(too_few, too_many).astype(np.int64)
         if (difference > USUAL_DIFFERENCE).any():
             worst = self.utterances[int(np.argmax(difference))]
+            by = counted(int(difference.max()), "frame")
             print(
                 f"warning: {self.title}: {(difference > 0).sum()} of {len(samples)} files are "
-                "shorter or longer than their labels, by "
-                f"{counted(int(difference.max()), 'frame')} at most: {first_few([worst.path])} "
-                f"({worst.samples} samples, {len(labels[worst.name])} "
-                "labels); both are cut to the shorter"
+                f"shorter or longer than their labels, by {by} at most: "
+                f"{first_few([worst.path])} ({worst.samples} samples, "
+                f"{len(labels[worst.name])} labels); both are cut to the shorter"
             )
         return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
 
@@ -217,12 +217,12 @@ def build_sets(
 ):
     """The AudioDatasets to train and to validate on.
 
-    split: utterances of either set (see `split_utterances` in utils/data/corpus.py)
-    labels: PhoneLabels, to leave out utterances without labels; None: all utterances, no labels
-    suffix: of the titles "training set" and "validation set"
-    max_sizes: `max_size_loaded` of either set
-    describe: print a line about each set
-    options: other parameters of `AudioDataset`, for both sets
+    split: the utterances of each set (`split_utterances` in utils/data/corpus.py)
+    labels: PhoneLabels; leaves out utterances without labels
+    suffix: appended to the titles "training set" and "validation set"
+    max_sizes: `max_size_loaded` of each set
+    describe: print `describe()` of each set
+    options: further parameters of AudioDataset
     """
     options |= {"phone_labels": labels, "labelled_only": labels is not None}
     titles, sets = (f"training set{suffix}", f"validation set{suffix}"), []
@@ -283,8 +283,7 @@ def on_device(batches, device):
     On CUDA, a second stream copies a batch while the device works on the previous one.
     """
     if device.type != "cuda":
-        for position, batch in batches:
-            yield position, batch.to(device)
+        yield from ((position, batch.to(device)) for position, batch in batches)
         return
     copying, ahead = torch.cuda.Stream(device), None
     for position, batch in batches:
@@ -380,11 +379,8 @@ class BatchLoader:
 
     def _plan(self, epoch, p, layout):
         generator = generator_from(self.seed, "windows", epoch, p) if self.training else None
-        dataset = self.dataset
-        speakers = dataset.speakers[layout.files]
-        return plan_pack(
-            layout, speakers, self.sampling, dataset.size_window, self.batch_size, generator
-        )
+        speakers, size_window = self.dataset.speakers[layout.files], self.dataset.size_window
+        return plan_pack(layout, speakers, self.sampling, size_window, self.batch_size, generator)
 
     def epoch(self, epoch, first=None):
         """Yield (Position, Batch) for this process, from position `first` on (None: the start).
@@ -393,7 +389,7 @@ class BatchLoader:
         """
         self._begin(epoch)
         first = first or Position(epoch, 0, 0)
-        skip, turn, mine = first.batch, 0, None
+        skip, n_seen, own = first.batch, 0, None
         try:
             for p in range(first.pack, len(self._packs)):
                 pack = self._take(p)
@@ -402,18 +398,18 @@ class BatchLoader:
                 self._plans[p] = plan, pack.layout
                 for g in range(min(skip, plan.n_batches), plan.n_batches):
                     self._check_ahead()
-                    if turn % self.world.size == self.world.rank:
-                        mine = Position(epoch, p, g), self._gather(pack, p, g)
-                    turn += 1
-                    if turn % self.world.size == 0:  # all processes have a batch
-                        yield mine
-                        mine = None
+                    if n_seen % self.world.size == self.world.rank:
+                        own = Position(epoch, p, g), self._gather(pack, p, g)
+                    n_seen += 1
+                    if n_seen % self.world.size == 0:  # all processes have a batch
+                        yield own
+                        own = None
                 skip = max(0, skip - plan.n_batches)
                 del pack  # before the pack after the next is allocated
-            if mine and not self.training:
-                yield mine
+            if own and not self.training:
+                yield own
             if first == (epoch, 0, 0):
-                self.dataset.require_windows(turn)
+                self.dataset.require_windows(n_seen)
         except BaseException:  # including GeneratorExit, if the iteration is abandoned
             self.close()
             raise
