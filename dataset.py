@@ -1,9 +1,8 @@
-"""Corpora in LibriSpeech layout -> batches of windows with their labels.
+"""Training and validation sets of utterances, and batches of windows from them.
 
-In the order of the data's way: listing a database (`scan_corpus`), choosing among its sequences
-(`select_sequences`, `read_phone_labels`), their audio in memory (`AudioDataset`), and batches of
-windows of it (`BatchLoader`). Lengths are in samples at 16 kHz; `B` is the number of windows in a
-batch, `L` the samples in a window.
+A corpus is listed and its utterances are chosen in utils/data/corpus.py; `AudioDataset` checks them
+and holds their decoded audio, `BatchLoader` cuts it into windows. Lengths are in samples at 16 kHz;
+B is the number of windows in a batch, L the samples in a window.
 """
 
 import hashlib
@@ -13,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.data.corpus import in_order, read_sequence_list, select_sequences
+from utils.data.corpus import sort_utterances
 from utils.data.packs import PackDecoding
-from utils.data.windows import Layout, cumulated, plan_pack, split_in_packs
+from utils.data.windows import Layout, cumulative, plan_pack, split_into_packs
 from utils.misc import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -27,41 +26,25 @@ from utils.misc import (
 from utils.run.distributed import ALONE
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
-USUAL_DIFFERENCE = 2  # frames that alignments are often shorter or longer than their audio
+USUAL_DIFFERENCE = 2  # frames by which alignments often differ from their audio
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
-
-
-# --------------------------------------------------------------------------- listing and choosing
-
-
-# ------------------------------------------------------------------------------------------- packs
-
-
-def allowed_bad_files(n_files, fraction):
-    """How many of `n_files` may be bad: this fraction, or a quarter of them up to three files.
-
-    The latter is for small corpora; where one file is bad, one always may be. 0 means none.
-    """
-    if fraction == 0:
-        return 0
-    return max(int(fraction * n_files), min(3, max(1, n_files // 4)))
 
 
 # ----------------------------------------------------------------------------------------- dataset
 
 
 class AudioDataset:
-    """Sequences of a corpus to train or test on, with their labels; their audio once decoded.
+    """Utterances of a corpus with their labels and, once decoded, their audio.
 
-    sequences: those that can be used, by speaker and name
-    samples, speakers: (n,) int64 arrays, the length in use and the speaker id of each
-    n_unlabelled: how many were left out since they have no phone labels
+    utterances: the usable ones, sorted by speaker and name
+    samples, speakers: (n,) int64 arrays, the usable length and the speaker id of each
+    n_unlabelled: number of utterances left out because they have no phone labels
     """
 
     def __init__(
         self,
         corpus,
-        sequences,
+        utterances,
         size_window,
         *,
         phone_labels=None,
@@ -72,34 +55,35 @@ class AudioDataset:
         max_bad_files=0.01,
         title="training set",
     ):
-        """`sequences` of `corpus`, to be cut into windows of `size_window` samples.
+        """Prepare `utterances` of `corpus` to be cut into windows of `size_window` samples.
 
-        With `phone_labels`, sequences without labels are left out if `labelled_only` (and refused
-        otherwise), the others cut to whole labelled frames; `whole_frames` cuts to whole frames
-        without labels. `max_size_loaded` is the number of samples in memory at a time (twice that
-        while the next ones are decoded), `max_bad_files` the fraction of files that may be
-        unusable (see `allowed_bad_files`), `title` how messages call this set.
+        phone_labels: PhoneLabels; utterances are cut to whole labelled frames. Those without labels
+            are left out if `labelled_only`, otherwise a ValueError
+        whole_frames: cut utterances to whole frames, also without labels
+        max_size_loaded: samples in memory at a time (twice that while the next pack is decoded)
+        max_bad_files: fraction of files that may be unusable, see `allowed_bad_files`
+        title: what messages call this set
 
-        Raises UserError if no sequence is left, too many are bad or one has another sample rate.
+        Raises UserError if no utterance is left, too many are bad, or a sample rate is wrong.
         """
         self.root, self.size_window, self.title = corpus.root, size_window, title
         self.max_size_loaded, self.n_threads = max_size_loaded, n_threads
         self.phone_labels = phone_labels
-        self._problems, self._n_files = {}, len(sequences)
+        self._problems, self._n_files = {}, len(utterances)
         self._n_allowed = allowed_bad_files(self._n_files, max_bad_files)
         self._only_pack = None
-        usable = self._usable(in_order(sequences))
-        self.sequences = tuple(self._labelled(usable, labelled_only) if phone_labels else usable)
-        self.n_unlabelled = len(usable) - len(self.sequences)
+        usable = self._usable(sort_utterances(utterances))
+        self.utterances = tuple(self._labelled(usable, labelled_only) if phone_labels else usable)
+        self.n_unlabelled = len(usable) - len(self.utterances)
         self.samples = self._lengths_in_use(whole_frames)
-        self.speakers = np.array([s.speaker for s in self.sequences], dtype=np.int64)
-        exact = all(s.fits_int16 for s in self.sequences)
+        self.speakers = np.array([u.speaker for u in self.utterances], dtype=np.int64)
+        exact = all(u.fits_int16 for u in self.utterances)
         self.dtype = torch.int16 if exact else torch.float32
 
-    def _usable(self, sequences):
-        self.skip({s.path: s.problem for s in sequences if s.problem})
-        usable = [s for s in sequences if not s.problem]
-        wrong = [s for s in usable if s.rate != SAMPLE_RATE]
+    def _usable(self, utterances):
+        self.skip({u.path: u.problem for u in utterances if u.problem})
+        usable = [u for u in utterances if not u.problem]
+        wrong = [u for u in usable if u.rate != SAMPLE_RATE]
         if wrong:
             raise UserError(
                 f"{self.title}: {len(wrong)} of {len(usable)} files aren't sampled at "
@@ -109,7 +93,7 @@ class AudioDataset:
         return usable
 
     def skip(self, problems):
-        """Note and name bad files (path -> problem); raises UserError when they are too many."""
+        """Report bad files (path -> problem). Raises UserError if there are too many."""
         new = {path: problem for path, problem in problems.items() if path not in self._problems}
         if not new:
             return
@@ -124,41 +108,41 @@ class AudioDataset:
             )
         print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
 
-    def _labelled(self, sequences, labelled_only):
-        labelled = [s for s in sequences if s.name in self.phone_labels.labels]
+    def _labelled(self, utterances, labelled_only):
+        labelled = [u for u in utterances if u.name in self.phone_labels.labels]
         if not labelled:
             raise UserError(
-                f"{self.phone_labels.path}: has labels for none of the {len(sequences)} sequences "
-                f"of the {self.title}, e.g. {first_few([sequences[0].name])}; is it for another "
-                "corpus?"
+                f"{self.phone_labels.path}: has no labels for any of the {len(utterances)} "
+                f"utterances of the {self.title}, such as {first_few([utterances[0].name])}; is it "
+                "for another corpus?"
             )
-        if len(labelled) < len(sequences) and not labelled_only:
-            raise ValueError("some sequences have no labels: labelled_only=True leaves them out")
+        if len(labelled) < len(utterances) and not labelled_only:
+            raise ValueError("some utterances have no labels: labelled_only=True leaves them out")
         return labelled
 
     def _lengths_in_use(self, whole_frames):
-        samples = np.array([s.samples for s in self.sequences], dtype=np.int64)
+        samples = np.array([u.samples for u in self.utterances], dtype=np.int64)
         n_frames = samples // SAMPLES_PER_FRAME
         if not self.phone_labels:
             return n_frames * SAMPLES_PER_FRAME if whole_frames else samples
         labels = self.phone_labels.labels
-        n_labels = np.array([len(labels[s.name]) for s in self.sequences], dtype=np.int64)
+        n_labels = np.array([len(labels[u.name]) for u in self.utterances], dtype=np.int64)
         too_few, too_many = n_frames - n_labels, n_labels - np.ceil(samples / SAMPLES_PER_FRAME)
         difference = np.maximum(too_few, too_many).astype(np.int64)
         if (difference > USUAL_DIFFERENCE).any():
-            worst = self.sequences[int(np.argmax(difference))]
+            worst = self.utterances[int(np.argmax(difference))]
+            by = counted(int(difference.max()), "frame")
             print(
                 f"warning: {self.title}: {(difference > 0).sum()} of {len(samples)} files are "
-                "shorter or longer than their labels, by "
-                f"{counted(int(difference.max()), 'frame')} at most: {first_few([worst.path])} "
-                f"({worst.samples} samples, {len(labels[worst.name])} "
-                "labels); both are cut to the shorter"
+                f"shorter or longer than their labels, by {by} at most: "
+                f"{first_few([worst.path])} ({worst.samples} samples, "
+                f"{len(labels[worst.name])} labels); both are cut to the shorter"
             )
         return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
 
     @property
     def n_windows(self):
-        """Windows in all sequences laid end to end; no epoch of any sampling has more."""
+        """Windows in the concatenated utterances; an epoch has at most this many."""
         return int(self.samples.sum()) // self.size_window
 
     @property
@@ -166,8 +150,8 @@ class AudioDataset:
         return float(self.samples.sum()) / SAMPLE_RATE / 3600
 
     def describe(self):
-        """One line for people."""
-        n_speakers, n_files = len(np.unique(self.speakers)), len(self.sequences)
+        """The set in one line, for the user."""
+        n_speakers, n_files = len(np.unique(self.speakers)), len(self.utterances)
         duration = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
         text = (
             f"{self.title}: {counted(n_files, 'file')}, {duration}, "
@@ -178,128 +162,77 @@ class AudioDataset:
             text += f", {n_files} of {n_files + self.n_unlabelled} files have phone labels"
         return text
 
-    def require_windows(self):
-        """Raise UserError if the set gives nothing to work on."""
-        if not self.n_windows:
-            raise self.no_window()
-
-    def no_window(self):
-        """The UserError that the set gives nothing to work on."""
-        return UserError(
-            f"{self.title}: not a single window of {self.size_window} samples in "
-            f"{counted(len(self.sequences), 'file')}; more audio or a smaller --sizeWindow is "
-            "needed"
-        )
+    def require_windows(self, n_windows=None):
+        """Raise UserError if there are no windows; n_windows: if not all of them are available."""
+        if not (self.n_windows if n_windows is None else n_windows):
+            raise UserError(
+                f"{self.title}: not a single window of {self.size_window} samples in "
+                f"{counted(len(self.utterances), 'file')}; more audio or a smaller --sizeWindow is "
+                "needed"
+            )
 
     def fingerprint(self):
-        """Short text that depends on the paths and lengths of the sequences and nothing else."""
+        """A short hash of the paths and lengths of the utterances."""
         digest = hashlib.blake2b(digest_size=8)
-        for sequence in sorted(self.sequences, key=lambda s: s.path):
-            digest.update(f"{sequence.path}\0{sequence.samples}\n".encode(errors="surrogateescape"))
+        for u in sorted(self.utterances, key=lambda u: u.path):
+            digest.update(f"{u.path}\0{u.samples}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def labels_of(self, files):
-        """(frames,) int16 labels of these files, by index of sequence; None without labels."""
+        """(frames,) int16 labels of the utterances with these indices; None without labels."""
         if not self.phone_labels:
             return None
         labels, n_frames = self.phone_labels.labels, self.samples // SAMPLES_PER_FRAME
-        parts = [labels[self.sequences[i].name][: n_frames[i]] for i in files]
+        parts = [labels[self.utterances[i].name][: n_frames[i]] for i in files]
         return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int16), *parts]))
 
     def only_pack(self, world=ALONE):
-        """The pack of all files: decoded once, by all processes of `world`, then kept."""
+        """The pack of all files, decoded once by all processes of `world`, then kept."""
         if self._only_pack is None:
-            files = np.arange(len(self.sequences))
+            files = np.arange(len(self.utterances))
             self._only_pack = PackDecoding(self, files, world).finish()
         return self._only_pack
 
 
-# ------------------------------------------------------------------------- the sets of a command
+def allowed_bad_files(n_files, fraction):
+    """How many of `n_files` may be unusable: at most `fraction`; 0 tolerates none.
+
+    Small sets tolerate up to a quarter (1 to 3 files).
+    """
+    if fraction == 0:
+        return 0
+    return max(int(fraction * n_files), min(3, max(1, n_files // 4)))
 
 
-def listed(corpus, path):
-    """The utterances of a list; of the whole corpus without one."""
-    if path is None:
-        return list(corpus.sequences)
-    return select_sequences(corpus.sequences, read_sequence_list(path), path)
+def build_sets(corpus, split, size_window, *, labels=None, max_sizes=None, **options):
+    """The AudioDatasets to train and to validate on, each described by a printed line.
 
-
-def split_corpus(args, corpus):
-    """The utterances to train and to validate on: those of the lists, or 1 % set aside."""
-    training = listed(corpus, args.pathTrain)
-    if args.pathVal:
-        validation = listed(corpus, args.pathVal)
-    else:
-        training, validation = set_aside(training, 0.01, args.random_seed)
-    if args.debug:
-        training, validation = training[-1000:], validation[-100:]
-    warn_of_shared_files(training, validation)
-    return training, validation
-
-
-def warn_of_shared_files(training, validation):
-    """Warn of utterances that are both trained and tested on."""
-    trained_on = {utterance.path for utterance in training}
-    shared = [utterance.path for utterance in validation if utterance.path in trained_on]
-    if shared:
-        print(
-            f"warning: {len(shared)} of {counted(len(validation), 'file')} of the validation set "
-            f"are in the training set, too: {first_few(shared)}",
-            flush=True,
-        )
-
-
-def set_aside(utterances, fraction, seed):
-    """Split off a random fraction of the utterances, at least one."""
-    if len(utterances) < 2:
-        raise UserError("--pathVal FILE is needed: one sequence can't be split into two sets")
-    order = torch.randperm(len(utterances), generator=generator_from(seed, "validation set"))
-    chosen = set(order[: max(1, round(fraction * len(utterances)))].tolist())
-    return (
-        [u for index, u in enumerate(utterances) if index not in chosen],
-        [u for index, u in enumerate(utterances) if index in chosen],
-    )
-
-
-def build_set(corpus, utterances, args, title, labels=None, **more):
-    """The AudioDataset that the flags describe; with labels, of the utterances that have some."""
-    dataset = AudioDataset(
-        corpus,
-        utterances,
-        args.sizeWindow,
-        phone_labels=labels,
-        labelled_only=labels is not None,
-        n_threads=args.n_process_loader,
-        max_bad_files=args.max_bad_files,
-        title=title,
-        **more,
-    )
-    print(dataset.describe(), flush=True)
-    return dataset
-
-
-def build_sets(corpus, split, args, labels=None):
-    """Training and validation set of a `split_corpus`; see `build_set`."""
-    training, validation = split
-    labelled = " with phone labels" if labels else ""
-    size = {"max_size_loaded": args.max_size_loaded}
-    return (
-        build_set(corpus, training, args, f"training set{labelled}", labels, **size),
-        build_set(corpus, validation, args, f"validation set{labelled}", labels),
-    )
+    split: the utterances of each set (`split_corpus` in utils/data/corpus.py)
+    labels: PhoneLabels; leaves out utterances without labels
+    max_sizes: `max_size_loaded` of each set (default: MAX_SIZE_LOADED)
+    options: further parameters of AudioDataset
+    """
+    suffix, sets = " with phone labels" if labels else "", []
+    options |= {"phone_labels": labels, "labelled_only": labels is not None}
+    titles, max_sizes = ("training set", "validation set"), max_sizes or (MAX_SIZE_LOADED,) * 2
+    for utterances, title, max_size in zip(split, titles, max_sizes, strict=True):
+        options |= {"title": title + suffix, "max_size_loaded": max_size}
+        sets.append(AudioDataset(corpus, utterances, size_window, **options))
+        print(sets[-1].describe(), flush=True)
+    return tuple(sets)
 
 
 # ----------------------------------------------------------------------------------------- batches
 
 
 class Batch(NamedTuple):
-    """Windows with their labels. A loader gives them on the CPU; `to` makes them ready for use."""
+    """Windows with their labels. A loader yields them on the CPU; `to` makes them ready for use."""
 
-    waveform: torch.Tensor  # (B, 1, L) float32 in [-1, 1] after `to`; before, int16 or float32
-    speaker: torch.Tensor  # (B,) int64, of the first sample
+    waveform: torch.Tensor  # (B, 1, L) float32 in [-1, 1] after `to`, before int16 or float32
+    speaker: torch.Tensor  # (B,) int64, speaker id at the first sample
     phone: torch.Tensor | None  # (B, L // 160) int64
     window: torch.Tensor  # (B,) int64, index into the epoch's plan (see BatchLoader.locate)
-    continues: torch.Tensor  # (B,) bool, whether the row goes on, in one file, where it ended
+    continues: torch.Tensor  # (B,) bool, whether the row follows its last one in the same file
 
     def to(self, device):
         """The batch on `device`, the waveform in float32."""
@@ -310,7 +243,7 @@ class Batch(NamedTuple):
         return batch
 
     def each(self, function):
-        """A Batch of what `function` makes of each tensor."""
+        """A Batch with `function` applied to each tensor."""
         return Batch(*(None if tensor is None else function(tensor) for tensor in self))
 
 
@@ -321,17 +254,16 @@ def _moved(tensor, device):
 
 
 def on_device(batches, device):
-    """(Position, Batch) pairs with the batches on `device`.
+    """Yield (Position, Batch) pairs with the batches on `device`.
 
-    On CUDA a batch is copied on a stream of its own, while the device works on the batch before.
+    On CUDA, a second stream copies a batch while the device works on the previous one.
     """
     if device.type != "cuda":
-        for position, batch in batches:
-            yield position, batch.to(device)
+        yield from ((position, batch.to(device)) for position, batch in batches)
         return
     copying, ahead = torch.cuda.Stream(device), None
     for position, batch in batches:
-        copying.wait_stream(torch.cuda.current_stream())  # what it frees may be used again here
+        copying.wait_stream(torch.cuda.current_stream())  # its freed memory may be reused here
         with torch.cuda.stream(copying):
             copied = position, batch.to(device), copying.record_event()
         if ahead:
@@ -347,7 +279,7 @@ def _when_copied(position, batch, copied):
 
 
 class Position(NamedTuple):
-    """A batch: number `batch` of pack `pack` of an epoch, whatever the number of processes."""
+    """The index of a batch in a pack of an epoch, counting the batches of all processes."""
 
     epoch: int
     pack: int
@@ -355,38 +287,37 @@ class Position(NamedTuple):
 
 
 class BatchLoader:
-    """Batches of the windows of a dataset, epoch by epoch; the next pack is decoded meanwhile.
+    """Batches of the windows of a dataset, epoch by epoch; decodes the next pack in the background.
 
-    The order of an epoch depends on the dataset, `batch_size`, `sampling`, `seed` and the epoch's
-    number alone. Of several processes (`world`), each gets every `world.size`-th batch.
+    The order within an epoch depends only on the dataset, `batch_size`, `sampling`, `seed` and the
+    epoch. Each process of `world` gets every `world.size`-th batch.
 
     sampling: the windows of a batch come from one speaker (`samespeaker`), from one file
-        (`samesequence`), from anywhere (`uniform`), or each row of a batch goes on where that row
-        of the batch before ended (`sequential`; with several processes rows still run through the
-        files, but nothing `continues`).
-    training: files and windows are shuffled and begin at random offsets. A `uniform` batch that
-        isn't full is dropped if the pack has a full one; all processes get the same number, so
-        that at most `world.size` - 1 batches of an epoch are dropped. Otherwise: every window, in
-        order (`sequential` and `uniform` are then the same), the last batch as small as it is.
+        (`samesequence`) or from anywhere (`uniform`); or each row continues where the same row of
+        the last batch ended (`sequential`; with several processes, rows still run through the files
+        in order, but `continues` is always False)
+    training: shuffle files and windows, which start at random offsets. Incomplete `uniform` batches
+        are dropped, unless a pack has no other, and up to `world.size` - 1 batches per epoch, so
+        that all processes get the same number. If False: all windows in order (`sequential` and
+        `uniform` are then the same), the last batch possibly incomplete
 
-    In training the processes wait for each other at each new pack; otherwise only in `prepare`.
+    In training, processes wait for each other at each new pack, otherwise only in `prepare`.
     """
 
     def __init__(self, dataset, batch_size, sampling, *, seed, training, world=ALONE):
-        """Raises UserError if the dataset has no window, or not a batch for every process."""
+        """Raises UserError if the dataset has no window, or too few batches for all processes."""
         if sampling not in SAMPLINGS:
             raise ValueError(f"sampling {sampling!r} is none of {SAMPLINGS}")
         self.dataset, self.batch_size, self.sampling = dataset, batch_size, sampling
         self.seed, self.training, self.world = seed, training, world
         self._ahead = {}  # (epoch, pack) -> PackDecoding, at most one
-        self._n_batches = {}  # of the epoch asked for last
+        self._n_batches = {}  # epoch -> batches in each pack, of the last epoch only
         self._begin(0)
         self._check_size()
 
     def _check_size(self):
         n_batches = self.n_batches(0)
-        if n_batches == 0:
-            raise self.dataset.no_window()
+        self.dataset.require_windows(n_batches)
         if self.training and n_batches < self.world.size:
             raise UserError(
                 f"{self.dataset.title}: {n_batches} batches of {self.batch_size} windows are too "
@@ -395,16 +326,16 @@ class BatchLoader:
             )
 
     def __len__(self):
-        """Batches for this process in the current epoch, if no more files turn out to be bad."""
+        """Batches of this process in the current epoch, if no more files turn out to be bad."""
         n_batches = self.n_batches(self._epoch)
         if self.training:
             return n_batches // self.world.size
         return len(range(self.world.rank, n_batches, self.world.size))
 
     def n_batches(self, epoch, first=None):
-        """Batches of all processes in an epoch, if no more files turn out to be bad.
+        """Batches of all processes in an epoch, from position `first` on (None: the start).
 
-        Those from the position `first` on, if it is given.
+        It can become less if more files turn out to be bad.
         """
         if epoch not in self._n_batches:
             layouts = (Layout.of(files, self.dataset.samples) for files in self._packs_of(epoch))
@@ -414,30 +345,27 @@ class BatchLoader:
         return max(0, sum(n_batches[first.pack :]) - first.batch) if first else sum(n_batches)
 
     def prepare(self):
-        """Decode, with all processes, what every epoch needs, where it fits in one pack."""
+        """Decode all audio now, with all processes, if it fits in one pack."""
         if len(self._packs) == 1:
             self.dataset.only_pack(self.world)
 
     def _packs_of(self, epoch):
         generator = generator_from(self.seed, "packs", epoch) if self.training else None
-        return split_in_packs(self.dataset.samples, self.dataset.max_size_loaded, generator)
+        return split_into_packs(self.dataset.samples, self.dataset.max_size_loaded, generator)
 
     def _plan(self, epoch, p, layout):
         generator = generator_from(self.seed, "windows", epoch, p) if self.training else None
-        dataset = self.dataset
-        speakers = dataset.speakers[layout.files]
-        return plan_pack(
-            layout, speakers, self.sampling, dataset.size_window, self.batch_size, generator
-        )
+        speakers, size_window = self.dataset.speakers[layout.files], self.dataset.size_window
+        return plan_pack(layout, speakers, self.sampling, size_window, self.batch_size, generator)
 
     def epoch(self, epoch, first=None):
-        """Yield (Position, Batch) for this process; from position `first` on, if it is given.
+        """Yield (Position, Batch) for this process, from position `first` on (None: the start).
 
-        `first.batch` may lie beyond the end of its pack: it then counts on into the next one.
+        If `first.batch` is past the end of its pack, it counts into the next pack.
         """
         self._begin(epoch)
         first = first or Position(epoch, 0, 0)
-        skip, turn, mine = first.batch, 0, None
+        skip, n_seen, own = first.batch, 0, None
         try:
             for p in range(first.pack, len(self._packs)):
                 pack = self._take(p)
@@ -446,33 +374,33 @@ class BatchLoader:
                 self._plans[p] = plan, pack.layout
                 for g in range(min(skip, plan.n_batches), plan.n_batches):
                     self._check_ahead()
-                    if turn % self.world.size == self.world.rank:
-                        mine = Position(epoch, p, g), self._gather(pack, p, g)
-                    turn += 1
-                    if turn % self.world.size == 0:  # every process has its batch
-                        yield mine
-                        mine = None
+                    if n_seen % self.world.size == self.world.rank:
+                        own = Position(epoch, p, g), self._gather(pack, p, g)
+                    n_seen += 1
+                    if n_seen % self.world.size == 0:  # all processes have a batch
+                        yield own
+                        own = None
                 skip = max(0, skip - plan.n_batches)
-                del pack  # before the next but one is allocated
-            if mine and not self.training:
-                yield mine
-            if turn == 0 and first == (epoch, 0, 0):
-                raise self.dataset.no_window()
-        except BaseException:  # also when the iteration is abandoned
+                del pack  # before the pack after the next is allocated
+            if own and not self.training:
+                yield own
+            if first == (epoch, 0, 0):
+                self.dataset.require_windows(n_seen)
+        except BaseException:  # including GeneratorExit, if the iteration is abandoned
             self.close()
             raise
 
     def close(self):
-        """End the decoding in the background; another epoch may begin afterwards."""
+        """Stop decoding in the background; another epoch can be started afterwards."""
         for decoding in self._ahead.values():
             decoding.workers.stop()
         self._ahead = {}
 
     def _begin(self, epoch):
-        """Forget the last epoch's windows; number those of this one by the lengths in headers."""
+        """Start an epoch: plan its packs, and number their windows by the lengths in headers."""
         self._epoch, self._packs, self._plans = epoch, self._packs_of(epoch), {}
         sizes = np.array([self.dataset.samples[files].sum() for files in self._packs])
-        self._first_windows = cumulated(sizes // self.dataset.size_window)
+        self._first_windows = cumulative(sizes // self.dataset.size_window)
 
     def _take(self, p):
         if len(self._packs) == 1:
@@ -484,7 +412,7 @@ class BatchLoader:
         return PackDecoding(self.dataset, files, self.world if self.training else ALONE)
 
     def _decode_ahead(self, p):
-        """Begin with pack `p`; after the last pack, in training, with the next epoch's first."""
+        """Start decoding pack `p` or, in training after the last, the first of the next epoch."""
         if len(self._packs) == 1:
             return
         if p < len(self._packs):
@@ -498,7 +426,7 @@ class BatchLoader:
             decoding.workers.check()
 
     def _gather(self, pack, p, g):
-        """Batch `g` of a pack, in one operation on its audio."""
+        """Batch `g` of pack `p`, gathered in one operation on its audio."""
         plan, layout = self._plans[p]
         starts = torch.from_numpy(plan.batch(g))
         size_window, phone = self.dataset.size_window, None
@@ -506,7 +434,7 @@ class BatchLoader:
         if pack.labels is not None:
             frames = pack.labels.unfold(0, size_window // SAMPLES_PER_FRAME, 1)
             phone = frames.index_select(0, starts // SAMPLES_PER_FRAME).long()
-        files = layout.files[layout.position_of(plan.batch(g))]
+        files = layout.files[layout.file_at(plan.batch(g))]
         window = torch.arange(plan.edges[g], plan.edges[g + 1]) + int(self._first_windows[p])
         return Batch(
             waveform.unsqueeze(1),
@@ -517,21 +445,21 @@ class BatchLoader:
         )
 
     def _continues(self, plan, layout, g):
-        """Whether each row goes on where it ended in the batch that this process had before."""
+        """Whether each row continues where it ended in the last batch of this process."""
         starts = plan.batch(g)
         if self.sampling != "sequential" or g < self.world.size:
             return np.zeros(len(starts), dtype=bool)
         before = plan.batch(g - self.world.size)[: len(starts)]
-        same_file = layout.position_of(before) == layout.position_of(starts)
+        same_file = layout.file_at(before) == layout.file_at(starts)
         return same_file & (before + self.dataset.size_window == starts)
 
     def locate(self, window):
-        """(path, sample offset in that file) of a window of the current epoch."""
+        """The (path, start in that file in samples) of a window of the current epoch."""
         p = bisect_right(self._first_windows, int(window)) - 1
         plan, layout = self._plans[p]
         start = plan.starts[int(window) - self._first_windows[p]]
-        i = layout.position_of(start)
-        path = self.dataset.sequences[layout.files[i]].path
+        i = layout.file_at(start)
+        path = self.dataset.utterances[layout.files[i]].path
         return path, int(start - layout.boundaries[i])
 
 

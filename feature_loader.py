@@ -129,7 +129,7 @@ def load_phone_classifier(path):
 class FeatureModule(nn.Module):
     """One of the two outputs of a model: its contexts or, with `get_encoded`, encoded frames.
 
-    With `collapse`, the frames of a batch are in one row after the other.
+    With `collapse`, all frames of the batch are concatenated.
     """
 
     def __init__(self, model, get_encoded, collapse=False):
@@ -150,9 +150,9 @@ class FeatureModule(nn.Module):
 
 
 class ModelPhoneCombined(nn.Module):
-    """What a classifier makes of a model: the probability of each class in each frame.
+    """A model with a classifier: the probability of each class in each frame.
 
-    With `one_hot`, 1 for the most probable class and 0 for the others.
+    With `one_hot`, 1 for the most probable class and 0 for all others.
     """
 
     def __init__(self, model, criterion, one_hot):
@@ -175,8 +175,8 @@ def to_one_hot(labels, n_classes):
 
 
 def seq_normalization(features):
-    """(B, S, D) -> (B, S, D), each feature with zero mean and unit variance over time."""
-    correction = int(features.size(1) > 1)  # the unbiased variance of one frame isn't defined
+    """(B, S, D) -> (B, S, D), each feature normalised to zero mean and unit variance over time."""
+    correction = int(features.size(1) > 1)  # the unbiased variance of a single frame is undefined
     variance, mean = torch.var_mean(features, dim=1, correction=correction, keepdim=True)
     return (features - mean) / torch.sqrt(variance + 1e-8)
 
@@ -185,41 +185,42 @@ def seq_normalization(features):
 
 
 def build_feature(model, path, *, get_encoded=False, strict=False, max_size=64000, seq_norm=False):
-    """The features of an audio file, (1, frames, D) on the CPU: one frame for each 10 ms.
+    """The features of an audio file, (1, frames, D) on the CPU, one frame per 10 ms.
 
-    model: a CPC model, of which contexts or, with `get_encoded`, encoded frames are taken; or a
+    model: a CPC model, whose contexts or, with `get_encoded`, encoded frames are the features; or a
         `FeatureModule` or `ModelPhoneCombined`
-    max_size: samples that go through the model at once, rounded down to whole frames; a
-        transformer's own limit holds, too
-    strict: no chunk is shorter (of a file that is long enough): the last one begins earlier, and
-        only the frames that were missing are taken from it
-    seq_norm: each feature to zero mean and unit variance over each chunk
+    max_size: samples per chunk, rounded down to whole frames; the limit of a transformer applies
+        as well
+    strict: make the last chunk as long as the others (if the file is long enough): it starts
+        earlier, and only the missing frames are taken from it
+    seq_norm: normalise each feature to zero mean and unit variance over each chunk
 
-    A model that keeps its hidden state begins in the zero state and keeps it from one chunk to
-    the next. The model is left as it was. Raises UserError, naming the file, if it can't be read,
+    A model that keeps its hidden state starts from the zero state and carries it from chunk to
+    chunk. The model is left unchanged. Raises UserError, naming the file, if it can't be read,
     isn't at 16 kHz, or is too short for a frame.
     """
     features = _feature_module(model, get_encoded)
-    return _features_of_file(features, path, max_size, 1, strict, seq_norm, on_its_own=False)
+    return _features_of_file(features, path, max_size, 1, strict, seq_norm, independent=False)
 
 
 def build_feature_batch(
     model, path, *, get_encoded=False, strict=False, max_size=8000, seq_norm=False, batch_size=8
 ):
-    """Like `build_feature`, with `batch_size` chunks at once: faster where there are many.
+    """Like `build_feature`, with `batch_size` chunks at once: faster for long files.
 
-    Every chunk begins in the zero state, since those of a batch can't go on from each other.
+    Each chunk starts from the zero state, since the chunks of a batch can't follow on from each
+    other.
     """
     features = _feature_module(model, get_encoded)
     return _features_of_file(
-        features, path, max_size, batch_size, strict, seq_norm, on_its_own=True
+        features, path, max_size, batch_size, strict, seq_norm, independent=True
     )
 
 
 def load_waveform(path):
-    """All samples of an audio file, (1, n) float32 in [-1, 1]; several channels are averaged.
+    """All samples of an audio file, (1, n) float32 in [-1, 1]; channels are averaged.
 
-    Raises UserError if the file can't be read, is empty, holds NaN, or isn't at 16 kHz.
+    Raises UserError if the file can't be read, is empty, contains NaN, or isn't at 16 kHz.
     """
     try:
         with open_audio(path) as file:
@@ -234,14 +235,14 @@ def load_waveform(path):
         )
     waveform = torch.from_numpy(waveform)[None]
     if waveform.numel() == 0:
-        raise UserError(f"{path}: holds no audio")
+        raise UserError(f"{path}: contains no audio")
     if not torch.isfinite(waveform).all():
-        raise UserError(f"{path}: holds NaN or infinite samples")
+        raise UserError(f"{path}: contains NaN or infinite samples")
     return waveform
 
 
 class _Chunk(NamedTuple):
-    """A stretch of a file, in samples, of which the last `frames` frames are wanted."""
+    """Part of a file, in samples; its last `frames` frames are used."""
 
     start: int
     end: int
@@ -254,27 +255,27 @@ def _feature_module(model, get_encoded):
     return FeatureModule(model, get_encoded)
 
 
-def _features_of_file(module, path, max_size, batch_size, strict, seq_norm, *, on_its_own):
+def _features_of_file(module, path, max_size, batch_size, strict, seq_norm, *, independent):
     waveform = load_waveform(path)
     chunks = _plan_chunks(module, path, waveform.size(1), max_size, strict)
     device = _device(module)
-    pieces, end = [], None
+    features_of_chunks, end = [], None
     with preserved_state(module.model, module), torch.no_grad():
         module.eval()
         for batch in _batches(chunks, batch_size):
             audio = torch.stack([waveform[:, chunk.start : chunk.end] for chunk in batch])
-            continues = not on_its_own and batch[0].start == end
+            continues = not independent and batch[0].start == end
             flags = torch.full((len(batch),), continues, device=device)
             features = module(audio.to(device), flags)
-            features = features.view(len(batch), -1, features.size(-1))  # may be collapsed
+            features = features.view(len(batch), -1, features.size(-1))  # undo a collapse
             features = seq_normalization(features) if seq_norm else features
-            pieces.append(features[:, -batch[0].frames :].flatten(0, 1).cpu())
+            features_of_chunks.append(features[:, -batch[0].frames :].flatten(0, 1).cpu())
             end = batch[-1].end
-    return torch.cat(pieces)[None]
+    return torch.cat(features_of_chunks)[None]
 
 
 def _plan_chunks(module, path, n_samples, max_size, strict):
-    """Cut a file into chunks: full ones, and one for the frames that remain."""
+    """Cut a file into full chunks and one for the remaining frames."""
     shortest = shortest_input(module)
     if n_samples < shortest:
         raise UserError(
@@ -288,26 +289,26 @@ def _plan_chunks(module, path, n_samples, max_size, strict):
     n_full, rest = divmod(n_samples, size)
     chunks = [_Chunk(i * size, (i + 1) * size, size // SAMPLES_PER_FRAME) for i in range(n_full)]
     if rest >= SAMPLES_PER_FRAME:
-        begins_earlier = strict or rest < shortest
-        start = max(0, n_samples - size) if begins_earlier else n_full * size
+        starts_earlier = strict or rest < shortest
+        start = max(0, n_samples - size) if starts_earlier else n_full * size
         chunks.append(_Chunk(start, n_samples, rest // SAMPLES_PER_FRAME))
     return chunks
 
 
 def _batches(chunks, batch_size):
-    """Chunks in groups of at most `batch_size` that are full, and the one that isn't."""
+    """Batches of at most `batch_size` full chunks, then the last chunk if it is shorter."""
     full = [chunk for chunk in chunks if chunk.frames == chunks[0].frames]
     yield from (full[i : i + batch_size] for i in range(0, len(full), batch_size))
     yield from ([chunk] for chunk in chunks[len(full) :])
 
 
 def shortest_input(module):
-    """How many samples the encoders in a network need for their first frame."""
+    """The smallest number of samples that all encoders in a network accept."""
     return max(part.shortest for part in module.modules() if hasattr(part, "shortest"))
 
 
 def longest_input(module):
-    """How many samples the transformers in a network take in at once; infinite without one."""
+    """The largest number of samples that all transformers in a network accept, or infinity."""
     limits = [part.size_sequence for part in module.modules() if isinstance(part, CausalAttention)]
     return SAMPLES_PER_FRAME * min(limits, default=math.inf)
 

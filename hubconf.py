@@ -5,9 +5,9 @@
     context, encoded = model(waveform)      # (B, 1, L) -> (B, L // 160, A), (B, L // 160, E)
 
 torch.hub runs this file inside other programs, which may have modules called `utils`, `model` or
-`transformers` of their own, and forgets its directory right after. So the modules of this program
-are imported here as parts of a package with a name that nobody else uses, and an import in one of
-them finds the others whenever it is executed.
+`transformers` themselves, and removes its directory from the import path right afterwards. So the
+modules of this program are imported as submodules of a uniquely named package, in which their own
+imports find each other at any time.
 """
 
 import builtins
@@ -20,40 +20,40 @@ from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
-PACKAGE = f"cpc_audio_{zlib.crc32(os.fsencode(HOME)):08x}"  # another copy has another name
+PACKAGE = f"cpc_audio_{zlib.crc32(os.fsencode(HOME)):08x}"  # unique to this copy
 PRETRAINED = "https://dl.fbaipublicfiles.com/librilight/CPC_checkpoints/60k_epoch4-d0f474de.pt"
 
-dependencies = ["numpy", "soundfile", "torch", "tqdm"]  # torch.hub looks whether they are there
+dependencies = ["numpy", "soundfile", "torch", "tqdm"]  # torch.hub checks for these
 
 
 def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
     """A CPC model: waveform (B, 1, L) at 16 kHz -> context (B, S, A) and encoded (B, S, E).
 
-    pretrained: trained on 60,000 hours of Libri-Light (Kahn et al. 2020), from `url`, kept in
-        torch.hub's directory; `progress` shows the download
+    pretrained: the model trained on 60,000 hours of Libri-Light (Kahn et al. 2020), downloaded
+        from `url` into torch.hub's directory; `progress`: show the download
     flags: without `pretrained`, architecture flags of train.py, such as `hiddenEncoder=512` or
-        `arMode="GRU"`; others have their defaults
+        `arMode="GRU"`; all others have their defaults
 
-    Raises an exception with the reason if a flag isn't known or the download fails.
+    Raises an exception with the reason if a flag is unknown or the download fails.
     """
     _install_package()
     misc = _own("utils.misc")
     if pretrained:
         if flags:
             raise misc.UserError(
-                f"{', '.join(flags)}: the pretrained model has flags of its own; leave these out"
+                f"{', '.join(flags)}: not with pretrained=True, whose model has its own flags"
             )
         model, *_ = _own("feature_loader").load_model([_download(url, progress, misc.UserError)])
         return model
     arguments = _own("utils.run.flags")
     unknown = sorted(flags.keys() - _own("utils.run.checkpoint").MODEL_FLAGS)
     if unknown:
-        raise misc.UserError(f"{', '.join(unknown)}: not a flag of the architecture")
+        raise misc.UserError(f"{', '.join(unknown)}: not an architecture flag")
     return _own("model").build_model(arguments.stored_arguments(flags, "CPC_audio"))
 
 
 def _download(url, progress, error_type):
-    """The local copy of a file, downloaded unless it is there. Returns its path."""
+    """The path of the local copy of a file, downloaded if necessary."""
     import torch
 
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
@@ -66,11 +66,11 @@ def _download(url, progress, error_type):
     return path
 
 
-# --------------------------------------------------------------- a private place for our modules
+# ------------------------------------------------------------- a private package for our modules
 
 
 def _own(name):
-    """The module that this program calls `name`."""
+    """This program's own module `name`."""
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
@@ -80,7 +80,7 @@ def _is_own(name):
 
 
 def _import(name, globals=None, locals=None, fromlist=(), level=0):
-    """What `import` does in our modules: names of this program mean its own modules."""
+    """`__import__` for our modules: names of this program's modules refer to its own."""
     if level == 0 and _is_own(name):
         module = builtins.__import__(f"{PACKAGE}.{name}", globals, locals, fromlist)
         return module if fromlist else _own(name.partition(".")[0])
@@ -94,7 +94,7 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder:
-    """Loads the modules of `PACKAGE` by `_Loader`, and leaves all others to Python."""
+    """Loads the modules of `PACKAGE` with `_Loader`; all others are left to Python."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):

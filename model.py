@@ -1,10 +1,9 @@
-"""From waveforms to representations: encoders, context networks, and the model made of both.
+"""From waveforms to representations: encoders, context networks, and CPC models made of both.
 
-The encoder turns 160 samples (10 ms) into one frame, the context network sums up the frames so
-far: van den Oord et al., "Representation learning with contrastive predictive coding" (2018),
-with the channel norm of Riviere et al., "Unsupervised pretraining transfers well across
-languages" (2020). Attributes named unlike the rest (`gEncoder`, `batchNorm0`, `baseNet`) are keys
-of checkpoints.
+The encoder maps every 160 samples (10 ms) to a frame, the context network summarises all frames so
+far: van den Oord et al., "Representation learning with contrastive predictive coding" (2018), with
+the channel norm of Riviere et al., "Unsupervised pretraining transfers well across languages"
+(2020). The names `gEncoder`, `batchNorm0`, `baseNet` and the like are keys of checkpoints.
 """
 
 import contextlib
@@ -20,15 +19,14 @@ from transformers import build_transformer
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, recurrent
 
 # ------------------------------------------------------------------------------------ encoders
-# An encoder maps waveforms (B, 1, L) to (B, E, S) with S >= L // 160. It tells `output_dim` (E) and
-# `shortest`, the least number of samples that it can work on.
+# An encoder maps waveforms (B, 1, L) to (B, E, S) with S >= L // 160. Its `output_dim` is E, and
+# `shortest` is the smallest L that it accepts, in samples.
 
 
 class CPCEncoder(nn.Module):
-    """Five convolutions, each with a norm over it and rectified.
+    """Five convolutions, each followed by a norm and a ReLU, on channels-last tensors.
 
-    They work on channels-last tensors, where a frame's features lie side by side in memory.
-    `norm` is a key of `NORMS`; the names `batchNorm{i}` hold whatever the norm.
+    norm: a key of `NORMS` (the layers are called `batchNorm{i}` in any case)
     """
 
     STRIDES_AND_PADDINGS = ((5, 3), (4, 2), (2, 1), (2, 1), (2, 1))
@@ -36,7 +34,7 @@ class CPCEncoder(nn.Module):
     def __init__(self, dim, norm="layerNorm"):
         super().__init__()
         self.output_dim = dim
-        # Over a single frame there is no variance in time to normalise by.
+        # A single frame has no variance over time to normalise by.
         self.shortest = SAMPLES_PER_FRAME * (2 if norm == "instanceNorm" else 1)
         for i, (stride, padding) in enumerate(self.STRIDES_AND_PADDINGS):
             self.add_module(f"conv{i}", HalfOverlapConv(dim if i else 1, dim, stride, padding))
@@ -54,9 +52,9 @@ class CPCEncoder(nn.Module):
 class HalfOverlapConv(nn.Conv1d):
     """A convolution on channels-last tensors whose kernel spans exactly two strides.
 
-    Neighbouring windows then overlap by half, and each is two adjacent blocks of `stride` frames:
-    the output is block t times the first half of the kernel plus block t + 1 times the second.
-    The blocks are a view of the padded input, so nothing is unfolded and copied.
+    Neighbouring receptive fields then overlap by half, and each is two adjacent blocks of `stride`
+    frames: output t is block t times the first half of the kernel plus block t + 1 times the
+    second. The blocks are a view of the padded input, so nothing is unfolded and copied.
     """
 
     def __init__(self, channels_in, channels_out, stride, padding):
@@ -74,7 +72,7 @@ class HalfOverlapConv(nn.Conv1d):
 
 
 def _in_autocast_dtype(*tensors):
-    """The tensors as autocast would turn them for a product. Once, before they are expanded."""
+    """Cast tensors as autocast does for matrix products, once, before they are expanded."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -84,9 +82,9 @@ def _in_autocast_dtype(*tensors):
 class _BlockPairs(torch.autograd.Function):
     """Block t times the first half of a kernel plus block t + 1 times the second, plus a bias.
 
-    blocks: (B, T + 1, K), halves: (2, K, C), bias: (C,) -> (B, T, C). Autograd would make a tensor
-    of the size of the blocks for the gradient of either product, and add them up: on a CPU that
-    would be a twentieth of the encoder's time, and a third of its memory.
+    blocks: (B, T + 1, K), halves: (2, K, C), bias: (C,) -> (B, T, C). Autograd would allocate a
+    gradient of the size of the blocks for each of the two products and add them: on a CPU, 5 % of
+    the encoder's time and a third of its memory.
     """
 
     @staticmethod
@@ -99,11 +97,11 @@ class _BlockPairs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         blocks, halves = ctx.saved_tensors
-        # With a row of zeros after each waveform's, one product takes in all waveforms.
+        # A row of zeros after each waveform lets one product handle the whole batch.
         rows, gradients = blocks.flatten(0, 1), F.pad(gradient, (0, 0, 0, 1)).flatten(0, 1)
         halves_gradient = torch.stack([rows.T @ gradients, rows[1:].T @ gradients[:-1]])
         blocks_gradient = None
-        if ctx.needs_input_grad[0]:  # not of the waveform
+        if ctx.needs_input_grad[0]:  # not for the waveform
             blocks_gradient = gradients @ halves[0].T
             blocks_gradient[1:].addmm_(gradients[:-1], halves[1].T)
             blocks_gradient = blocks_gradient.view_as(blocks)
@@ -111,12 +109,12 @@ class _BlockPairs(torch.autograd.Function):
 
 
 class ChannelNorm(nn.Module):
-    """Each frame's channels to zero mean and unit variance, then scaled and shifted by channel.
+    """Normalise each frame to zero mean and unit variance over channels, then scale and shift.
 
-    The variance is the unbiased one, of which F.layer_norm's is (C - 1) / C: hence the factors.
-    Its output has the precision of its input, other than that of F.layer_norm under CUDA's
-    autocast: the next convolution would round it anyway, and in float32 it would take twice the
-    memory and time. Mean and variance are computed in float32 all the same.
+    The variance is the unbiased one; that of F.layer_norm is smaller by (C - 1) / C, hence the
+    factors. Unlike F.layer_norm under CUDA's autocast, the output keeps the precision of the
+    input: the next convolution would round it anyway, and float32 would take twice the memory and
+    time. Mean and variance are computed in float32 nevertheless.
     """
 
     EPSILON = 1e-5
@@ -138,7 +136,7 @@ class ChannelNorm(nn.Module):
 
 class BatchNorm(nn.BatchNorm1d):
     def forward(self, x):
-        """x: (B, T, C) -> (B, T, C), normalised by channel over the batch and time."""
+        """x: (B, T, C) -> (B, T, C), each channel normalised over batch and time."""
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
@@ -147,7 +145,7 @@ class InstanceNorm(nn.InstanceNorm1d):
         super().__init__(dim, affine=True)
 
     def forward(self, x):
-        """x: (B, T, C) -> (B, T, C), normalised by channel over the time of each waveform."""
+        """x: (B, T, C) -> (B, T, C), each channel of a waveform normalised over time."""
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
@@ -160,13 +158,13 @@ NORMS = {
 
 
 class LFBEncoder(nn.Module):
-    """Learned filter banks: the energy of complex filters, smoothed over 25 ms, compressed.
+    """Learned filter banks: log energies of complex filters, smoothed over 25 ms.
 
-    Zeghidour et al., "Learning filterbanks from raw speech for phone recognition" (2018). Its
-    filters move by one sample, so it costs several times what `CPCEncoder` does.
+    Zeghidour et al., "Learning filterbanks from raw speech for phone recognition" (2018). The
+    filters have a stride of one sample, so this costs several times as much as `CPCEncoder`.
     """
 
-    WIDTH = 400  # samples, of a filter and of the smoothing window
+    WIDTH = 400  # samples: length of the filters and of the smoothing window
 
     def __init__(self, dim, normalize=True):
         super().__init__()
@@ -187,9 +185,9 @@ class LFBEncoder(nn.Module):
 
 
 class MFCCEncoder(nn.Module):
-    """Mel-frequency cepstral coefficients, in which nothing is learned.
+    """Mel-frequency cepstral coefficients; nothing is learned.
 
-    Energies more than 80 dB below the largest one of the batch are raised to that floor.
+    Energies are floored at 80 dB below the highest one in the batch.
     """
 
     N_FFT = 321
@@ -199,15 +197,11 @@ class MFCCEncoder(nn.Module):
 
         super().__init__()
         self.output_dim = dim
-        self.shortest = self.N_FFT // 2 + 1  # its first window is reflected at the first sample
-        spectrogram = {
-            "n_fft": self.N_FFT,
-            "hop_length": SAMPLES_PER_FRAME,
-            "n_mels": max(128, dim),
-        }
-        with warnings.catch_warnings():  # filters narrower than a bin of the spectrum stay empty
+        self.shortest = self.N_FFT // 2 + 1  # the first window is padded by reflection
+        mel = {"n_fft": self.N_FFT, "hop_length": SAMPLES_PER_FRAME, "n_mels": max(128, dim)}
+        with warnings.catch_warnings():  # filters narrower than a frequency bin are zero
             warnings.filterwarnings("ignore", message=".*mel filterbank has all zero values")
-            self.MFCC = torchaudio.transforms.MFCC(SAMPLE_RATE, n_mfcc=dim, melkwargs=spectrogram)
+            self.MFCC = torchaudio.transforms.MFCC(SAMPLE_RATE, n_mfcc=dim, melkwargs=mel)
 
     def forward(self, waveform):
         """waveform: (B, 1, L) -> (B, E, S), S = (L - 1) // 160 + 1."""
@@ -228,17 +222,17 @@ def build_encoder(args):
 
 
 # ---------------------------------------------------------------------------- context networks
-# A context network (autoregressive, AR) maps frames (B, S, E) to (B, S, A), where frame t of the
-# output depends on no later frame of the input, or with `reverse` on no earlier one. It tells
-# `output_dim` (A), and in `hidden` what it remembers of its last batch: None if nothing.
+# A context network (autoregressive, AR) maps frames (B, S, E) to contexts (B, S, A). Context t
+# depends on frames up to t only, or with `reverse` on frames from t on. `output_dim` is A; `hidden`
+# is the state kept from the last batch, or None.
 
 
 class CPCAR(nn.Module):
-    """A recurrent network: `mode` is LSTM, GRU or RNN.
+    """A recurrent network; `mode` is LSTM, GRU or RNN.
 
-    With `keep_hidden` a batch begins in the state in which the last one ended, row by row, without
-    gradient from one to the other; without, every batch begins in the zero state. A reversed
-    network does the same, although what follows its windows in its own direction came before.
+    With `keep_hidden`, each row of a batch starts from the final state of the same row of the last
+    batch, without gradient through it; otherwise from the zero state. (With `reverse` as well,
+    although in its direction the last batch comes after this one.)
     """
 
     NETWORKS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
@@ -249,64 +243,62 @@ class CPCAR(nn.Module):
         self.keep_hidden = keep_hidden
         self.reverse = reverse
         self.hidden = None
-        network = self.NETWORKS[mode]
-        self.baseNet = network(dim_encoded, dim_context, num_layers=n_layers, batch_first=True)
+        self.baseNet = self.NETWORKS[mode](dim_encoded, dim_context, n_layers, batch_first=True)
 
     def forward(self, encoded, continues=None):
         """encoded: (B, S, E), continues: (B,) bool or None for all -> (B, S, A).
 
-        With `keep_hidden`, rows where `continues` is False begin in the zero state, and so do
-        rows beyond the size of the last batch.
+        With `keep_hidden`, rows where `continues` is False and rows that the last batch didn't
+        have start from the zero state.
         """
         start = self._start(len(encoded), encoded.device, continues)
         frames = encoded.flip(1) if self.reverse else encoded
         context, end = recurrent(self.baseNet, frames, start)
         if self.keep_hidden:
-            self.hidden = _each_tensor(torch.Tensor.detach, end)
+            self.hidden = _map_state(torch.Tensor.detach, end)
         return context.flip(1) if self.reverse else context
 
     def _start(self, batch_size, device, continues):
-        """The hidden state to begin a batch in; None is the zero state."""
+        """The initial hidden state of a batch; None is the zero state."""
         if not self.keep_hidden or self.hidden is None:
             return None
 
-        def go_on(state):  # (layers, rows of the last batch, A) -> (layers, B, A)
+        def resume(state):  # (layers, rows of the last batch, A) -> (layers, B, A)
             state = state[:, :batch_size].to(device)
             state = F.pad(state, (0, 0, 0, batch_size - state.size(1)))
             if continues is not None:
                 state = torch.where(continues[:, None], state, 0)
             return state.contiguous()
 
-        return _each_tensor(go_on, self.hidden)
+        return _map_state(resume, self.hidden)
 
-    def can_remember(self, state):
-        """Whether `state` has the form of this network's `hidden`."""
-        of_two = isinstance(self.baseNet, nn.LSTM)
-        tensors = state if of_two else (state,)
-        if isinstance(state, tuple) != of_two or not all(map(torch.is_tensor, tensors)):
+    def is_hidden_state(self, state):
+        """Whether `state` can be the `hidden` of this network."""
+        is_lstm = isinstance(self.baseNet, nn.LSTM)
+        tensors = state if isinstance(state, tuple) else (state,)
+        if isinstance(state, tuple) != is_lstm or len(tensors) != 1 + is_lstm:
             return False
-        n_rows = {tensor.size(1) if tensor.ndim == 3 else 0 for tensor in tensors}
-        shape = (self.baseNet.num_layers, min(n_rows), self.output_dim)
-        return len(tensors) == 1 + of_two and all(
-            tensor.shape == shape and tensor.is_floating_point() for tensor in tensors
-        )
+        if not all(torch.is_tensor(t) and t.is_floating_point() and t.ndim == 3 for t in tensors):
+            return False
+        shape = (self.baseNet.num_layers, tensors[0].size(1), self.output_dim)
+        return all(tensor.shape == shape for tensor in tensors)
 
 
-def _each_tensor(function, state):
-    """`function` of a hidden state, which of an LSTM is two tensors, else one."""
+def _map_state(function, state):
+    """Apply `function` to a hidden state: two tensors for an LSTM, otherwise one."""
     return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
 
 
-class Forgetful:
-    """A context network that remembers nothing of its last batch."""
+class Stateless:
+    """A context network that keeps no hidden state."""
 
     hidden = None
 
-    def can_remember(self, state):
+    def is_hidden_state(self, state):
         return False
 
 
-class NoAR(Forgetful, nn.Module):
+class NoAR(Stateless, nn.Module):
     """The context of a frame is the encoded frame itself."""
 
     def __init__(self, dim):
@@ -318,7 +310,7 @@ class NoAR(Forgetful, nn.Module):
         return encoded
 
 
-class TransformerAR(Forgetful, nn.Sequential):
+class TransformerAR(Stateless, nn.Sequential):
     """Transformer layers, for up to `size_sequence` frames."""
 
     def __init__(self, dim, n_layers, size_sequence, abspos, reverse=False):
@@ -336,8 +328,8 @@ class TransformerAR(Forgetful, nn.Sequential):
 def build_ar(args):
     """The context network that the architecture flags describe.
 
-    Hidden states are kept where windows follow each other, with `--samplingType sequential`.
-    Raises UserError where the widths don't fit.
+    With `--samplingType sequential`, where windows follow each other, it keeps its hidden state.
+    Raises UserError if the widths don't fit together.
     """
     reverse = args.cpc_mode == "reverse"
     if args.arMode in CPCAR.NETWORKS:
@@ -367,12 +359,17 @@ class CPCModel(nn.Module):
         super().__init__()
         self.gEncoder = encoder
         self.gAR = ar
+        self.dim_context, self.dim_encoded = ar.output_dim, encoder.output_dim
 
-    def forward(self, waveform, continues=None):
+    def forward(self, waveform, continues=None, past=None):
         """waveform: (B, 1, L) -> context (B, S, A) and encoded (B, S, E), S = L // 160.
 
-        `continues` (B,) says which rows go on from the last batch; it matters only to a context
-        network that keeps its hidden state. Raises UserError if L is too short for a frame.
+        continues: (B,) bool, the rows that follow on from the last batch (None: all); only used by
+            a context network that keeps its hidden state
+        past: (B, 1, L), another version of the same audio to compute the contexts from, such as an
+            augmented one; `encoded`, the targets, still comes from `waveform` (None: the same)
+
+        Raises UserError if L is too short for a frame.
         """
         n_samples = waveform.size(2)
         if n_samples < self.gEncoder.shortest:
@@ -380,40 +377,34 @@ class CPCModel(nn.Module):
                 f"{n_samples} samples of audio are too short for this encoder, "
                 f"which needs {self.gEncoder.shortest}: leave them out or pad them"
             )
-        encoded = self.gEncoder(waveform)[:, :, : n_samples // SAMPLES_PER_FRAME]
-        encoded = encoded.transpose(1, 2).contiguous()
-        return self.gAR(encoded, continues), encoded
-
-    @property
-    def dim_context(self):
-        return self.gAR.output_dim
-
-    @property
-    def dim_encoded(self):
-        return self.gEncoder.output_dim
+        if past is not None and past.shape != waveform.shape:
+            raise ValueError(f"past is {tuple(past.shape)}, the waveform {tuple(waveform.shape)}")
+        # One pass of the encoder, so that a norm over the batch sees both.
+        audio = waveform if past is None else torch.cat([past, waveform])
+        frames = self.gEncoder(audio)[:, :, : n_samples // SAMPLES_PER_FRAME]
+        frames = frames.transpose(1, 2).contiguous()
+        past_frames, encoded = (frames, frames) if past is None else frames.chunk(2)
+        return self.gAR(past_frames, continues), encoded
 
     def hidden_state(self):
-        """What the context network remembers: a tensor, a tuple of two, or None.
-
-        Nothing changes it in place, so it is enough to hold on to it and to set it again.
-        """
+        """The kept state: a tensor, a tuple of two, or None. It is never modified in place."""
         return self.gAR.hidden
 
     def set_hidden_state(self, state):
-        """Go on from `state`, which `hidden_state()` gave. Raises ValueError if it can't have."""
-        if state is not None and not self.gAR.can_remember(state):
+        """Continue from `state`, a `hidden_state()`. Raises ValueError if it doesn't fit."""
+        if state is not None and not self.gAR.is_hidden_state(state):
             raise ValueError("no hidden state of such a context network")
         self.gAR.hidden = state
 
     def reset_hidden(self):
-        """Forget: the next batch begins in the zero state."""
+        """Let the next batch start from the zero state."""
         self.set_hidden_state(None)
 
 
 class CPCModelNullspace(nn.Module):
-    """A CPC model whose context and encoded frames are projected, on the null space of a probe.
+    """A CPC model whose contexts and encoded frames are projected onto the null space of a probe.
 
-    nullspace: (D, D'), where D is the width of both. Raises UserError if they differ in width.
+    nullspace: (D, D'), where D is the width of both. Raises UserError if their widths differ.
     """
 
     def __init__(self, cpc, nullspace):
@@ -427,21 +418,14 @@ class CPCModelNullspace(nn.Module):
         self.cpc = cpc
         self.nullspace = nn.Linear(dim, dim_projected, bias=False)
         self.nullspace.weight = nn.Parameter(nullspace.T.contiguous())
-        if hasattr(cpc, "gEncoder"):  # several models side by side have none of their own
+        self.dim_context = self.dim_encoded = dim_projected
+        if hasattr(cpc, "gEncoder"):  # a ConcatenatedModel has none
             self.gEncoder = cpc.gEncoder
 
-    def forward(self, waveform, continues=None):
-        """waveform: (B, 1, L) -> context and encoded, each (B, S, D')."""
-        context, encoded = self.cpc(waveform, continues)
+    def forward(self, waveform, continues=None, past=None):
+        """waveform: (B, 1, L) -> context and encoded, each (B, S, D'). See CPCModel.forward."""
+        context, encoded = self.cpc(waveform, continues, past)
         return self.nullspace(context), self.nullspace(encoded)
-
-    @property
-    def dim_context(self):
-        return self.nullspace.out_features
-
-    @property
-    def dim_encoded(self):
-        return self.nullspace.out_features
 
     def hidden_state(self):
         return self.cpc.hidden_state()
@@ -454,25 +438,19 @@ class CPCModelNullspace(nn.Module):
 
 
 class ConcatenatedModel(nn.Module):
-    """Several models on the same audio, their features side by side."""
+    """Several models of the same audio, their features concatenated."""
 
     def __init__(self, models):
         super().__init__()
         self.models = nn.ModuleList(models)
+        self.dim_context = sum(model.dim_context for model in models)
+        self.dim_encoded = sum(model.dim_encoded for model in models)
 
-    def forward(self, waveform, continues=None):
-        """waveform: (B, 1, L) -> context (B, S, sum of A) and encoded (B, S, sum of E)."""
-        outputs = [model(waveform, continues) for model in self.models]
+    def forward(self, waveform, continues=None, past=None):
+        """(B, 1, L) -> context (B, S, sum of A), encoded (B, S, sum of E). See CPCModel.forward."""
+        outputs = [model(waveform, continues, past) for model in self.models]
         contexts, encodeds = zip(*outputs, strict=True)
         return torch.cat(contexts, dim=2), torch.cat(encodeds, dim=2)
-
-    @property
-    def dim_context(self):
-        return sum(model.dim_context for model in self.models)
-
-    @property
-    def dim_encoded(self):
-        return sum(model.dim_encoded for model in self.models)
 
     def hidden_state(self):
         return [model.hidden_state() for model in self.models]
@@ -487,16 +465,16 @@ class ConcatenatedModel(nn.Module):
 
 
 def build_model(args):
-    """The CPC model that the architecture flags describe, with fresh weights."""
+    """The CPC model that the architecture flags describe, with random weights."""
     return CPCModel(build_encoder(args), build_ar(args))
 
 
 @contextlib.contextmanager
 def preserved_state(model, criterion=None):
-    """A block after which the networks are as before it.
+    """A block that starts with a reset hidden state and leaves the networks as they were.
 
-    Restores train or eval mode and `requires_grad` everywhere, and the model's kept hidden state.
-    Weights and buffers are the block's own business: it must not train them.
+    Restores the hidden state, and train or eval mode and `requires_grad` everywhere; not weights
+    and buffers, which the block must not change.
     """
     networks = [model] if criterion is None else [model, criterion]
     modes = [(module, module.training) for network in networks for module in network.modules()]

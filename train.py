@@ -33,12 +33,12 @@ from criterion import (
     trains_on_phones,
 )
 from criterion.networks import Networks
-from dataset import build_loaders, build_sets, on_device, split_corpus
+from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, on_device
 from eval.hooks import PREDICTED, build_hooks
 from feature_loader import load_model
 from model import CPCModel, build_model, preserved_state
 from stats.stats_utils import build_stats, with_absolute_directories
-from utils.data.corpus import open_corpus
+from utils.data.corpus import open_corpus, split_corpus
 from utils.data.labels import read_phone_labels
 from utils.misc import UserError, generator_from, seed_from
 from utils.report.run_files import RunFiles
@@ -112,7 +112,15 @@ def run(args, explicit, argv, world, device):
 
         @functools.cache  # training and probes share them
         def sets(*, labelled):
-            return build_sets(corpus, split, args, labels if labelled else None)
+            return build_sets(
+                corpus,
+                split,
+                args.sizeWindow,
+                labels=labels if labelled else None,
+                max_sizes=(args.max_size_loaded, MAX_SIZE_LOADED),
+                n_threads=args.n_process_loader,
+                max_bad_files=args.max_bad_files,
+            )
 
         # ---- networks
         networks, models = build_networks(args, corpus, labels, checkpoint, stats)

@@ -1,11 +1,11 @@
 """Causal transformer layers: a context network (`--arMode transformer`) or a prediction head.
 
-Post-norm layers after Vaswani et al., "Attention is all you need" (2017), with relative positions
-after Shaw et al., "Self-attention with relative position representations" (2018), one table per
-layer shared by its heads, or with the sinusoids of the former paper (`--abspos`).
+Post-norm layers after Vaswani et al., "Attention is all you need" (2017), with the relative
+positions of Shaw et al., "Self-attention with relative position representations" (2018), one table
+per layer shared by its heads, or with the sinusoids of the former paper (`--abspos`).
 
-This file shadows the Hugging Face package of the same name for everything that is imported later
-in the same process. Nothing in this program imports that package or one that needs it.
+This file shadows the Hugging Face package of the same name for all later imports in the process.
+This program imports neither that package nor one that needs it.
 """
 
 import math
@@ -26,9 +26,9 @@ DROPOUT = 0.1
 def build_transformer(dim, n_layers, size_sequence, abspos):
     """A stack of causal layers, (B, S, dim) -> (B, S, dim) for any S up to `size_sequence` frames.
 
-    With `abspos`, fixed sinusoids are added to the input (and are element 0 of the stack);
-    without, attention scores depend on learned relative positions. Raises UserError if `dim` is
-    no multiple of the number of heads.
+    With `abspos`, fixed sinusoids are added to the input, as element 0 of the stack; otherwise
+    attention depends on learned relative positions. Raises UserError if `dim` isn't a multiple of
+    the number of heads.
     """
     if dim % N_HEADS:
         raise UserError(
@@ -41,7 +41,7 @@ def build_transformer(dim, n_layers, size_sequence, abspos):
 
 
 def check_length(n_frames, size_sequence):
-    """Raise UserError if a sequence is longer than a transformer has positions for."""
+    """Raise UserError if there are more frames than a transformer has positions for."""
     if n_frames > size_sequence:
         raise UserError(
             f"this transformer was made for at most {size_sequence} frames and got {n_frames}: cut "
@@ -50,15 +50,15 @@ def check_length(n_frames, size_sequence):
 
 
 def batched_forward(layers, x):
-    """What each of K layers makes of the same frames: (B, S, dim) -> (B, S, K, dim).
+    """Apply K layers to the same input: (B, S, dim) -> (B, S, K, dim).
 
-    Other than calling them one by one, this takes one batched product where K layers have K: on a
-    GPU a few large products take less time. The layers are alike, with relative positions.
+    One batched matrix product replaces the K products of a loop over layers, which is faster on a
+    GPU. All layers must have the same size and relative positions.
     """
     n_layers, training, (batch_size, n_frames, dim) = len(layers), layers[0].training, x.shape
     check_length(n_frames, layers[0].multihead.Att.size_sequence)
 
-    def all_of(name):  # (K, ...); other than of a stack, gradients come back to all in one copy
+    def all_of(name):  # (K, ...); torch.stack would copy each gradient separately
         return torch.cat(list(map(attrgetter(name), layers))).unflatten(0, (n_layers, -1))
 
     def linear(rows, name):
@@ -83,7 +83,7 @@ def batched_forward(layers, x):
 
 
 class SinusoidalPositions(nn.Module):
-    """Adds a fixed code of each frame's position to its features."""
+    """Adds fixed sinusoids of each frame's position to its features."""
 
     def __init__(self, dim, size_sequence):
         super().__init__()
@@ -123,7 +123,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """x: (B, S, dim) -> (B, S, dim)."""
-        # Without a batch dimension, or `hidden` is a view, and in-place changes cost copies.
+        # Flattened, so that `hidden` isn't a view: changing a view in place would copy it.
         hidden = self.lin1(x.flatten(0, 1))
         return self.lin2(relu_with_dropout_(hidden, DROPOUT, self.training)).view_as(x)
 
@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
 class MultiHeadAttention(nn.Module):
     def __init__(self, dim, size_sequence, relative):
         super().__init__()
-        # In this order, in which the optimiser states of existing checkpoints are stored.
+        # The order of registration is that of the optimiser states in existing checkpoints.
         self.Wo = nn.Linear(dim, dim, bias=False)
         self.Wk = nn.Linear(dim, dim, bias=False)
         self.Wq = nn.Linear(dim, dim, bias=False)
@@ -139,7 +139,7 @@ class MultiHeadAttention(nn.Module):
         self.Att = CausalAttention(dim // N_HEADS, size_sequence, relative)
 
     def forward(self, x):
-        """x: (B, S, dim) -> (B, S, dim), each frame a mixture of itself and those before it."""
+        """x: (B, S, dim) -> (B, S, dim), each frame attends to itself and those before it."""
         weight = torch.cat([self.Wq.weight, self.Wk.weight, self.Wv.weight])
         heads = F.linear(x, weight).unflatten(-1, (3, N_HEADS, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
@@ -147,7 +147,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Scaled dot-product attention to the past, with or without learned relative positions."""
+    """Causal scaled dot-product attention, with or without learned relative positions."""
 
     def __init__(self, dim_head, size_sequence, relative):
         super().__init__()
@@ -155,13 +155,13 @@ class CausalAttention(nn.Module):
         if relative:
             bound = dim_head**-0.5
             krelpos = torch.empty(dim_head, size_sequence).uniform_(-bound, bound)
-            self.Krelpos = nn.Parameter(krelpos)  # column -1: a frame itself, -2: the one before
+            self.Krelpos = nn.Parameter(krelpos)  # column -1: the frame itself, -2: the one before
             self.register_buffer("z", torch.zeros(1, size_sequence, 1))
         else:
             self.Krelpos = None
-        # Like z above, not used here but part of the format of checkpoints.
-        never = torch.full((1, size_sequence, size_sequence), -math.inf)
-        self.register_buffer("mask", never.triu(1))
+        # Like z above, unused but part of the checkpoint format.
+        mask = torch.full((1, size_sequence, size_sequence), -math.inf)
+        self.register_buffer("mask", mask.triu(1))
 
     def forward(self, query, key, value):
         """Each (B, heads, S, dim_head) -> (B, heads, S, dim_head).
@@ -174,7 +174,7 @@ class CausalAttention(nn.Module):
         return attend(query, key, value, self.Krelpos, self.training)
 
     def attend_with_dropout(self, query, key, value):
-        """The same in training on a CPU, where PyTorch's dropout takes as long as the products."""
+        """The same for training on a CPU, where PyTorch's dropout is as slow as the products."""
         n_frames, dim_head = query.shape[2:]
         if self.Krelpos is None:
             position_scores = query.new_full((n_frames, n_frames), -math.inf).triu(1)
@@ -187,7 +187,7 @@ class CausalAttention(nn.Module):
 def attend(query, key, value, krelpos, training):
     """Causal attention, each (B, heads, S, dim_head) -> (B, heads, S, dim_head).
 
-    krelpos: None, or learned relative positions as `relative_scores` takes them.
+    krelpos: learned relative positions, see `relative_scores`, or None.
     """
     return F.scaled_dot_product_attention(
         query,
@@ -200,17 +200,16 @@ def attend(query, key, value, krelpos, training):
 
 
 def relative_scores(query, krelpos):
-    """query: (B, heads, S, dim_head) -> (B, heads, S, S), what positions add to the scores.
+    """query: (B, heads, S, dim_head) -> (B, heads, S, S), the position terms of the scores.
 
-    krelpos: (dim_head, size), a column for each distance, the last one for a frame itself; or (K,
-    dim_head, size), of K layers, each for its own B / K of the rows of query.
+    krelpos: (dim_head, size), one column per distance, the last one for distance 0; or (K,
+    dim_head, size) for K layers, each applied to its own B / K rows of query.
 
-    Entry (i, j) is query_i . krelpos[distance i - j] / sqrt(dim_head), -inf in the future. The
-    product with all distances has a column for each, of which row i needs the last i + 1, moved
-    left by S - 1 - i. With one more column in front, that is a matter of reading the same memory,
-    from entry S on, as rows of S instead of S + 1 (Huang et al., "Music transformer", 2018). What
-    then lands in the future are the columns that no row needs, distances to before the first frame:
-    they are masked.
+    Entry (i, j) is query_i . krelpos[distance i - j] / sqrt(dim_head), and -inf for j > i. The
+    product of row i with all distances has one column per distance; the last i + 1 of them must be
+    shifted left by S - 1 - i. With an extra column in front, this is done by reading the same
+    memory, from entry S on, as rows of S instead of S + 1 (Huang et al., "Music transformer",
+    2018). Distances beyond the first frame, which no row needs, end up at j > i and are masked.
     """
     n_frames, dim_head = query.shape[2:]
     by_distance = F.pad(krelpos[..., -n_frames:], (1, 0))  # (..., dim_head, S + 1)

@@ -1,19 +1,19 @@
-"""The heart of the criteria beside the plain way to write it: time and memory of a step.
+"""Time and memory of the inner loops of the criteria, compared with straightforward versions.
 
     python benchmarks/criteria.py [--batch 8] [--repeat 5] [--threads 2] [--json FILE]
     python benchmarks/criteria.py --device cuda [--batch 32] [--repeat 20]
 
-scores: each prediction against its frame and the negatives, forward and backward; the plain way
-gathers the negatives' vectors and multiplies them element by element, once per prediction.
-alignment: the sum over all alignments and the posterior; the plain way is `F.ctc_loss` inside an
-autograd of its own. Sizes are the program's defaults (scores) and those of a usual CPC-CTC run
-(alignment: 8 predictions and a self loop for 12 frames, skips of 1 and 2). With --device cuda a
-line "fused" compares the kernels of `criterion/fused_scores.py` (ours) with "scores" as PyTorch
-alone computes them (plain).
+scores: scores of predictions against their frame and the negatives, forward and backward; the plain
+version gathers the negatives and multiplies them elementwise, once per prediction.
+alignment: the sum over all alignments and the posterior; the plain version calls `F.ctc_loss` in an
+autograd function. Sizes are the program's defaults (scores) and those of a typical CPC-CTC run
+(alignment: 8 predictions and a self loop for 12 frames, skips of 1 and 2). With --device cuda, the
+row "fused" compares the kernels of `criterion/fused_scores.py` (ours) with "scores" in PyTorch
+alone (plain).
 
-Results are compared first. Times are medians of runs of both in turn; memory is what one run in a
-new process adds to the peak (measured on Linux only), on a GPU what it adds to the memory of
-tensors. Go by the ratios: times depend on what else the machine does.
+Results are checked first. Times are medians of runs in alternation; memory is what one run in a
+new process adds to the peak (Linux only), on a GPU what it adds to the memory of tensors. Look at
+the ratios: times depend on other load.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv=None):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 128 frames")
+    parser.add_argument("--batch", type=int, default=8, help="windows of 128 frames")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -72,7 +72,7 @@ def can_fuse(device):
 
 
 def compare(name, args):
-    """Time and memory of both ways; prints a line of the table."""
+    """Time and memory of both versions; prints a row of the table."""
     inputs = inputs_on(args.device, name, args.batch)
     for ours, plain in zip(*(run(way, inputs) for way in WAYS[name]), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-6)
@@ -103,7 +103,7 @@ def inputs_on(device, name, batch):
 
 
 def run(way, inputs):
-    """Loss and gradients, when the device has computed them."""
+    """Loss and gradients, once the device has computed them."""
     loss = way(*inputs)
     leaves = [value for value in inputs if value.requires_grad]
     gradients = torch.autograd.grad(loss, leaves)
@@ -113,7 +113,7 @@ def run(way, inputs):
 
 
 def time_in_turn(steps, repeat):
-    """Median milliseconds of each step, run by turns so that a busy moment hits all of them."""
+    """Median milliseconds of each step, run in alternation so that other load affects all."""
     times = [[] for _ in steps]
     for _ in range(repeat):
         for step, found in zip(steps, times, strict=True):
@@ -124,7 +124,7 @@ def time_in_turn(steps, repeat):
 
 
 def peak_memory(name, index, args):
-    """Megabytes that one run adds to what was used before, on a CPU in a new process."""
+    """Megabytes that one run adds to the memory in use, on a CPU in a new process."""
     if args.device == "cuda":
         return _peak_memory_on_gpu(WAYS[name][index], inputs_on("cuda", name, args.batch))
     if not sys.platform.startswith("linux"):
@@ -142,9 +142,9 @@ def _peak_memory_on_gpu(way, inputs):
 
 def _peak_memory_here(name, index, batch, threads):
     torch.set_num_threads(threads)
-    run(WAYS[name][index], INPUTS[name](1))  # loads what is loaded once
+    run(WAYS[name][index], INPUTS[name](1))  # warm up: loads libraries
     inputs = INPUTS[name](batch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is used now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is in use
     before = _peak_megabytes()
     run(WAYS[name][index], inputs)
     return _peak_megabytes() - before
@@ -178,7 +178,7 @@ def score_in_kernels(pool, predictions, candidates):
 
 
 def score_copies(pool, predictions, candidates):
-    """The negatives' vectors once more for every prediction, each with its positive in front."""
+    """One copy of the negatives per prediction, with its positive in front."""
     vectors = pool.index_select(0, candidates.flatten()).view(*candidates.shape, DIM)
     positives, negatives = vectors[:, :N_PREDICTIONS], vectors[:, N_PREDICTIONS:]
     target = torch.zeros(len(candidates), dtype=torch.long, device=pool.device)
@@ -206,7 +206,7 @@ def align_by_ctc_loss(log_probs):
 
 
 class _InnerCTC(torch.autograd.Function):
-    """CTC with a blank that never pays, its gradient, the posterior, computed in the forward."""
+    """CTC with a blank that is never used; its gradient, the posterior, is computed in forward."""
 
     @staticmethod
     def forward(ctx, log_probs):

@@ -87,14 +87,14 @@ def measure_listing(root, n_threads):
     corpus, first = timed(scan_corpus, root, ".flac", 1, True, n_threads)
     _, again = timed(scan_corpus, root)
     return {
-        f"listing, files/s, {n_threads} threads": len(corpus.sequences) / first,
-        "listing again, files/s": len(corpus.sequences) / again,
+        f"listing, files/s, {n_threads} threads": len(corpus.utterances) / first,
+        "listing again, files/s": len(corpus.utterances) / again,
     }
 
 
 def measure_decoding(root, n_threads):
     corpus = scan_corpus(root)
-    audio = AudioDataset(corpus, corpus.sequences, WINDOW, n_threads=n_threads)
+    audio = AudioDataset(corpus, corpus.utterances, WINDOW, n_threads=n_threads)
     busy = time.process_time()
     _, seconds = timed(audio.only_pack)
     busy = time.process_time() - busy
@@ -106,7 +106,7 @@ def measure_decoding(root, n_threads):
 
 def measure_batches(root, n_threads):
     corpus = scan_corpus(root)
-    audio = AudioDataset(corpus, corpus.sequences, WINDOW, n_threads=n_threads)
+    audio = AudioDataset(corpus, corpus.utterances, WINDOW, n_threads=n_threads)
     audio.only_pack()
     results = {}
     for sampling in ("samespeaker", "uniform", "sequential"):
@@ -125,7 +125,7 @@ def run_epoch(loader):
 def measure_memory(root, n_threads, hours):
     """Peak memory over that of the imports, in packs and in one, for a part of the corpus."""
     corpus = scan_corpus(root)
-    part = corpus.sequences[: round(hours * 3600 / SECONDS)]
+    part = corpus.utterances[: round(hours * 3600 / SECONDS)]
     size = round(PACK_HOURS * 3600 * SAMPLE_RATE)
     before, results = peak_memory(), {}
     for what, max_size in ((f"packs of {PACK_HOURS} h", size), ("one pack", 10**12)):

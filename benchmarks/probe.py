@@ -71,7 +71,7 @@ def compare(name, model, corpus, labels, options, args):
 
 def make_set(corpus, labels, last):
     """The last utterance of each speaker, or the others."""
-    chosen = [s for s in corpus.sequences if s.name.endswith("0003") == last]
+    chosen = [s for s in corpus.utterances if s.name.endswith("0003") == last]
     audio = AudioDataset(
         corpus, chosen, 20480, phone_labels=labels, labelled_only=labels is not None
     )

@@ -29,7 +29,7 @@ from torch import nn
 from criterion.seq_alignment import best_label_sequences, phone_error_rate
 from eval.utterances import UtteranceSet, features_of
 from feature_loader import load_model, shortest_input
-from utils.data.corpus import read_sequence_list, scan_corpus, select_sequences
+from utils.data.corpus import read_utterance_list, scan_corpus, select_utterances
 from utils.data.labels import read_phone_labels
 from utils.files import load_json, load_tensors, save_json, save_tensors
 from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
@@ -252,8 +252,8 @@ def list_sequences(args):
 def listed(corpus, path):
     """The sequences named in a list; all, without one."""
     if not path:
-        return list(corpus.sequences)
-    return select_sequences(corpus.sequences, read_sequence_list(path), path)
+        return list(corpus.utterances)
+    return select_utterances(corpus.utterances, read_utterance_list(path), path)
 
 
 def choose_sequences(args, corpus, labels):

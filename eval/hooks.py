@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from dataset import BatchLoader, build_set, listed
+from dataset import AudioDataset, BatchLoader
 from eval.probe import ProbeOptions, run_probe
 from utils.capture import CaptureWriter, refuse_to_lose
-from utils.data.corpus import keep_percentage, keep_total
+from utils.data.corpus import keep_percentage, keep_total, listed_utterances
 from utils.misc import counted, generator_from
 from utils.run.console import progress
 from utils.run.flags import captured_names
@@ -191,9 +191,18 @@ def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None)
         )
         names.remove("phone_align")
     with_phones = "phone_align" in {*names, *stats.needs}
-    capture_set = build_set(
-        corpus, utterances, args, "capture set", labels if with_phones else None, whole_frames=True
+    capture_set = AudioDataset(
+        corpus,
+        utterances,
+        args.sizeWindow,
+        phone_labels=labels if with_phones else None,
+        labelled_only=with_phones,
+        whole_frames=True,
+        n_threads=args.n_process_loader,
+        max_bad_files=args.max_bad_files,
+        title="capture set",
     )
+    print(capture_set.describe(), flush=True)
     loader = BatchLoader(
         capture_set,
         args.batchSizeGPU,
@@ -217,7 +226,7 @@ def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None)
 
 def capture_list(args, corpus):
     """The utterances of --pathCaptureDS, thinned out as the flags say."""
-    utterances = listed(corpus, args.pathCaptureDS)
+    utterances = listed_utterances(corpus, args.pathCaptureDS)
     if args.captureDSfreq is not None:
         return keep_percentage(utterances, args.captureDSfreq)
     if args.captureDStotNr is not None:

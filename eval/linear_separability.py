@@ -29,9 +29,9 @@ from eval.probe import Probe, ProbeOptions
 from feature_loader import load_model
 from model import CPCModelNullspace
 from utils.data.corpus import (
-    read_sequence_list,
+    read_utterance_list,
     scan_corpus,
-    select_sequences,
+    select_utterances,
     warn_of_single_speaker,
     warn_of_subsets,
 )
@@ -343,7 +343,7 @@ def build_sets(args):
         ("training set", args.pathTrain, 1000),
         ("validation set", args.pathVal, 100),
     ):
-        sequences = select_sequences(corpus.sequences, read_sequence_list(path), path)
+        sequences = select_utterances(corpus.utterances, read_utterance_list(path), path)
         audio = AudioDataset(
             corpus,
             sequences[:n_debug] if args.debug else sequences,

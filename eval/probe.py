@@ -480,7 +480,7 @@ class Probe:
         return {
             "windows": summary.means.windows,
             "frames": summary.n_frames,
-            "speakers": len({sequence.speaker for sequence in dataset.sequences}),
+            "speakers": len({sequence.speaker for sequence in dataset.utterances}),
             "classes": int(summary.class_counts.count_nonzero()),
         }
 

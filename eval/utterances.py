@@ -85,7 +85,7 @@ class UtteranceSet:
         self.files = AudioDataset(
             corpus, labelled, SAMPLES_PER_FRAME, max_bad_files=max_bad_files, title=title
         )
-        usable = self.files.sequences
+        usable = self.files.utterances
         self.utterances = [
             Utterance(s.path, s.samples, torch.from_numpy(labels.labels[s.name]).long())
             for s in usable

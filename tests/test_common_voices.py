@@ -291,7 +291,7 @@ def test_stored_features_are_those_computed_anew(speech):
     model, *_ = load_model([speech / "run"])
     recogniser = CTCPhoneRecognizer(16, labels.n_phones)
     utterances = common_voices_eval.build_set(
-        args, corpus, list(corpus.sequences), labels, recogniser, model.eval(), "training set"
+        args, corpus, list(corpus.utterances), labels, recogniser, model.eval(), "training set"
     )
     fresh = FreshFeatures(utterances, model, torch.device("cpu"))
     stored = StoredFeatures(fresh, 2, torch.device("cpu"))

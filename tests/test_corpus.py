@@ -24,7 +24,7 @@ from utils.corpus.synthesiser import (
     frame_labels,
     speak,
 )
-from utils.data.corpus import read_sequence_list, scan_corpus, select_sequences
+from utils.data.corpus import read_utterance_list, scan_corpus, select_utterances
 from utils.data.labels import (
     SILENCE,
     Interval,
@@ -676,8 +676,8 @@ def test_textgrids_are_read_by_processes_as_without(alignments, monkeypatch):
     [
         ("0 A\nB 1\n", "line 2: not `id symbol`"),
         ("0 A\n1\n", "line 2: not `id symbol`"),
-        ("0 A\n0 B\n", "line 2: '0 B' is there a second time"),
-        ("0 A\n1 A\n", "line 2: '1 A' is there a second time"),
+        ("0 A\n0 B\n", "line 2: '0 B' is a duplicate"),
+        ("0 A\n1 A\n", "line 2: '1 A' is a duplicate"),
         ("", "no symbols"),
     ],
 )
@@ -758,7 +758,7 @@ def test_names_that_are_no_utf8_are_split_like_others(tmp_path):
     train, validation = (tmp_path / "out" / name for name in ("train.txt", "val.txt"))
     for _ in range(2):  # the second time, what is there is the same
         make_split.main([str(root), str(tmp_path / "out")])
-    names = {*read_sequence_list(train), *read_sequence_list(validation)}
+    names = {*read_utterance_list(train), *read_utterance_list(validation)}
     assert names == {path.stem for path in root.rglob("*.flac")}
 
 
@@ -784,7 +784,7 @@ def test_impossible_splits_are_refused(tmp_path, capsys):
 def test_lists_are_what_training_reads(tiny_corpus, tmp_path):
     corpus = scan_corpus(tiny_corpus / "audio")
     for names in split(tiny_corpus / "audio", tmp_path, "--validation", 0.3):
-        assert len(select_sequences(corpus.sequences, names, tmp_path)) == len(names) > 0
+        assert len(select_utterances(corpus.utterances, names, tmp_path)) == len(names) > 0
 
 
 # --------------------------------------------------------------------------------- sample rates

@@ -69,7 +69,7 @@ def alignments(n_frames, symbols, blank):
 
 
 def reference_soft_align(log_probs, skips_beg=0, skips_end=0, blank=NO_BLANK):
-    """Sums over all alignments one by one; the posterior is what autograd makes of that."""
+    """Sums over all alignments one by one; autograd gives the posterior."""
     emissions = F.pad(log_probs, (0, 0, skips_beg, skips_end))
     if blank == FORBIDDEN_BLANK:
         emissions = F.pad(emissions, (1, 0), value=FORBIDDEN)
@@ -507,8 +507,8 @@ def drawn_negatives(batch_size, n_frames, n_anchors, n_negatives, **options):
 def test_negatives_keep_their_distance(first_offset):
     sequence, frame = drawn_negatives(3, 12, 8, 500, first_offset=first_offset)
     offset = (frame - torch.arange(8).view(1, -1, 1)) % 12
-    for window in range(8):  # everything that is allowed is drawn, about equally often
-        counts = torch.bincount(offset[:, window].flatten(), minlength=12)
+    for anchor in range(8):  # all allowed offsets are drawn, about equally often
+        counts = torch.bincount(offset[:, anchor].flatten(), minlength=12)
         assert (counts[:first_offset] == 0).all()
         assert counts[first_offset:].min() > 0.6 * counts[first_offset:].float().mean()
     assert torch.bincount(sequence.flatten()).min() > 0.9 * sequence.numel() / 3
@@ -546,7 +546,7 @@ def test_following_frames():
 
 
 def score_inputs(n_anchors=75, n_predictions=4, dim=24, n_negatives=37, dtype=torch.float64):
-    """A number of windows that ends in an incomplete chunk; indices that repeat."""
+    """More anchors than fit in one chunk, the last one incomplete; repeated indices."""
     pool = torch.randn(60, dim, dtype=dtype, requires_grad=True)
     predictions = torch.randn(n_anchors, n_predictions, dim, dtype=dtype, requires_grad=True)
     candidates = torch.randint(0, 60, (n_anchors, 5 + n_negatives))
@@ -910,7 +910,7 @@ def test_shapes_of_captures():
     assert captured["cpcctc_align"].shape == (4, 14, 6)
     assert captured["cpcctc_log_scores"].shape == (4, 14, 6, 5)
     assert not any(tensor.requires_grad for tensor in captured.values())
-    # In front: the blank, zero at first, then the window's own frame.
+    # In front: the blank, initially zero, then the anchor frame itself.
     assert (captured["pred"][..., 0] == 0).all()
     assert_close(captured["pred"][..., 1], inputs[1][:, :14].detach())
     plain = small_criterion(False)
@@ -1267,7 +1267,7 @@ def test_ctc_on_encoded_frames_is_refused():
         CTCPhoneCriterion(6, 5, on_encoder=True)
 
 
-def test_accuracy_is_the_share_of_right_frames():
+def test_accuracy_is_the_fraction_of_correct_frames():
     criterion = PhoneCriterion(3, 3)
     with torch.no_grad():
         criterion.PhoneCriterionClassifier.weight.copy_(torch.eye(3))

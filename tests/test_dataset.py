@@ -17,23 +17,34 @@ import pytest
 import soundfile
 import torch
 
-from dataset import SAMPLINGS, AudioDataset, BatchLoader, Position, allowed_bad_files
+from dataset import (
+    SAMPLINGS,
+    AudioDataset,
+    BatchLoader,
+    Position,
+    allowed_bad_files,
+    build_sets,
+)
 from tests.helpers import REAL_SPEECH, golden_cases, needs_real_speech
 from utils.data import listing, packs, workers
 from utils.data.corpus import (
     Corpus,
-    Sequence,
+    Utterance,
+    cut_for_debugging,
     keep_percentage,
     keep_total,
-    read_sequence_list,
+    listed_utterances,
+    read_utterance_list,
     scan_corpus,
-    select_sequences,
+    select_utterances,
+    set_aside,
+    split_utterances,
     warn_of_single_speaker,
     warn_of_subsets,
 )
 from utils.data.labels import read_phone_labels
 from utils.data.packs import allocate_audio
-from utils.data.windows import Layout, plan_pack, plan_rows, split_in_packs
+from utils.data.windows import Layout, plan_pack, plan_rows, split_into_packs
 from utils.data.workers import Workers
 from utils.misc import SAMPLE_RATE, UserError, first_few, generator_from
 from utils.run.console import PlainProgress
@@ -81,12 +92,12 @@ def own_corpus(small_corpus, tmp_path):
 
 
 def small_set(corpus, **options):
-    return AudioDataset(corpus, corpus.sequences, WINDOW, **options)
+    return AudioDataset(corpus, corpus.utterances, WINDOW, **options)
 
 
 def end_to_end(audio):
     """What a pack of all files holds, read file by file in float."""
-    paths = [os.path.join(audio.root, s.path) for s in audio.sequences]
+    paths = [os.path.join(audio.root, u.path) for u in audio.utterances]
     return np.concatenate([soundfile.read(path, dtype="float32")[0] for path in paths])
 
 
@@ -113,30 +124,30 @@ def test_golden_speakers_and_selection(case, speech):
     golden = read_golden(case.path)
     for level in (0, 1, 2):
         corpus = scan_corpus(speech, speaker_level=level)
-        found = {s.path: corpus.speakers[s.speaker] for s in corpus.sequences}
+        found = {u.path: corpus.speakers[u.speaker] for u in corpus.utterances}
         assert found == golden[f"level{level}"]["path_to_speaker"]
         assert len(corpus.speakers) == golden[f"level{level}"]["n_speakers"]
     names = {
-        "seq_list.txt": read_sequence_list(REAL_SPEECH / "seven_sequences.txt"),
-        "all.txt": [s.name for s in corpus.sequences][::-1],
+        "seq_list.txt": read_utterance_list(REAL_SPEECH / "seven_sequences.txt"),
+        "all.txt": [u.name for u in corpus.utterances][::-1],
     }
     for selection in golden["filter"].values():
-        chosen = select_sequences(corpus.sequences, names[selection["list"]], selection["list"])
-        assert [s.path for s in thinned(chosen, **selection["kwargs"])] == selection["result"]
+        chosen = select_utterances(corpus.utterances, names[selection["list"]], selection["list"])
+        assert [u.path for u in thinned(chosen, **selection["kwargs"])] == selection["result"]
 
 
 @pytest.mark.parametrize("case", golden_cases("dataset_scan"))
 def test_golden_percentage_and_total(case):
-    sequences = [Sequence(0, f"a/{i:03d}.wav", 1) for i in range(37)]
+    utterances = [Utterance(0, f"a/{i:03d}.wav", 1) for i in range(37)]
     for name, expected in read_golden(case.path)["filter_synthetic37"].items():
         keyword = {"tot": "totalNum", "pct": "percentage"}[name[:3]]
-        assert [s.path for s in thinned(sequences, **{keyword: int(name[3:])})] == expected, name
+        assert [u.path for u in thinned(utterances, **{keyword: int(name[3:])})] == expected, name
 
 
-def thinned(sequences, percentage=None, totalNum=None):  # noqa: N803
+def thinned(utterances, percentage=None, totalNum=None):  # noqa: N803
     if percentage:
-        return keep_percentage(sequences, percentage)
-    return keep_total(sequences, totalNum) if totalNum else sequences
+        return keep_percentage(utterances, percentage)
+    return keep_total(utterances, totalNum) if totalNum else utterances
 
 
 @needs_real_speech
@@ -169,11 +180,11 @@ def test_golden_windows(case, index, speech):
     """Boundaries, totals, windows, speakers, samples and labels of the original's first pack."""
     golden = read_golden(case.path)["cases"][index]
     corpus = scan_corpus(speech)
-    assert sum(s.samples for s in corpus.sequences) == golden["tot_size"]
-    assert AudioDataset(corpus, corpus.sequences, golden["win"]).n_windows == golden["n_dataset"]
-    in_pack = corpus.sequences
+    assert sum(u.samples for u in corpus.utterances) == golden["tot_size"]
+    assert AudioDataset(corpus, corpus.utterances, golden["win"]).n_windows == golden["n_dataset"]
+    in_pack = corpus.utterances
     if golden["labels"] == "packs":  # which files it holds is told by their lengths alone
-        in_pack = [s for s in in_pack if s.samples in np.diff(golden["seqLabel0"])]
+        in_pack = [u for u in in_pack if u.samples in np.diff(golden["seqLabel0"])]
     audio = AudioDataset(
         corpus,
         in_pack,
@@ -222,7 +233,7 @@ def compare_windows(audio, pack, golden):
         for i, offset in enumerate(batch["offsets"]):
             window = pack.audio[offset : offset + size].double() / 32768
             assert abs(window.sum().item() - batch["sums"][i]) < 2e-5
-            assert audio.speakers[pack.layout.position_of(offset)] == batch["speaker"][i]
+            assert audio.speakers[pack.layout.file_at(offset)] == batch["speaker"][i]
             if pack.labels is not None:
                 labels = pack.labels[offset // 160 : (offset + size) // 160].long()
                 assert labels.sum() == batch["phone_sum"][i]
@@ -237,12 +248,12 @@ def first_pack_batches(golden):
     return batches[: others[0]] if others else batches
 
 
-def test_speakers_and_sequences_are_sorted(tmp_path):
+def test_speakers_and_utterances_are_sorted(tmp_path):
     paths = ["b/1/z.wav", "a/2/y.wav", "a/1/x.wav", "a/w.wav", "a/1/y.wav", "v.wav"]
     write_audio(tmp_path, {path: noise(200) for path in paths})
     corpus = scan_corpus(tmp_path, ".wav")
     assert corpus.speakers == ("", "a", "b")
-    assert [(s.speaker, s.path) for s in corpus.sequences] == [
+    assert [(u.speaker, u.path) for u in corpus.utterances] == [
         (0, "v.wav"),
         (1, "a/w.wav"),
         (1, "a/1/x.wav"),
@@ -279,7 +290,7 @@ def listed(paths):
     """A Corpus of files of these names, of which none is there."""
     speakers = sorted({path.partition("/")[0] for path in paths})
     numbers = (speakers.index(path.partition("/")[0]) for path in paths)
-    return Corpus("db", tuple(map(Sequence, numbers, paths, [WINDOW] * len(paths))), speakers)
+    return Corpus("db", tuple(map(Utterance, numbers, paths, [WINDOW] * len(paths))), speakers)
 
 
 @pytest.mark.parametrize("sign", ["-", "_"])
@@ -316,7 +327,7 @@ def test_listing_spares_opening_the_files(own_corpus, monkeypatch):
     monkeypatch.setattr(listing, "read_header", lambda path: opened.append(path) or original(path))
     first = scan_corpus(own_corpus)
     assert len(opened) == len(LENGTHS)
-    assert {s.path: s.samples for s in first.sequences} == LENGTHS
+    assert {u.path: u.samples for u in first.utterances} == LENGTHS
     assert scan_corpus(own_corpus) == first
     assert scan_corpus(own_corpus, speaker_level=2).speakers == ("a/x", "a/y", "b/x", "c/x", "c/y")
     assert len(opened) == len(LENGTHS)
@@ -339,11 +350,11 @@ def test_folders_changed_after_the_listing_are_mentioned(folder, name, own_corpu
 
 def test_listing_keeps_extensions_apart(own_corpus):
     write_audio(own_corpus, {"d/d-1.wav": noise(3200)})
-    assert len(scan_corpus(own_corpus, ".flac").sequences) == len(LENGTHS)
-    assert [s.path for s in scan_corpus(own_corpus, ".wav").sequences] == ["d/d-1.wav"]
+    assert len(scan_corpus(own_corpus, ".flac").utterances) == len(LENGTHS)
+    assert [u.path for u in scan_corpus(own_corpus, ".wav").utterances] == ["d/d-1.wav"]
     (own_corpus / "d/d-1.wav").unlink()
-    assert len(scan_corpus(own_corpus, ".flac").sequences) == len(LENGTHS)
-    assert [s.path for s in scan_corpus(own_corpus, ".wav").sequences] == ["d/d-1.wav"]
+    assert len(scan_corpus(own_corpus, ".flac").utterances) == len(LENGTHS)
+    assert [u.path for u in scan_corpus(own_corpus, ".wav").utterances] == ["d/d-1.wav"]
     with pytest.raises(UserError, match="no file ends with '.wav'"):
         scan_corpus(own_corpus, ".wav", ignore_cache=True)
 
@@ -403,14 +414,14 @@ def test_damaged_listing_is_replaced(own_corpus, capsys, damage):
 @pytest.mark.parametrize("place", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
 def test_a_listing_that_never_ends_is_replaced(place, own_corpus):
     place(own_corpus / listing.LISTING)
-    assert len(scan_corpus(own_corpus).sequences) == len(LENGTHS)
+    assert len(scan_corpus(own_corpus).utterances) == len(LENGTHS)
     assert (own_corpus / listing.LISTING).is_file()
 
 
 def test_database_that_cannot_be_written_to(own_corpus, capsys):
     (own_corpus / listing.LISTING / "in the way").mkdir(parents=True)
-    assert len(scan_corpus(own_corpus).sequences) == len(LENGTHS)
-    assert "can't be kept" in capsys.readouterr().out
+    assert len(scan_corpus(own_corpus).utterances) == len(LENGTHS)
+    assert "can't be cached" in capsys.readouterr().out
     assert not list(own_corpus.glob(".writing-*"))
 
 
@@ -429,8 +440,8 @@ def test_links_are_followed_and_circles_cut(own_corpus, tmp_path):
     (own_corpus / "itself").symlink_to(own_corpus / "itself")
     (own_corpus / "b/gone.flac").symlink_to(own_corpus / "nowhere.flac")
     corpus = scan_corpus(own_corpus)
-    assert {s.path for s in corpus.sequences} == {*LENGTHS, "d/q/d-1.flac", "b/gone.flac"}
-    problems = {s.path: s.problem for s in corpus.sequences if s.problem}
+    assert {u.path for u in corpus.utterances} == {*LENGTHS, "d/q/d-1.flac", "b/gone.flac"}
+    problems = {u.path: u.problem for u in corpus.utterances if u.problem}
     assert problems == {"b/gone.flac": "No such file or directory"}
 
 
@@ -450,7 +461,7 @@ def test_unreadable_folders_are_named(own_corpus, monkeypatch, capsys):
 
 def test_a_pipe_is_not_waited_for(own_corpus):
     os.mkfifo(own_corpus / "b/pipe.flac")
-    problems = {s.path: s.problem for s in scan_corpus(own_corpus).sequences if s.problem}
+    problems = {u.path: u.problem for u in scan_corpus(own_corpus).utterances if u.problem}
     assert problems == {"b/pipe.flac": "not a regular file"}
 
 
@@ -479,10 +490,10 @@ def test_strange_file_names(tmp_path, capsys):
     assert scan_corpus(tmp_path, ".wav") == corpus
     text = "\ufeff" + "\r\n".join([*names, "", "café", "gone\udce9 "]) + "\r\n"
     (tmp_path / "list.txt").write_text(text, errors="surrogateescape")
-    listed = read_sequence_list(tmp_path / "list.txt")
+    listed = read_utterance_list(tmp_path / "list.txt")
     assert listed == [*names, "café", "gone\udce9"]
-    chosen = select_sequences(corpus.sequences, listed, "list.txt")
-    assert Counter(s.name for s in chosen) == {**dict.fromkeys(names, 1), "café": 2}
+    chosen = select_utterances(corpus.utterances, listed, "list.txt")
+    assert Counter(u.name for u in chosen) == {**dict.fromkeys(names, 1), "café": 2}
     assert "list.txt: 1 of 6 names have no file" in capsys.readouterr().out
     audio = AudioDataset(corpus, chosen, WINDOW)
     assert sum(len(b.window) for _, b in BatchLoader(audio, 4, "uniform", **FIXED).epoch(0)) == 11
@@ -494,19 +505,63 @@ def test_strange_file_names(tmp_path, capsys):
 def test_lists_that_name_nothing(small_corpus, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="empty list"):
-        read_sequence_list(tmp_path / "empty.txt")
+        read_utterance_list(tmp_path / "empty.txt")
     with pytest.raises(UserError, match="can't be read"):
-        read_sequence_list(tmp_path / "nowhere.txt")
+        read_utterance_list(tmp_path / "nowhere.txt")
     with pytest.raises(UserError, match="list.txt: 2 of 2 names have no file.*x.flac, y"):
-        select_sequences(small_corpus.sequences, ["y", "x.flac"], "list.txt")
+        select_utterances(small_corpus.utterances, ["y", "x.flac"], "list.txt")
 
 
 @pytest.mark.parametrize("content", [b"fLaC\x00\x00\x22\x10\n", b"a-1 " + b"12 " * 100 + b"\n"])
 def test_what_is_no_list_of_names_is_said_so(content, tmp_path):
     (tmp_path / "list.txt").write_bytes(b"a-1\n" + content)
     with pytest.raises(UserError, match="doesn't look like a list of names") as refused:
-        read_sequence_list(tmp_path / "list.txt")
+        read_utterance_list(tmp_path / "list.txt")
     assert len(str(refused.value)) < len(str(tmp_path)) + 160
+
+
+def test_listed_utterances(small_corpus, tmp_path):
+    (tmp_path / "list.txt").write_text("b-2\na-1\n")
+    assert listed_utterances(small_corpus) == list(small_corpus.utterances)
+    chosen = listed_utterances(small_corpus, tmp_path / "list.txt")
+    assert [u.name for u in chosen] == ["a-1", "b-2"]
+
+
+def test_split_by_two_lists_or_at_random(small_corpus, tmp_path):
+    (tmp_path / "train.txt").write_text("b-2\na-1\nc-1\n")
+    (tmp_path / "val.txt").write_text("b-1\n")
+
+    def names(*args, **options):
+        return [[u.name for u in part] for part in split_utterances(small_corpus, *args, **options)]
+
+    lists = tmp_path / "train.txt", tmp_path / "val.txt"
+    assert names(*lists) == [["a-1", "b-2", "c-1"], ["b-1"]]
+    assert names(None, lists[1]) == [[u.name for u in small_corpus.utterances], ["b-1"]]
+    splits = [names(lists[0], seed=seed) for seed in range(20)]
+    assert {len(validation) for _, validation in splits} == {1}
+    assert {validation[0] for _, validation in splits} == {"a-1", "b-2", "c-1"}
+    assert all(sorted(sum(split, [])) == ["a-1", "b-2", "c-1"] for split in splits)
+    assert splits == [names(lists[0], seed=seed) for seed in range(20)]
+
+
+def test_utterances_set_aside_depend_on_the_seed_alone():
+    utterances = [Utterance(0, f"a/{i}.flac", 1) for i in range(250)]
+    training, validation = set_aside(utterances, 0.01, seed=7)
+    assert [u.name for u in validation] == ["75", "176"]  # resumed runs need the same
+    assert training == [u for u in utterances if u not in validation]
+    assert [len(part) for part in set_aside(utterances, 0.5, seed=7)] == [125, 125]
+    with pytest.raises(UserError, match="--pathVal FILE is needed"):
+        set_aside(utterances[:1], 0.01, seed=7)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_debugging_takes_1000_and_100_utterances(last):
+    split = list(range(1500)), list(range(300))
+    training, validation = cut_for_debugging(split, last=last)
+    assert training == (split[0][500:] if last else split[0][:1000])
+    assert validation == (split[1][200:] if last else split[1][:100])
+    few = [1, 2], [3]
+    assert cut_for_debugging(few, last=last) == few
 
 
 def test_long_names_are_cut_where_they_are_shown():
@@ -515,8 +570,8 @@ def test_long_names_are_cut_where_they_are_shown():
 
 def test_missing_names_are_counted_and_the_first_few_named(small_corpus, capsys):
     names = ["b-2", "a-1", *(f"gone-{i}" for i in range(9))]
-    chosen = select_sequences(small_corpus.sequences, names, "list.txt")
-    assert [s.name for s in chosen] == ["a-1", "b-2"]
+    chosen = select_utterances(small_corpus.utterances, names, "list.txt")
+    assert [u.name for u in chosen] == ["a-1", "b-2"]
     said = capsys.readouterr().out
     assert "9 of 11 names" in said
     assert "gone-0, gone-1, gone-2, gone-3, gone-4 and 4 more" in said
@@ -616,8 +671,8 @@ def test_empty_and_not_finite_files(tmp_path, capsys):
     assert located == set(files)
     said = capsys.readouterr().out
     assert "s/empty.wav (empty)" in said
-    assert "s/nan.wav (holds NaN or infinite samples)" in said
-    assert "s/infinite.wav (holds NaN or infinite samples)" in said
+    assert "s/nan.wav (contains NaN or infinite samples)" in said
+    assert "s/infinite.wav (contains NaN or infinite samples)" in said
 
 
 def test_a_file_that_ends_early(tmp_path, capsys):
@@ -636,10 +691,10 @@ def test_too_many_bad_files(own_corpus):
     corpus = scan_corpus(own_corpus)
     with pytest.raises(UserError, match=r"5 of 13 audio files.*max_bad_files allows 3.*nothing.fl"):
         small_set(corpus)
-    bad = [s for s in corpus.sequences if s.path == "bad/truncated.flac"]
+    bad = [u for u in corpus.utterances if u.path == "bad/truncated.flac"]
     with pytest.raises(UserError, match="1 of 1 audio files are bad, nothing is left: "):
         BatchLoader(AudioDataset(corpus, bad, WINDOW), 1, "uniform", **FIXED).dataset.only_pack()
-    good = [s for s in corpus.sequences if s.path in LENGTHS]
+    good = [u for u in corpus.utterances if u.path in LENGTHS]
     audio = AudioDataset(corpus, [*good, *bad], WINDOW, max_bad_files=0)
     with pytest.raises(UserError, match="allows 0"):
         audio.only_pack()
@@ -654,7 +709,7 @@ def test_number_of_bad_files_allowed():
 def test_files_lost_or_changed_since_they_were_listed(own_corpus, capsys):
     lost, changed, shorter = "a/x/a-1.flac", "b/x/b-1.flac", "c/y/c-2.flac"
     corpus = scan_corpus(own_corpus)
-    kept = [s for s in corpus.sequences if s.path not in (lost, changed, shorter)]
+    kept = [u for u in corpus.utterances if u.path not in (lost, changed, shorter)]
     expected = AudioDataset(corpus, kept, WINDOW).only_pack()
     (own_corpus / lost).unlink()
     write_audio(own_corpus, {changed: noise(777)})
@@ -663,18 +718,18 @@ def test_files_lost_or_changed_since_they_were_listed(own_corpus, capsys):
     audio = small_set(scan_corpus(own_corpus), max_bad_files=0.5)
     pack = audio.only_pack()
     assert torch.equal(pack.audio, expected.audio)
-    assert [audio.sequences[i].path for i in pack.layout.files] == [s.path for s in kept]
+    assert [audio.utterances[i].path for i in pack.layout.files] == [u.path for u in kept]
     said = capsys.readouterr().out
-    assert f"{lost} (gone since the database was listed; --ignore_cache" in said
+    assert f"{lost} (deleted since the database was listed; --ignore_cache" in said
     assert f"{changed} (changed since the database was listed; --ignore_cache" in said
     assert f"{shorter} (can't be decoded" in said
 
 
 def test_a_repaired_file_is_used_again(own_corpus):
     (own_corpus / "b/x/b-3.flac").write_text("broken")
-    assert [s.path for s in scan_corpus(own_corpus).sequences if s.problem] == ["b/x/b-3.flac"]
+    assert [u.path for u in scan_corpus(own_corpus).utterances if u.problem] == ["b/x/b-3.flac"]
     write_audio(own_corpus, {"b/x/b-3.flac": noise(3200)})
-    assert {s.path: s.samples for s in scan_corpus(own_corpus).sequences}["b/x/b-3.flac"] == 3200
+    assert {u.path: u.samples for u in scan_corpus(own_corpus).utterances}["b/x/b-3.flac"] == 3200
 
 
 def test_wrong_sample_rate(own_corpus):
@@ -682,7 +737,7 @@ def test_wrong_sample_rate(own_corpus):
     corpus = scan_corpus(own_corpus)
     with pytest.raises(UserError, match=r"2 of 9 files.* b/x/b-3.flac \(8000 Hz\).*adjust_sample"):
         small_set(corpus)
-    good = [s for s in corpus.sequences if s.path in LENGTHS]
+    good = [u for u in corpus.utterances if u.path in LENGTHS]
     assert AudioDataset(corpus, good, WINDOW).n_windows == sum(LENGTHS.values()) // WINDOW
 
 
@@ -739,7 +794,7 @@ def test_labels_are_exact(tiny_corpus):
     """In the tiny corpus every class is heard as a tone: each frame's tone must be its label's."""
     corpus = scan_corpus(tiny_corpus / "audio")
     labels = read_phone_labels(tiny_corpus / "phones.txt")
-    audio = AudioDataset(corpus, corpus.sequences, 3200, phone_labels=labels)
+    audio = AudioDataset(corpus, corpus.utterances, 3200, phone_labels=labels)
     time = torch.arange(160) / SAMPLE_RATE
     for training in (True, False):
         loader = BatchLoader(audio, 4, "uniform", seed=1, training=training)
@@ -767,7 +822,7 @@ def test_audio_and_labels_are_cut_to_the_shorter(small_corpus, tmp_path, capsys)
     with pytest.raises(ValueError, match="labelled_only"):
         small_set(small_corpus, phone_labels=labels)
     path.write_text("other 1 2 3\n")
-    with pytest.raises(UserError, match=r"labels.txt: has labels for none of the 7 sequences.*a-1"):
+    with pytest.raises(UserError, match=r"labels.txt: has no labels for any of the 7 .*a-1"):
         small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
 
 
@@ -791,23 +846,57 @@ def test_description_and_fingerprint(small_corpus, own_corpus):
         "validation set: 7 files, 0.1 min, 3 speakers, 41 windows of 0.10 s"
     )
     assert audio.hours == sum(LENGTHS.values()) / SAMPLE_RATE / 3600
-    one = AudioDataset(small_corpus, small_corpus.sequences[:1], WINDOW)
+    one = AudioDataset(small_corpus, small_corpus.utterances[:1], WINDOW)
     assert re.search(r": 1 file, 0.0 min, 1 speaker, \d+ windows", one.describe())
     copy = scan_corpus(own_corpus)
     print_of = [
-        AudioDataset(copy, sequences, WINDOW).fingerprint()
-        for sequences in (
-            copy.sequences[::-1],
-            copy.sequences[1:],
-            [copy.sequences[0]._replace(samples=5), *copy.sequences[1:]],
+        AudioDataset(copy, utterances, WINDOW).fingerprint()
+        for utterances in (
+            copy.utterances[::-1],
+            copy.utterances[1:],
+            [copy.utterances[0]._replace(samples=5), *copy.utterances[1:]],
         )
     ]
     assert audio.fingerprint() == print_of[0] == "38c27628b1100b99"
     assert len(set(print_of)) == 3
 
 
+def test_training_and_validation_set(small_corpus, tmp_path, capsys):
+    split = small_corpus.utterances[:5], small_corpus.utterances[5:]
+    sets = build_sets(small_corpus, split, WINDOW, max_sizes=(50_000, 70_000), n_threads=3)
+    said = capsys.readouterr().out.splitlines()
+    assert [audio.describe() for audio in sets] == said
+    assert [line.partition(":")[0] for line in said] == ["training set", "validation set"]
+    assert [audio.utterances for audio in sets] == list(split)
+    assert [audio.max_size_loaded for audio in sets] == [50_000, 70_000]
+    assert [audio.n_threads for audio in sets] == [3, 3]
+    assert [audio.phone_labels for audio in sets] == [None, None]
+
+    (tmp_path / "labels.txt").write_text("b-1 1 2 3\nc-2 1 2 3\n")
+    labels = read_phone_labels(tmp_path / "labels.txt")
+    options = {"labels": labels, "suffix": " of the phone probe", "describe": False}
+    sets = build_sets(small_corpus, split, WINDOW, **options)
+    said = capsys.readouterr().out
+    assert [audio.title.partition(" ")[2] for audio in sets] == ["set of the phone probe"] * 2
+    assert [[u.name for u in audio.utterances] for audio in sets] == [["b-1"], ["c-2"]]
+    assert all(audio.phone_labels is labels for audio in sets)
+    assert "shorter or longer than their labels" in said
+    assert "windows of" not in said
+
+
+def test_required_windows(small_corpus):
+    audio = small_set(small_corpus)
+    audio.require_windows()
+    audio.require_windows(1)
+    with pytest.raises(UserError, match="training set: not a single window of 1600 samples in 7"):
+        audio.require_windows(0)
+    short = [u for u in small_corpus.utterances if u.samples < WINDOW]
+    with pytest.raises(UserError, match="in 1 file; more audio"):
+        AudioDataset(small_corpus, short, WINDOW).require_windows()
+
+
 def test_no_window_at_all(small_corpus):
-    short = [s for s in small_corpus.sequences if s.samples < WINDOW]
+    short = [u for u in small_corpus.utterances if u.samples < WINDOW]
     for sampling in SAMPLINGS:
         for training in (True, False):
             with pytest.raises(UserError, match="training set: not a single window of 1600"):
@@ -822,7 +911,7 @@ def test_no_window_at_all(small_corpus):
 
 def test_no_window_left_after_decoding(own_corpus):
     corpus = scan_corpus(own_corpus)
-    long_and_short = [corpus.sequences[0], corpus.sequences[2]]
+    long_and_short = [corpus.utterances[0], corpus.utterances[2]]
     loader = BatchLoader(AudioDataset(corpus, long_and_short, WINDOW), 2, "uniform", **FIXED)
     (own_corpus / long_and_short[0].path).unlink()
     for first in (None, Position(0, 0, 0)):
@@ -950,7 +1039,7 @@ def test_plans_are_pure_and_leave_the_global_generators_alone():
 
     def plan(*seed):
         generator = generator_from(*seed)
-        packs = split_in_packs(np.diff(layout.boundaries), 40_000, generator)
+        packs = split_into_packs(np.diff(layout.boundaries), 40_000, generator)
         pack_plan = plan_pack(layout, speakers, "samespeaker", WINDOW, 4, generator)
         return [p.tolist() for p in packs], pack_plan.starts.tolist(), pack_plan.edges.tolist()
 
@@ -971,7 +1060,7 @@ def test_packs_hold_each_file_once(seed):
     lengths = rng.integers(1, 1000, rng.integers(1, 60))
     max_size = int(rng.integers(500, 8000))
     for generator in (None, generator_from(seed)):
-        packs = split_in_packs(lengths, max_size, generator)
+        packs = split_into_packs(lengths, max_size, generator)
         assert sorted(np.concatenate(packs).tolist()) == list(range(len(lengths)))
         assert all((np.diff(pack) > 0).all() for pack in packs)
         assert all(lengths[pack].sum() <= max_size or len(pack) == 1 for pack in packs)
@@ -980,7 +1069,7 @@ def test_packs_hold_each_file_once(seed):
 
 def test_packs_are_of_about_the_same_size():
     lengths = np.full(1000, 100)
-    sizes = [lengths[pack].sum() for pack in split_in_packs(lengths, 30_000, generator_from(0))]
+    sizes = [lengths[pack].sum() for pack in split_into_packs(lengths, 30_000, generator_from(0))]
     assert len(sizes) == 4
     assert min(sizes) > 24_000
 
@@ -1000,8 +1089,8 @@ def loader_of(corpus, sampling, *, training=True, packs=True, batch_size=3, **op
 def test_batches_hold_what_they_say(small_corpus, sampling, training, packs):
     """Samples, speaker, place, `continues` and number of windows against the files themselves."""
     files = {
-        s.path: (s.speaker, soundfile.read(os.path.join(small_corpus.root, s.path), dtype="int16"))
-        for s in small_corpus.sequences
+        u.path: (u.speaker, soundfile.read(os.path.join(small_corpus.root, u.path), dtype="int16"))
+        for u in small_corpus.utterances
     }
     loader = loader_of(small_corpus, sampling, training=training, packs=packs)
     for epoch in (0, 1):
@@ -1093,9 +1182,9 @@ def test_going_on_from_any_position(small_corpus, sampling, world_size):
 def test_going_on_decodes_no_earlier_pack(small_corpus, monkeypatch):
     loader = loader_of(small_corpus, "uniform", training=False)
     decoded = watch_decoding(monkeypatch)
-    packs = split_in_packs(loader.dataset.samples, loader.dataset.max_size_loaded)
+    packs = split_into_packs(loader.dataset.samples, loader.dataset.max_size_loaded)
     list(loader.epoch(0, Position(0, 1, 0)))
-    expected = {loader.dataset.sequences[i].path for pack in packs[1:] for i in pack}
+    expected = {loader.dataset.utterances[i].path for pack in packs[1:] for i in pack}
     assert Counter(relative(loader, decoded)) == dict.fromkeys(expected, 1)
 
 
@@ -1217,7 +1306,7 @@ class Gate:
 
 def gated_loader(corpus, monkeypatch, is_gated):
     """A loader of packs of many files, whose decoding ahead of pack p waits if is_gated(p)."""
-    many = corpus._replace(sequences=3 * corpus.sequences)
+    many = corpus._replace(utterances=3 * corpus.utterances)
     audio, gate = small_set(many, max_size_loaded=80_000, n_threads=2), Gate()
     loader = BatchLoader(audio, 3, "uniform", seed=0, training=True)
     decode_ahead = loader._decode_ahead
@@ -1303,7 +1392,7 @@ def test_workers_interrupted_before_they_begin_are_dropped_in_silence(monkeypatc
 
 
 def test_workers_show_progress_when_it_takes_long(monkeypatch):
-    monkeypatch.setattr(workers, "PATIENCE", 0)
+    monkeypatch.setattr(workers, "SECONDS_BEFORE_BAR", 0)
     gate, bars = Gate(), []
 
     class Bar(PlainProgress):
@@ -1371,9 +1460,9 @@ def test_batches_made_ready(small_corpus, tmp_path):
 
 
 def test_a_large_listing_is_cheap_to_choose_from():
-    """No quadratic step: names, order and plan of 20,000 made-up sequences."""
-    sequences = [Sequence(i // 100, f"{i // 100}/{i}.flac", 30_000) for i in range(20_000)]
-    corpus = Corpus("", tuple(sequences), tuple(str(i) for i in range(200)))
-    chosen = select_sequences(sequences, [s.name for s in sequences[::2]], "list")
+    """No quadratic step: names, order and plan of 20,000 made-up utterances."""
+    utterances = [Utterance(i // 100, f"{i // 100}/{i}.flac", 30_000) for i in range(20_000)]
+    corpus = Corpus("", tuple(utterances), tuple(str(i) for i in range(200)))
+    chosen = select_utterances(utterances, [u.name for u in utterances[::2]], "list")
     audio = AudioDataset(corpus, chosen, 20_480, max_size_loaded=10**8)
     assert len(BatchLoader(audio, 8, "samespeaker", seed=0, training=True)) > 1000

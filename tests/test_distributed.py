@@ -80,7 +80,7 @@ def meet(words):
         buffers.running_mean.fill_(world.rank)
         world.copy_buffers(buffers)
         found["buffers"] = buffers.state_dict()
-        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).sequences, 1600)
+        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).utterances, 1600)
         pack = audio.only_pack(world)
         found["pack"], found["files"] = pack.audio.clone(), pack.layout.files.tolist()
         found["same memory"] = writes_are_seen(world, pack.audio)
@@ -130,7 +130,7 @@ def test_gradients_are_the_mean_of_those_of_each_batch(name, met):
 def test_processes_decode_one_pack_together(met):
     found, root = met
     corpus = scan_corpus(root / "audio")
-    alone = AudioDataset(corpus, corpus.sequences, 1600).only_pack()
+    alone = AudioDataset(corpus, corpus.utterances, 1600).only_pack()
     assert len(alone.layout.files) == 8
     for seen in found:
         assert seen["files"] == alone.layout.files.tolist()
@@ -148,14 +148,14 @@ def meet_on_two_machines(words):
     else:
         os.environ["LOCAL_WORLD_SIZE"] = "2"
     with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
-        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).sequences, 1600)
+        audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).utterances, 1600)
         torch.save(audio.only_pack(world).audio, Path(directory, f"{rank}.pt"))
 
 
 def test_machines_may_have_different_numbers_of_processes(tiny_corpus, tmp_path):
     assert launch(3, meet_on_two_machines, [str(tmp_path), str(tiny_corpus / "audio")]) == 0
     corpus = scan_corpus(tiny_corpus / "audio")
-    alone = AudioDataset(corpus, corpus.sequences, 1600).only_pack()
+    alone = AudioDataset(corpus, corpus.utterances, 1600).only_pack()
     for rank in range(3):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone.audio)
 

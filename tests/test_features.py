@@ -503,7 +503,7 @@ def test_remainder_too_short_for_an_encoder_is_seen_with_what_precedes_it(
 @pytest.mark.parametrize(
     ("n_samples", "options", "reason"),
     [
-        (0, {}, "empty|holds no audio"),
+        (0, {}, "empty|contains no audio"),
         (159, {}, "159 samples are too short"),
         (1600, {"rate": 8000}, "8000 Hz.*adjust_sample_rate"),
     ],
@@ -593,9 +593,9 @@ assert os.listdir("cache/checkpoints") == ["model-0123.pt"]
 """
 REFUSALS = """
 for flags, reason in (
-    (dict(hiddenEncodr=3), "hiddenEncodr: not a flag"),
+    (dict(hiddenEncodr=3), "hiddenEncodr: not an architecture flag"),
     (dict(arMode="MLP"), "invalid choice: 'MLP'"),
-    (dict(pretrained=True, arMode="GRU"), "arMode: the pretrained model has flags of its own"),
+    (dict(pretrained=True, arMode="GRU"), "arMode: not with pretrained=True"),
     (dict(pretrained=True, url="{server}/absent.pt"), "absent.pt: can't be downloaded (HTTP Error"),
 ):
     try:

@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(
 )
 NAMES = ("positives", "log-sum-exp", "best negative", "gradient of pool", "of predictions")
 
-SIZES = [  # windows, predictions, positives, negatives, features
+SIZES = [  # anchors, predictions, positives, negatives, features
     (1, 1, 1, 1, 1),  # the least
     (1, 12, 12, 128, 256),  # the defaults
     (3, 8, 12, 10, 96),
@@ -57,7 +57,7 @@ def results(form, pool, predictions, candidates, n_positives):
 
 
 def relative_errors(actual, expected):
-    """Largest error as a share of the largest value, by name; NaN where there is one."""
+    """Largest error relative to the largest value, by name; NaN where there is one."""
     return {
         name: ((one - other).abs().max() / other.abs().max()).item()
         for name, one, other in zip(NAMES, actual, expected, strict=True)

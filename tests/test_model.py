@@ -677,6 +677,67 @@ def test_nullspace_model_keeps_hidden_state():
     assert model.hidden_state() is None
 
 
+# ----------------------------------------------------------- contexts of another version of audio
+
+
+def small_models():
+    """Models of every kind; the same weights in every call."""
+    torch.manual_seed(4)
+
+    def build(**changes):
+        return build_model(architecture(samplingType="sequential", **changes))
+
+    return [
+        build(),
+        build(arMode="transformer", cpc_mode="reverse").eval(),
+        build(arMode="no_ar", normMode="instanceNorm"),
+        CPCModelNullspace(build(), torch.randn(16, 3)),
+        ConcatenatedModel([build(hiddenGar=4), build(arMode="GRU", hiddenGar=6)]),
+        CPCModelNullspace(ConcatenatedModel([build(), build()]), torch.randn(32, 3)),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_contexts_come_from_the_past_and_encoded_frames_from_the_waveform(kind):
+    past, waveform, after = torch.randn(3, 2, 1, 1600)
+    model, on_past, on_waveform = (small_models()[kind] for _ in range(3))
+    context, encoded = model(waveform, None, past)
+    assert_close(context, on_past(past)[0].detach())
+    assert_close(encoded, on_waveform(waveform)[1].detach())
+    assert encoded.is_contiguous()
+    assert not torch.allclose(context, on_waveform(waveform)[0], atol=1e-3)
+    assert_close(model(after)[0], on_past(after)[0].detach())  # as is the kept hidden state
+
+
+def test_the_same_past_changes_nothing():
+    waveform = torch.randn(2, 1, 1600)
+    for first, second in zip(small_models(), small_models(), strict=True):
+        for plain, same in zip(first(waveform), second(waveform, past=waveform), strict=True):
+            assert_close(same, plain.detach())
+
+
+def test_past_and_waveform_share_a_pass_of_the_encoder():
+    """Both have gradients, and a norm over the batch normalises both by the same statistics."""
+    model = build_model(architecture(normMode="batchNorm")).train()
+    past, waveform = torch.randn(2, 3, 1, 1600)
+    expected = model.gEncoder(torch.cat([past, waveform])).transpose(1, 2)
+    past.requires_grad_()
+    waveform.requires_grad_()
+    context, encoded = model(waveform, past=past)
+    assert_close(encoded, expected[3:].detach())
+    assert_close(context, model.gAR(expected[:3]).detach())
+    (context.sum() + encoded.square().sum()).backward()
+    assert (past.grad != 0).any()
+    assert (waveform.grad != 0).any()
+
+
+def test_past_of_another_shape_is_refused():
+    model, waveform = build_model(architecture()), torch.randn(2, 1, 1600)
+    for past in (torch.randn(1, 1, 1600), torch.randn(2, 1, 1760)):
+        with pytest.raises(ValueError, match="past is"):
+            model(waveform, past=past)
+
+
 # ----------------------------------------------------------------------------------- torchaudio
 
 WITHOUT_EXTENSION = """

@@ -67,7 +67,7 @@ def last_of_speaker(sequence):
 def make_sets(corpus, labels=None, held_out=last_of_speaker):
     """Training and validation set; the latter holds the sequences that `held_out` chooses."""
     parts = {"training set": [], "validation set": []}
-    for sequence in corpus.sequences:
+    for sequence in corpus.utterances:
         parts["validation set" if held_out(sequence) else "training set"].append(sequence)
     return [
         AudioDataset(

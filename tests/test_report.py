@@ -455,7 +455,7 @@ def speed(epoch, **more):
 def invented_set(title):
     """What the report asks of an AudioDataset."""
     return SimpleNamespace(
-        title=title, sequences=[0], n_unlabelled=0, hours=1.0, n_windows=1, size_window=160,
+        title=title, utterances=[0], n_unlabelled=0, hours=1.0, n_windows=1, size_window=160,
         speakers=np.array([0]),
     )  # fmt: skip
 
@@ -623,15 +623,15 @@ def test_the_corpus_is_counted_with_its_labels(tiny_corpus, tmp_path):
     lines = (tiny_corpus / "phones.txt").read_text().splitlines(keepends=True)
     (tmp_path / "some.txt").write_text("".join(lines[:6]))
     labels = read_phone_labels(tmp_path / "some.txt")
-    whole = AudioDataset(corpus, corpus.sequences, 3200, title="training set")
+    whole = AudioDataset(corpus, corpus.utterances, 3200, title="training set")
     labelled = AudioDataset(
-        corpus, corpus.sequences, 3200, phone_labels=labels, labelled_only=True, title="probe set"
+        corpus, corpus.utterances, 3200, phone_labels=labels, labelled_only=True, title="probe set"
     )
     content = report_of(
         arguments(tmp_path), invented_logs(1), sets=[whole, labelled], labels=labels
     )
     read = Page(content)
-    hours = sum(s.samples for s in corpus.sequences) / 16000 / 3600
+    hours = sum(s.samples for s in corpus.utterances) / 16000 / 3600
     assert read.row("training set") == [
         "training set", "9", f"{hours:.2f}", "3", str(whole.n_windows), "0.20 s",
         "6 of 9 files (66.7 %)",

@@ -1,8 +1,8 @@
-"""Dropout in training, faster than PyTorch's on a CPU.
+"""Dropout for training that is faster than PyTorch's on a CPU.
 
-There, PyTorch draws a number for each element, which takes as long as the matrix products around
-it. Here 16 random bits decide over an element: the generator yields 64 of them at a time. On other
-devices, and compiled, PyTorch's is as good.
+There, PyTorch draws one number per element, which takes as long as the surrounding matrix products.
+Here an element needs only 16 random bits, and the generator yields 64 at a time. On other devices,
+and when compiled, PyTorch's own dropout is used.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch.autograd.function import once_differentiable
 
 
 def dropout(x, p):
-    """Drop a fraction `p` of the elements of `x` and scale up the others, as in training."""
+    """Zero a fraction `p` of the elements of `x` and scale up the others, as in training."""
     return _Dropout.apply(x, p) if _draws_bits(x) else F.dropout(x, p)
 
 
 def relu_with_dropout_(x, p, training):
-    """ReLU in place, with dropout in training."""
+    """In-place ReLU, with dropout in training."""
     if training and _draws_bits(x):
         return _ReLUWithDropout.apply(x, p)
     return F.relu(F.dropout(x, p, training, inplace=True), inplace=True)
@@ -27,7 +27,7 @@ def _draws_bits(x):
 
 
 def _draw(x, p):
-    """Which elements of a tensor dropout keeps, and the factor that makes up for the others."""
+    """The boolean mask of elements that dropout keeps, and the factor that rescales them."""
     n_values = 2**16
     n_dropped = round(p * n_values)
     draws = torch.randint(-(2**63), 2**63 - 1, (x.numel() // 4 + 1,)).view(torch.int16)
@@ -50,7 +50,7 @@ class _Dropout(torch.autograd.Function):
 
 
 class _ReLUWithDropout(torch.autograd.Function):
-    """In place. An output of 0 was dropped or negative: backward needs nothing else."""
+    """In place. An output of 0 was dropped or negative, so backward needs only the output."""
 
     @staticmethod
     def forward(ctx, x, p):

@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import torch
 
-SAMPLE_RATE = 16_000  # Hz; the only rate the encoders are made for
-SAMPLES_PER_FRAME = 160  # one frame (encoder output, phone label) is 10 ms
+SAMPLE_RATE = 16_000  # Hz; the only sample rate that encoders accept
+SAMPLES_PER_FRAME = 160  # one frame (encoder output or phone label) is 10 ms
 LONGEST_SHOWN = 200  # characters of one name, path or reason in a message
 
 
 class UserError(Exception):
-    """Something that the user can put right: shown as one line, without a traceback, exit status 2.
+    """An error that the user can fix: shown in one line without a traceback, exit status 2.
 
-    The message names the file, line or flag, and the way out.
+    The message names the file, line or flag, and what to do.
     """
 
 
@@ -30,26 +30,26 @@ class Position(NamedTuple):
 
 
 def seed_from(*parts):
-    """A seed of 32 bits that depends on all `parts` (numbers and strings) and on nothing else.
+    """A 32-bit seed that depends only on `parts` (numbers and strings).
 
-    Nearby positions, such as (seed, epoch, 0) and (seed, epoch, 1), give unrelated seeds. The CPU
-    generator of PyTorch uses only 32 bits of its seed, hence a hash and not a sum or a shift.
+    Nearby parts, such as (seed, epoch, 0) and (seed, epoch, 1), give unrelated seeds. PyTorch's CPU
+    generator uses only 32 bits of its seed, hence a hash instead of a sum or a shift.
     """
     text = "\x1f".join(str(part) for part in parts)
-    content = text.encode(errors="surrogateescape")  # a part may be any name of a file
+    content = text.encode(errors="surrogateescape")  # a part may be any file name
     return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest(), "little")
 
 
 def generator_from(*parts, device="cpu"):
-    """A private `torch.Generator` seeded by `seed_from(*parts)`: draws from it disturb no other."""
+    """A `torch.Generator` of its own, seeded by `seed_from(*parts)`."""
     return torch.Generator(device=device).manual_seed(seed_from(*parts))
 
 
 def recurrent(network, frames, *state):
-    """`network(frames, *state)` of a recurrent network, in float32 under autocast.
+    """Call a recurrent network in float32, also under autocast.
 
-    There, cuDNN's networks would compute in float16 whatever the type asked for, in which the small
-    gradients of this program vanish, and leave hidden states that only such a run can go on from.
+    Under autocast, cuDNN would compute in float16 even if bfloat16 is asked for: small gradients
+    would vanish, and a run with another precision couldn't resume from its hidden states.
     """
     kind = frames.device.type
     if not torch.is_autocast_enabled(kind):
@@ -59,7 +59,7 @@ def recurrent(network, frames, *state):
 
 
 def first_few(items, limit=5):
-    """The first items of a list as text, for a message; safe to print whatever a file is named."""
+    """The first items of a list, for a message: printable whatever the names contain."""
     items = list(items)
     cut = (f"{item[:LONGEST_SHOWN]}..." if item[LONGEST_SHOWN:] else item for item in items[:limit])
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
@@ -67,4 +67,5 @@ def first_few(items, limit=5):
 
 
 def counted(n, noun):
+    """A number with its noun: "1 file", "2,000 files"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"

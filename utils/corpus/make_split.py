@@ -18,7 +18,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from utils.data.corpus import read_sequence_list
+from utils.data.corpus import read_utterance_list
 from utils.data.listing import find_files
 from utils.files import refuse_to_replace, write_lines
 from utils.misc import UserError, first_few, seed_from
@@ -102,7 +102,7 @@ def parse_arguments(argv):
 
 def names_by_speaker(args):
     """The names of each speaker: speaker -> list, both sorted. Says which of --list are missing."""
-    listed = set(read_sequence_list(args.list)) if args.list else None
+    listed = set(read_utterance_list(args.list)) if args.list else None
     paths, speakers = {}, {}
     for path in find_files(args.pathDB, args.file_extension):
         *folders, file = path.split("/")

@@ -1,4 +1,4 @@
-"""Reading audio files: what their headers say, and their samples straight into memory."""
+"""Reading audio files: their headers, and their samples directly into memory."""
 
 import os
 from typing import NamedTuple
@@ -8,22 +8,22 @@ import soundfile
 
 from utils.misc import SAMPLE_RATE
 
-LONGEST_FILE = 2**32  # samples, 74 hours: a header that claims more is broken
-SAMPLES_PER_BYTE = 8192  # more than any codec reaches, even FLAC on digital silence
-FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that 16 bits hold exactly
+LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more is broken
+SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital silence
+FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
 
 
 class Header(NamedTuple):
-    """What is known of an audio file before it is decoded."""
+    """The properties of an audio file before it is decoded."""
 
     samples: int
     rate: int = SAMPLE_RATE  # Hz
-    fits_int16: bool = True  # mono, and 16 bits hold its samples exactly
-    problem: str = ""  # why the file can't be used, if it can't
+    fits_int16: bool = True  # mono, and 16 bits represent its samples exactly
+    problem: str = ""  # why the file is unusable, if it is
 
 
 def read_header(path):
-    """The `Header` of an audio file; what is wrong with it is in `problem`, nothing is raised."""
+    """The `Header` of an audio file; errors end up in `problem` and are never raised."""
     try:
         with open_audio(path) as file:
             problem = _length_problem(file, os.path.getsize(path))
@@ -36,9 +36,9 @@ def read_header(path):
 def open_audio(path):
     """An open `soundfile.SoundFile`. Raises OSError or soundfile.SoundFileError.
 
-    soundfile opens one file at a time, whatever the number of threads. So its beginning is read
-    before: where storage is slow, threads wait for it side by side, and errors of the file system
-    get their own names. Bytes, since file names need not be valid UTF-8.
+    soundfile opens one file at a time, whatever the number of threads. So the beginning of the
+    file is read first: threads then wait for slow storage in parallel, and errors of the file
+    system get proper messages. Bytes, since file names need not be valid UTF-8.
     """
     name = os.fsencode(path) if os.name == "posix" else path
     if os.path.exists(name) and not os.path.isfile(name):
@@ -57,7 +57,7 @@ def _length_problem(file, n_bytes):
 
 
 def fits_int16(file):
-    """Whether int16 holds all samples of an open file exactly (a mean of channels need not be)."""
+    """Whether int16 represents the samples of an open file exactly (not the mean of channels)."""
     return file.channels == 1 and file.subtype in FITS_INT16
 
 
@@ -71,25 +71,25 @@ def reason(error):
 def decode_into(waveform, path, listed_samples):
     """Fill the array `waveform` with the beginning of an audio file.
 
-    waveform: (n,) int16, or float32 in [-1, 1]; several channels are averaged
-    listed_samples: the length of the whole file when its header was read
-    Returns why the file can't be used, or "" if all is well.
+    waveform: (n,) int16, or float32 in [-1, 1]; channels are averaged
+    listed_samples: the length of the file when its header was read
+    Returns why the file is unusable, or "" if it isn't.
     """
     try:
         with open_audio(path) as file:
             if (file.frames, file.samplerate) != (listed_samples, SAMPLE_RATE):
-                return "changed since the database was listed; --ignore_cache lists it anew"
+                return "changed since the database was listed; --ignore_cache lists it again"
             if waveform.dtype == np.int16 and not fits_int16(file):
-                return "no 16-bit mono file any more; --ignore_cache lists the database anew"
+                return "no longer a 16-bit mono file; --ignore_cache lists the database again"
             n_read = _read_mono(file, waveform)
     except FileNotFoundError:
-        return "gone since the database was listed; --ignore_cache lists it anew"
+        return "deleted since the database was listed; --ignore_cache lists it again"
     except (OSError, soundfile.SoundFileError) as error:
         return reason(error)
     if n_read < len(waveform):
-        return f"ends after {n_read} samples, its header says {listed_samples}"
+        return f"ends after {n_read} samples, but its header says {listed_samples}"
     if waveform.dtype == np.float32 and not np.isfinite(waveform).all():
-        return "holds NaN or infinite samples"
+        return "contains NaN or infinite samples"
     return ""
 
 

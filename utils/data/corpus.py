@@ -1,42 +1,44 @@
-"""The audio files of a database, their speakers, and lists of some of them."""
+"""The utterances (audio files) of a corpus, their speakers, and how subsets are chosen."""
 
 import os
 import re
 from typing import NamedTuple
 
+import torch
+
 from utils.data.listing import list_audio_files
 from utils.files import lines_of
-from utils.misc import SAMPLE_RATE, UserError, counted, first_few
+from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from
 
-LIBRISPEECH_FOLDERS = 2  # above a file: the speaker's, the chapter's
-LONGEST_NAME = 255  # of a file, on any usual system
+LIBRISPEECH_FOLDERS = 2  # folders above a file: speaker and chapter
+LONGEST_NAME = 255  # of a file name, on any common system
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# As files of LibriSpeech are named after their speaker and chapter, with a folder above both.
+# LibriSpeech: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-...
 BELOW_A_SUBSET = re.compile(r".+/([^/]+)/([^/]+)/\1[-_]\2[-_][^/]+")
 
 
-class Sequence(NamedTuple):
-    """One audio file of a corpus, as its header describes it."""
+class Utterance(NamedTuple):
+    """An audio file of a corpus, as described by its header."""
 
-    speaker: int  # index into Corpus.speakers
-    path: str  # relative to the root of the database, with "/"
+    speaker: int  # speaker id, an index into Corpus.speakers
+    path: str  # relative to the root of the corpus, with "/"
     samples: int
     rate: int = SAMPLE_RATE  # Hz
-    fits_int16: bool = True  # mono, and 16 bits hold its samples exactly
-    problem: str = ""  # why the file can't be used, if it can't
+    fits_int16: bool = True  # mono, and 16 bits represent its samples exactly
+    problem: str = ""  # why the file is unusable, if it is
 
     @property
     def name(self):
-        """What lists and label files call it: the file's name without folder and extension."""
+        """The file name without folder and extension, as in lists and label files."""
         file = self.path.rpartition("/")[2]
         return file.rpartition(".")[0] or file
 
 
 class Corpus(NamedTuple):
-    """All audio files below `root`: speakers in sorted order, sequences by speaker and name."""
+    """All audio files below `root`: sorted speakers, utterances sorted by speaker and name."""
 
     root: str
-    sequences: tuple[Sequence, ...]
+    utterances: tuple[Utterance, ...]
     speakers: tuple[str, ...]
 
 
@@ -44,11 +46,11 @@ def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_
     """Find every file below `root` whose name ends with `extension` and read its header.
 
     The speaker of a file is the first `speaker_level` folders of its path, joined by "/" ("" if
-    there are none); speaker ids follow the sorted order of these strings. Files that can't be
-    used are kept, with the reason in `problem`, so that ids don't depend on them. The list is kept
-    in the database (utils/data/listing.py) and read from there next time, unless `ignore_cache`.
+    there are none); speaker ids number these names in sorted order. Unusable files are included,
+    with the reason in `problem`, so that speaker ids don't depend on them. The list is cached in
+    the root (utils/data/listing.py) and reused unless `ignore_cache`.
 
-    Returns a `Corpus`. Raises UserError if there is no such directory or no such file in it.
+    Returns a `Corpus`. Raises UserError if there is no such directory or it has no such file.
     """
     root = os.fspath(root)
     if not os.path.isdir(root):
@@ -57,9 +59,9 @@ def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_
     level = max(0, speaker_level)
     names = ["/".join(path.split("/")[:-1][:level]) for path in columns["path"]]
     speakers = tuple(sorted(set(names)))
-    number = {speaker: i for i, speaker in enumerate(speakers)}
-    rows = zip((number[name] for name in names), *columns.values(), strict=True)
-    return Corpus(root, tuple(in_order(map(Sequence._make, rows))), speakers)
+    speaker_id = {speaker: i for i, speaker in enumerate(speakers)}
+    rows = zip((speaker_id[name] for name in names), *columns.values(), strict=True)
+    return Corpus(root, tuple(sort_utterances(map(Utterance._make, rows))), speakers)
 
 
 def open_corpus(args):
@@ -75,12 +77,12 @@ def open_corpus(args):
     return corpus
 
 
-def in_order(sequences):
-    return sorted(sequences, key=lambda s: (s.speaker, s.name, s.path))
+def sort_utterances(utterances):
+    return sorted(utterances, key=lambda u: (u.speaker, u.name, u.path))
 
 
 def warn_of_single_speaker(corpus):
-    """Say so where all files count as one speaker's: --pathDB may be a folder too high."""
+    """Warn if all files belong to one speaker: --pathDB may be a folder too high."""
     if len(corpus.speakers) > 1:
         return
     speaker = corpus.speakers[0]
@@ -88,58 +90,58 @@ def warn_of_single_speaker(corpus):
         f"warning: {corpus.root}: one speaker only: the speaker of a file is the first folder "
         f"below --pathDB, and here that is {speaker or 'none'} for every file"
     )
-    if all(sequence.path.count("/") > LIBRISPEECH_FOLDERS for sequence in corpus.sequences):
+    if all(utterance.path.count("/") > LIBRISPEECH_FOLDERS for utterance in corpus.utterances):
         inner = os.path.join(corpus.root, speaker)
         print(f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}")
 
 
 def warn_of_subsets(corpus):
-    """Say so where each of several subsets counts as one speaker: --pathDB is a folder too high.
+    """Warn if each of several subsets counts as one speaker: --pathDB is a folder too high.
 
-    Only the names of the files can tell: they begin with the speaker and the chapter.
+    Detected by file names, which start with the speaker and the chapter in LibriSpeech.
     """
-    matches = [BELOW_A_SUBSET.fullmatch(sequence.path) for sequence in corpus.sequences]
+    matches = [BELOW_A_SUBSET.fullmatch(utterance.path) for utterance in corpus.utterances]
     if len(corpus.speakers) > 1 and all(matches):
         n_speakers = len({match[1] for match in matches})
         print(
             f"warning: {corpus.root}: {first_few(corpus.speakers)} count as one speaker each: the "
-            f"speaker of a file is the first folder below --pathDB. By the files' names there are "
+            f"speaker of a file is the first folder below --pathDB. By their file names there are "
             f"{counted(n_speakers, 'speaker')}: give --pathDB one of these folders, or one with "
             "links to the speakers in all of them"
         )
 
 
-def read_sequence_list(path):
-    """The names in a list: one per line, without the blanks that end it; empty lines are ignored.
+def read_utterance_list(path):
+    """The names in a list, one per line without trailing blanks; empty lines are ignored.
 
-    Raises UserError if the file can't be read, names nothing, or is no such list.
+    Raises UserError if the file can't be read, is empty, or isn't a list of names.
     """
     names = [name for line in lines_of(path) if (name := line.rstrip())]
     if not names:
-        raise UserError(f"{path}: an empty list of sequences")
+        raise UserError(f"{path}: an empty list of utterances")
     if any(len(name) > LONGEST_NAME or CONTROL.search(name) for name in names):
         raise UserError(
-            f"{path}: doesn't look like a list of names, one in each line: some are longer than "
-            f"{LONGEST_NAME} characters or hold control characters"
+            f"{path}: doesn't look like a list of names, one per line: some are longer than "
+            f"{LONGEST_NAME} characters or contain control characters"
         )
     return names
 
 
-def select_sequences(sequences, names, list_path):
-    """The sequences whose name is among `names`, sorted by name; `list_path` is for messages.
+def select_utterances(utterances, names, list_path):
+    """The utterances whose name is in `names`, sorted by name; `list_path` is for messages.
 
-    Files of the same name in different folders are all kept. Says how many names have no file.
-    Raises UserError if none has one.
+    Files with the same name in different folders are all selected. Reports names without a file;
+    raises UserError if all are.
     """
     wanted = set(names)
-    chosen = sorted((s for s in sequences if s.name in wanted), key=lambda s: s.name)
-    missing = sorted(wanted - {s.name for s in chosen})
+    chosen = sorted((u for u in utterances if u.name in wanted), key=lambda u: u.name)
+    missing = sorted(wanted - {u.name for u in chosen})
     if not missing:
         return chosen
     found = (
         f"{list_path}: {len(missing)} of {len(wanted)} names have no file in the database: "
-        f"{first_few(missing)} (names go without folder and extension; files that are new in the "
-        "database are seen with --ignore_cache)"
+        f"{first_few(missing)} (names have no folder and no extension; --ignore_cache finds new "
+        "files)"
     )
     if not chosen:
         raise UserError(found)
@@ -147,21 +149,74 @@ def select_sequences(sequences, names, list_path):
     return chosen
 
 
-def keep_percentage(sequences, percentage):
-    """About `percentage` % of the sequences (above 0), spread evenly over their order."""
+def listed_utterances(corpus, path=None):
+    """The utterances of `corpus` in the list at `path`, or all without one."""
+    if path is None:
+        return list(corpus.utterances)
+    return select_utterances(corpus.utterances, read_utterance_list(path), path)
+
+
+def split_utterances(corpus, train_list=None, validation_list=None, *, seed=0):
+    """Training and validation utterances, from two lists.
+
+    Without a training list, that is the whole corpus; without a validation list, 1 % of the
+    training utterances are set aside, at random by `seed`.
+    """
+    training = listed_utterances(corpus, train_list)
+    if not validation_list:
+        return set_aside(training, 0.01, seed)
+    return training, listed_utterances(corpus, validation_list)
+
+
+def split_corpus(args, corpus):
+    """The utterances that a run trains and validates on, with a warning if some are in both."""
+    split = split_utterances(corpus, args.pathTrain, args.pathVal, seed=args.random_seed)
+    training, validation = cut_for_debugging(split, last=True) if args.debug else split
+    trained_on = {utterance.path for utterance in training}
+    shared = [utterance.path for utterance in validation if utterance.path in trained_on]
+    if shared:
+        print(
+            f"warning: {len(shared)} of {counted(len(validation), 'file')} of the validation set "
+            f"are in the training set, too: {first_few(shared)}",
+            flush=True,
+        )
+    return training, validation
+
+
+def set_aside(utterances, fraction, seed):
+    """Split off a random fraction of the utterances, at least one. Returns (the others, these)."""
+    if len(utterances) < 2:
+        raise UserError("--pathVal FILE is needed: one utterance can't be split into two sets")
+    order = torch.randperm(len(utterances), generator=generator_from(seed, "validation set"))
+    chosen = set(order[: max(1, round(fraction * len(utterances)))].tolist())
+    return (
+        [u for index, u in enumerate(utterances) if index not in chosen],
+        [u for index, u in enumerate(utterances) if index in chosen],
+    )
+
+
+def cut_for_debugging(split, *, last=False):
+    """The first (or last) 1000 training and 100 validation utterances of a split."""
+    return tuple(
+        part[-n:] if last else part[:n] for part, n in zip(split, (1000, 100), strict=True)
+    )
+
+
+def keep_percentage(utterances, percentage):
+    """About `percentage` % (above 0) of the utterances, evenly spaced."""
     kept = []
-    for i, sequence in enumerate(sequences):
+    for i, utterance in enumerate(utterances):
         if 100 * len(kept) / (i + 1) < percentage:
-            kept.append(sequence)
+            kept.append(utterance)
     return kept
 
 
-def keep_total(sequences, total):
-    """`total` of the sequences, or all where there are fewer, spread evenly over their order."""
-    step = max(len(sequences) / total, 1.0)
+def keep_total(utterances, total):
+    """`total` of the utterances, evenly spaced, or all if there are fewer."""
+    step = max(len(utterances) / total, 1.0)
     kept, last = [], -1.0
-    for i, sequence in enumerate(sequences):
+    for i, utterance in enumerate(utterances):
         if i >= round(last + step):
-            kept.append(sequence)
+            kept.append(utterance)
             last += step
     return kept

@@ -1,7 +1,7 @@
-"""Phone alignments as this program reads them: a label for every 10 ms, and the symbols' ids.
+"""Phone labels: one id per frame of 10 ms, and a symbol for each id.
 
-A label file has a line `name id id ...` for each utterance; its label i is the phone at the middle
-of frame i, sample 160 i + 80. A symbol file has a line `id symbol` for each phone.
+A label file has one line `name id id ...` per utterance; label i is the phone at the centre of
+frame i, sample 160 i + 80. A symbol file has one line `id symbol` per phone.
 """
 
 import itertools
@@ -21,7 +21,7 @@ SILENCE = "SIL"
 
 
 class Interval(NamedTuple):
-    """A phone and when it is heard, in seconds."""
+    """A phone and its start and end in seconds."""
 
     start: float
     end: float
@@ -29,13 +29,13 @@ class Interval(NamedTuple):
 
 
 def frames_before(seconds):
-    """How many frames have their middle before this time."""
-    # Times are decimals of a file: without rounding, 0.145 s would be after the middle of frame 14.
+    """The number of frames whose centre is before this time."""
+    # Decimal times need rounding: otherwise 0.145 s would be after the centre of frame 14.
     return math.ceil(round(seconds * FRAMES_PER_SECOND - 0.5, 6))
 
 
 def frame_symbols(intervals, duration, between=SILENCE):
-    """The phone in each whole frame of `duration` seconds, as a list; `between` in the gaps."""
+    """The phone in each whole frame of `duration` seconds, a list; `between` in the gaps."""
     symbols = [between] * math.floor(round(duration * FRAMES_PER_SECOND, 6))
     for start, end, symbol in intervals:
         first, after = frames_before(start), min(frames_before(end), len(symbols))
@@ -44,37 +44,37 @@ def frame_symbols(intervals, duration, between=SILENCE):
 
 
 def runs(labels):
-    """The phones of a row of frames: (first frame, the one after the last, label) each."""
-    position = 0
+    """Yield (first frame, end frame, label) for each run of equal labels."""
+    start = 0
     for label, group in itertools.groupby(labels):
-        length = sum(1 for _ in group)
-        yield position, position + length, label
-        position += length
+        end = start + sum(1 for _ in group)
+        yield start, end, label
+        start = end
 
 
 def label_lines(labels):
-    """The lines of a label file, from a dict: name -> ids."""
+    """The lines of a label file. labels: dict name -> ids."""
     return (f"{name} {' '.join(map(str, ids))}" for name, ids in labels.items())
 
 
 def symbol_lines(symbols):
-    """The lines of a symbol file, from a dict: symbol -> id."""
+    """The lines of a symbol file. symbols: dict symbol -> id."""
     ordered = sorted(symbols.items(), key=lambda pair: pair[1])
     return (f"{number} {symbol}" for symbol, number in ordered)
 
 
 def write_labels(path, labels):
-    """Write a label file from a dict: name -> ids."""
+    """Write a label file. labels: dict name -> ids."""
     write_lines(path, label_lines(labels))
 
 
 def write_symbols(path, symbols):
-    """Write a symbol file from a dict: symbol -> id."""
+    """Write a symbol file. symbols: dict symbol -> id."""
     write_lines(path, symbol_lines(symbols))
 
 
 def read_symbols(path):
-    """A symbol file as a dict: symbol -> id. Raises UserError, with the line, for anything else."""
+    """Read a symbol file into a dict symbol -> id. Raises UserError naming an invalid line."""
     symbols = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -83,7 +83,7 @@ def read_symbols(path):
         if len(columns) != 2 or not columns[0].isdecimal():
             raise UserError(f"{path}, line {number}: not `id symbol`: {line[:80]!r}")
         if columns[1] in symbols or int(columns[0]) in symbols.values():
-            raise UserError(f"{path}, line {number}: {line.strip()!r} is there a second time")
+            raise UserError(f"{path}, line {number}: {line.strip()!r} is a duplicate")
         symbols[columns[1]] = int(columns[0])
     if not symbols:
         raise UserError(f"{path}: no symbols in this file")
@@ -91,10 +91,10 @@ def read_symbols(path):
 
 
 def symbols_beside(labels, n_phones=0):
-    """The symbols (id -> symbol) in the phones.txt beside a label file, if there are enough.
+    """The symbols (id -> symbol) in the phones.txt in the folder of a label file.
 
-    labels: path of the label file, or None; n_phones: how many ids, from 0, must have a symbol.
-    Returns {} where that isn't so, or the file is missing or something else.
+    labels: path of the label file, or None. Returns {} if there is no valid symbol file, or not
+    every id below n_phones has a symbol.
     """
     if not labels or Path(labels).name == SYMBOLS:
         return {}
@@ -116,7 +116,7 @@ def read_text(path):
 
 
 class PhoneLabels(NamedTuple):
-    """Phone classes of sequences by name, one label for each frame of 10 ms."""
+    """Phone labels of utterances by name, one per frame of 10 ms."""
 
     labels: dict[str, np.ndarray]  # (frames,) int16
     n_phones: int  # highest label + 1
@@ -126,8 +126,8 @@ class PhoneLabels(NamedTuple):
 def read_phone_labels(path):
     """Read lines `name label label ...`, labels from 0 to 32766; empty lines are ignored.
 
-    Raises UserError, with the number of the line, for anything else: other text, a name without
-    labels, a name that has labels already.
+    Raises UserError with the line number for anything else: other text, a name without labels, a
+    duplicate name.
     """
     labels, highest = {}, -1
     for number, line in enumerate(lines_of(path), start=1):

@@ -1,4 +1,4 @@
-"""Finding the audio files of a database, and keeping the list of them beside it."""
+"""Finding the audio files of a database, and caching their list in its root."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from utils.misc import SAMPLE_RATE, UserError, counted, first_few
 
 LISTING = ".cpc_listing.json"  # in the root of the database
 FORMAT = 1
-SECONDS_OF_WRITING = 10  # the listing itself changes the folder that it is put into
+SECONDS_OF_WRITING = 10  # writing the listing changes its own folder
 COLUMNS = {"path": str, "samples": int, "rate": int, "fits_int16": bool, "problem": str}
 
 
 def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
     """All files below `root` whose names end with `extension`, as columns: name -> list.
 
-    The columns are the files' paths relative to `root` and the fields of their `Header`s. Unless
-    `ignore_cache`, they are taken from the listing of an earlier call, and only files that were of
-    no use then are opened again. Raises UserError if there is no such file.
+    Columns are the path relative to `root` and the fields of `Header`. Unless `ignore_cache`, they
+    come from the listing of an earlier call, and only files that were unusable are opened again.
+    Raises UserError if there is no such file.
     """
     columns = None if ignore_cache else _load(root, extension)
     if columns is None:
@@ -29,20 +29,20 @@ def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
         columns = dict(zip(COLUMNS, [paths, *map(list, zip(*headers, strict=True))], strict=True))
         _store(root, extension, columns)
         return columns
-    _mention_changes(root, columns["path"], n_threads)
-    facts = enumerate(zip(columns["rate"], columns["problem"], strict=True))
-    useless = [i for i, (rate, problem) in facts if problem or rate != SAMPLE_RATE]
-    again = _read_headers(root, [columns["path"][i] for i in useless], n_threads)
-    for i, header in zip(useless, again, strict=True):
+    _report_changes(root, columns["path"], n_threads)
+    properties = enumerate(zip(columns["rate"], columns["problem"], strict=True))
+    unusable = [i for i, (rate, problem) in properties if problem or rate != SAMPLE_RATE]
+    headers = _read_headers(root, [columns["path"][i] for i in unusable], n_threads)
+    for i, header in zip(unusable, headers, strict=True):
         for name, value in header._asdict().items():
             columns[name][i] = value
     return columns
 
 
-def _mention_changes(root, paths, n_threads):
-    """Say so where files may have come or gone since the listing was written.
+def _report_changes(root, paths, n_threads):
+    """Print a note if files may have been added or removed since the listing was written.
 
-    The listing stays as it is: a run that goes on would else be on another corpus unasked.
+    The listing isn't updated: otherwise a resumed run would silently get another corpus.
     """
     listed = os.stat(os.path.join(root, LISTING)).st_ctime + SECONDS_OF_WRITING
     folders = sorted(_folders_of(paths))
@@ -52,12 +52,12 @@ def _mention_changes(root, paths, n_threads):
     if changed:
         print(
             f"note: {root}: {counted(len(changed), 'folder')} changed since the files were listed: "
-            f"{first_few(changed)} (--ignore_cache lists them anew)"
+            f"{first_few(changed)} (--ignore_cache lists them again)"
         )
 
 
 def _folders_of(paths):
-    """All folders on the way to these paths; that which they are relative to is ""."""
+    """All folders that contain these paths, directly or not; "" is the root."""
     folders = set()
     for folder in {path.rpartition("/")[0] for path in paths}:
         while folder not in folders:
@@ -67,7 +67,7 @@ def _folders_of(paths):
 
 
 def _changed(folder):
-    """When something was added to a folder or taken away; 0 where it is gone itself."""
+    """When a file was last added to a folder or removed; 0 if the folder is gone."""
     try:
         return os.stat(folder).st_mtime
     except OSError:
@@ -79,14 +79,14 @@ def _read_headers(root, paths, n_threads):
     return workers.results("reading headers", " files")
 
 
-# ------------------------------------------------------------------------------ walking the folders
+# ------------------------------------------------------------------------------- finding the files
 
 
 def find_files(root, extension):
     """Sorted paths, relative to `root` and with "/", of all files ending with `extension`.
 
-    Links to folders are followed, except to one that holds the link. Names folders that can't be
-    read. Raises UserError, with the extensions that there are, if no file ends with this one.
+    Follows links to folders, except to those that contain the link. Reports unreadable folders.
+    Raises UserError, with the extensions found, if no file ends with this one.
     """
     found, others, unreadable = [], Counter(), []
     pending = [("", frozenset())]
@@ -117,7 +117,7 @@ def find_files(root, extension):
 def _is_folder(entry):
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads in a circle or where one may not look
+    except OSError:  # a circular link, or no permission
         return False
 
 
@@ -126,24 +126,24 @@ def _describe(extensions):
     return f"there are {first_few(seen)} (--file_extension)" if seen else "there are no files in it"
 
 
-# --------------------------------------------------------------------------------- the kept listing
+# -------------------------------------------------------------------------------- cached listing
 
 
 def _load(root, extension):
-    """Columns as kept by `_store`, or None if they aren't there or can't be trusted."""
+    """The columns written by `_store`, or None if there are none or they are invalid."""
     path = os.path.join(root, LISTING)
     try:
-        columns = _kept_columns(path).get(extension)
+        columns = _cached_columns(path).get(extension)
         return None if columns is None else _checked(columns, extension)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        print(f"{path}: can't be used ({error}); the database is listed anew")
+        print(f"{path}: can't be used ({error}); the database is listed again")
         return None
 
 
-def _kept_columns(path):
-    """Extension -> columns, unchecked. Raises about anything."""
+def _cached_columns(path):
+    """Extension -> columns, unchecked. May raise all sorts of exceptions."""
     check_regular(path)
     with open(path, encoding="utf-8") as file:
         content = json.load(file)
@@ -153,7 +153,7 @@ def _kept_columns(path):
 
 
 def _checked(columns, extension):
-    """The columns, of which nothing was believed before. Raises ValueError, KeyError, TypeError."""
+    """Validate the columns. Raises ValueError, KeyError or TypeError."""
     columns = {name: columns[name] for name in COLUMNS}
     for name, kind in COLUMNS.items():
         if set(map(type, columns[name])) != {kind}:
@@ -161,20 +161,20 @@ def _checked(columns, extension):
     paths = columns["path"]
     if {len(column) for column in columns.values()} != {len(set(paths))}:
         raise ValueError("its columns don't fit together")
-    text = os.fsencode("/" + "/".join(paths))  # raises ValueError for what can't be a path
+    text = os.fsencode("/" + "/".join(paths))  # raises ValueError for invalid paths
     strange = b"\0" in text or b"//" in text or b"/../" in text
     if strange or not all(path.endswith(extension) for path in paths):
-        raise ValueError("it holds other paths than those of such files in the database")
+        raise ValueError("it has paths that can't be those of such files in the database")
     if min(columns["samples"]) < 0 or max(columns["samples"]) > LONGEST_FILE:
-        raise ValueError("it holds impossible lengths")
+        raise ValueError("it has impossible lengths")
     return columns
 
 
 def _store(root, extension, columns):
-    """Keep a listing beside those of other extensions. A database may well be read-only."""
+    """Cache a listing along with those of other extensions, unless the database is read-only."""
     path = os.path.join(root, LISTING)
     try:
-        others = _kept_columns(path)
+        others = _cached_columns(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         others = {}
     content = {"format": FORMAT, "extensions": {**others, extension: columns}}
@@ -182,4 +182,4 @@ def _store(root, extension, columns):
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, separators=(",", ":"))
     except OSError as error:
-        print(f"{root}: the list of its files can't be kept there ({error.strerror or error})")
+        print(f"{root}: the list of its files can't be cached there ({error.strerror or error})")

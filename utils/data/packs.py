@@ -1,4 +1,4 @@
-"""Decoded audio: several files one after the other, filled in place by threads."""
+"""Packs: the audio of several files, concatenated and decoded in place by threads."""
 
 import mmap
 import os
@@ -15,7 +15,7 @@ from utils.run.distributed import ALONE
 
 
 class Pack(NamedTuple):
-    """Decoded audio of several files, one after the other, with the labels of its frames."""
+    """The decoded audio of several files, concatenated, and the labels of its frames."""
 
     audio: torch.Tensor  # (samples,) int16 or float32
     labels: torch.Tensor | None  # (samples // 160,) int16
@@ -23,10 +23,10 @@ class Pack(NamedTuple):
 
 
 def allocate_audio(samples, dtype):
-    """An empty (samples,) tensor with a mapping of its own.
+    """An uninitialised (samples,) tensor in its own memory mapping.
 
-    Dropping it gives the memory back to the system, which the allocator wouldn't do here (see
-    `utils.run.machine.keep_freed_memory`). Pages that nothing was written to take no memory.
+    Freeing it returns the memory to the system, which the allocator wouldn't do here (see
+    `utils.run.machine.keep_freed_memory`). Pages that are never written to take no memory.
     """
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
     try:
@@ -40,25 +40,25 @@ def allocate_audio(samples, dtype):
 
 
 class PackDecoding:
-    """A pack being filled by threads: they start at once, `finish` waits for them.
+    """A pack being decoded by threads, which start at once; `finish` waits for them.
 
-    The processes of a machine have one pack in common, and each decodes a part of its files; what
-    is bad on one machine is left out on all.
+    The processes of a machine share one pack, and each decodes some of its files. A file that is
+    bad on one machine is left out on all.
     """
 
     def __init__(self, dataset, files, world=ALONE):
-        """`files`: (n,) ascending indices of the dataset's sequences."""
+        """`files`: (n,) ascending indices of the dataset's utterances."""
         self.dataset, self.world = dataset, world
         self.layout = Layout.of(files, dataset.samples)
         size = int(self.layout.boundaries[-1])
-        # Also where a machine has one process only: others may have more, and all must call this.
+        # Also on machines with a single process: others may have more, and all must call this.
         allocate = world.shared_tensor if world.group is not None else allocate_audio
         self.audio = allocate(size, dataset.dtype)
         parts = np.split(self.audio.numpy(), self.layout.boundaries[1:-1])
-        sequences = [dataset.sequences[i] for i in files]
+        utterances = [dataset.utterances[i] for i in files]
         items = [
-            (part, os.path.join(dataset.root, sequence.path), sequence.samples)
-            for part, sequence in zip(parts, sequences, strict=True)
+            (part, os.path.join(dataset.root, utterance.path), utterance.samples)
+            for part, utterance in zip(parts, utterances, strict=True)
         ]
         self.own = range(world.local_rank, len(items), world.local_size)
         own_items = [items[i] for i in self.own]
@@ -70,7 +70,7 @@ class PackDecoding:
         good = np.ones(len(files), dtype=bool)
         good[list(problems)] = False
         if problems:
-            bad = {self.dataset.sequences[files[i]].path: p for i, p in problems.items()}
+            bad = {self.dataset.utterances[files[i]].path: p for i, p in problems.items()}
             with self.world.shared_errors():
                 self.dataset.skip(bad)
             if self.world.local_rank == 0:
@@ -81,7 +81,7 @@ class PackDecoding:
         return Pack(audio, self.dataset.labels_of(layout.files), layout)
 
     def _problems(self):
-        """Wait for all processes' threads; what is wrong with which of the files, by position."""
+        """Wait for the threads of all processes. Returns a dict: index in the pack -> problem."""
         own = zip(self.own, self.workers.results("decoding", " files"), strict=True)
         found = self.world.all_gather({i: problem for i, problem in own if problem})
         return {i: problem for part in reversed(found) for i, problem in part.items()}

@@ -1,6 +1,6 @@
-"""The plan of an epoch: which files share a pack, which windows of a pack share a batch.
+"""Planning an epoch: which files share a pack, which windows of a pack share a batch.
 
-Pure functions of lengths, speakers and a seeded generator; no audio is needed. All lengths and
+Pure functions of lengths, speaker ids and a seeded generator; no audio is needed. All lengths and
 positions are in samples.
 """
 
@@ -13,18 +13,18 @@ from utils.misc import SAMPLES_PER_FRAME
 
 
 class Layout(NamedTuple):
-    """Where the files of a pack lie in it."""
+    """The positions of files in a pack."""
 
-    files: np.ndarray  # (n,) index into the dataset's sequences, ascending
-    boundaries: np.ndarray  # (n + 1,): the i-th file is [boundaries[i], boundaries[i + 1])
+    files: np.ndarray  # (n,) index into the dataset's utterances, ascending
+    boundaries: np.ndarray  # (n + 1,): file i is at [boundaries[i], boundaries[i + 1])
 
     @classmethod
     def of(cls, files, lengths):
-        """The files one after the other; `lengths` are those of all sequences of the dataset."""
-        return cls(files, cumulated(lengths[files]))
+        """Concatenate files; `lengths` are those of all utterances of the dataset."""
+        return cls(files, cumulative(lengths[files]))
 
-    def position_of(self, samples):
-        """Which of the files, by position in `files`, hold these samples of the pack."""
+    def file_at(self, samples):
+        """The index in `files` of the file at each of these samples of the pack."""
         return np.searchsorted(self.boundaries, samples, side="right") - 1
 
 
@@ -42,16 +42,16 @@ class PackPlan(NamedTuple):
         return self.starts[self.edges[g] : self.edges[g + 1]]
 
 
-def cumulated(lengths):
-    """0 and the running sums of `lengths`."""
+def cumulative(lengths):
+    """0 followed by the cumulative sums of `lengths`."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def split_in_packs(lengths, max_size, generator=None):
-    """Files in packs of at most `max_size` samples: a list of ascending index arrays.
+def split_into_packs(lengths, max_size, generator=None):
+    """Split files into packs of at most `max_size` samples: a list of ascending index arrays.
 
-    With a generator the files are shuffled first. Packs are of about the same size, so that none
-    is too small to mix its windows well; a file longer than `max_size` is a pack of its own.
+    With a generator the files are shuffled first. Packs have about the same size, so that none is
+    too small to mix its windows well; a file longer than `max_size` gets a pack to itself.
     """
     total, order = int(lengths.sum()), np.arange(len(lengths))
     if total <= max_size:
@@ -60,7 +60,7 @@ def split_in_packs(lengths, max_size, generator=None):
         order = torch.randperm(len(lengths), generator=generator).numpy()
     n_packs = -(-total // max_size)
     limit = min(max_size, -(-total // n_packs) + int(lengths.max()))
-    ends = cumulated(lengths[order])
+    ends = cumulative(lengths[order])
     packs, begin = [], 0
     while begin < len(order):
         end = int(np.searchsorted(ends, ends[begin] + limit, side="right")) - 1
@@ -73,27 +73,27 @@ def split_in_packs(lengths, max_size, generator=None):
 def plan_pack(layout, speakers, sampling, size_window, batch_size, generator=None):
     """Cut a pack into windows, and these into batches.
 
-    speakers: (n,) of the layout's files. Without a generator the windows of every interval begin
-    with it and keep their order, and none is left out.
+    speakers: (n,) speaker ids of the layout's files. Without a generator, windows start at the
+    beginning of each interval (see `_intervals`), and all are kept in order.
     """
     if sampling == "sequential" and generator is not None:
         size = int(layout.boundaries[-1])
         offset = _random_offsets(np.array([size]), size_window, generator)[0]
         return plan_rows(size, int(offset), size_window, batch_size)
-    starts, number = _cut_windows(_intervals(layout, speakers, sampling), size_window, generator)
-    edges = np.append(np.flatnonzero(number % batch_size == 0), len(starts))
+    starts, index = _cut_windows(_intervals(layout, speakers, sampling), size_window, generator)
+    edges = np.append(np.flatnonzero(index % batch_size == 0), len(starts))
     if generator is None:
         return PackPlan(starts, edges)
     if sampling == "uniform" and len(edges) > 2 and edges[-1] - edges[-2] < batch_size:
-        edges = edges[:-1]  # samplings by interval keep small batches: they are all there is
+        edges = edges[:-1]  # other samplings keep incomplete batches
     return _shuffle_batches(starts, edges, generator)
 
 
 def plan_rows(size, offset, size_window, batch_size):
-    """Batches of which row b goes on where row b of the batch before ended.
+    """Batches in which each row continues where the same row of the last batch ended.
 
-    The pack, from `offset` on, is cut into `batch_size` stretches of whole frames (or as many as
-    there are windows); each row runs through one of them.
+    The pack, from `offset` on, is cut into `batch_size` parts of whole frames (fewer if there are
+    fewer windows); each row runs through one part.
     """
     n_rows = min(batch_size, (size - offset) // size_window)
     if n_rows <= 0:
@@ -105,7 +105,7 @@ def plan_rows(size, offset, size_window, batch_size):
 
 
 def _intervals(layout, speakers, sampling):
-    """Boundaries of the stretches of a pack that no window crosses and no batch mixes."""
+    """Boundaries of the intervals of a pack that no window crosses and no batch mixes."""
     if sampling == "samesequence":
         return layout.boundaries
     if sampling == "samespeaker":
@@ -115,9 +115,9 @@ def _intervals(layout, speakers, sampling):
 
 
 def _cut_windows(boundaries, size_window, generator):
-    """Starts of the windows of all intervals, and numbers that count them in each interval.
+    """The start of each window, and its index within its interval.
 
-    With a generator, windows begin at a random offset and are shuffled within their interval.
+    With a generator, windows start at a random offset and are shuffled within their interval.
     """
     sizes = np.diff(boundaries)
     offsets = np.zeros_like(sizes)
@@ -125,16 +125,16 @@ def _cut_windows(boundaries, size_window, generator):
         offsets = _random_offsets(sizes, size_window, generator)
     counts = (sizes - offsets) // size_window
     interval = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(interval)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = (boundaries[:-1] + offsets)[interval] + number * size_window
+    index = np.arange(len(interval)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = (boundaries[:-1] + offsets)[interval] + index * size_window
     if generator is not None:
         keys = torch.randperm(len(starts), generator=generator).numpy()
         starts = starts[np.lexsort((keys, interval))]
-    return starts, number
+    return starts, index
 
 
 def _random_offsets(sizes, size_window, generator):
-    """For each interval 0 to half a window, in frames; never so much that no window is left."""
+    """For each interval, 0 to half a window in whole frames, but at least one window remains."""
     latest = np.clip(sizes - size_window, 0, size_window // 2) // SAMPLES_PER_FRAME
     drawn = torch.rand(len(sizes), generator=generator, dtype=torch.float64).numpy()
     return (drawn * (latest + 1)).astype(np.int64) * SAMPLES_PER_FRAME
@@ -143,6 +143,6 @@ def _random_offsets(sizes, size_window, generator):
 def _shuffle_batches(starts, edges, generator):
     order = torch.randperm(len(edges) - 1, generator=generator).numpy()
     lengths = np.diff(edges)[order]
-    shuffled = cumulated(lengths)
+    shuffled = cumulative(lengths)
     index = np.repeat(edges[:-1][order] - shuffled[:-1], lengths) + np.arange(shuffled[-1])
     return PackPlan(starts[index], shuffled)

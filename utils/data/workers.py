@@ -1,36 +1,36 @@
-"""Threads for work that waits for storage or leaves Python's lock, such as decoding audio."""
+"""Threads for work that waits for storage or releases the GIL, such as decoding audio."""
 
 import threading
 
 from utils.run.console import progress
 
-PATIENCE = 0.5  # seconds of waiting before a progress bar appears
+SECONDS_BEFORE_BAR = 0.5  # how long to wait before showing a progress bar
 
 
 class Workers:
-    """Threads that apply `work` to every item; the first exception ends them all.
+    """Threads that apply `work` to each item; the first exception stops them all.
 
-    They hold no reference to this object: dropping it ends them too, each after its item in hand.
-    Python's own executors would finish everything they were given before the program can exit.
+    They hold no reference to this object, so deleting it stops them too, each after its current
+    item. Python's own executors would finish all items before the program can exit.
     """
 
-    _shared = None  # until there is something to stop: a signal may arrive before that
+    _shared = None  # in case a signal arrives before __init__ is done
 
     def __init__(self, work, items, n_threads):
-        """Start at once; `items` is a sequence."""
+        """Start at once; `items` is a list."""
         self._shared = _SharedWork(work, items, max(1, min(n_threads, len(items))))
         for _ in range(self._shared.n_running):
             threading.Thread(target=self._shared.run, name="worker", daemon=True).start()
 
     def check(self):
-        """Raise what a thread has raised, if one has; never waits."""
+        """Raise the exception of a thread, if there is one. Never waits."""
         if self._shared.error is not None:
             raise self._shared.error
 
     def results(self, what, unit):
-        """Wait, with a progress bar if it takes long, and return results in the order of items."""
+        """Wait, with a progress bar if it takes long; return results in the order of the items."""
         try:
-            if not self._shared.finished.wait(PATIENCE):
+            if not self._shared.finished.wait(SECONDS_BEFORE_BAR):
                 self._wait_with_bar(what, unit)
         except BaseException:  # Ctrl-C above all
             self.stop()
@@ -45,7 +45,7 @@ class Workers:
                 bar.update(shared.n_begun - bar.n)
 
     def stop(self):
-        """End the threads, each after its item in hand; doesn't wait for them."""
+        """Stop the threads, each after its current item, without waiting for them."""
         if self._shared:
             self._shared.stopped.set()
 
@@ -54,7 +54,7 @@ class Workers:
 
 
 class _SharedWork:
-    """What the threads of `Workers` share."""
+    """The state shared by the threads of `Workers`."""
 
     def __init__(self, work, items, n_threads):
         self.work, self.items = work, items
@@ -65,7 +65,7 @@ class _SharedWork:
         self.stopped, self.finished = threading.Event(), threading.Event()
 
     def run(self):
-        """What each thread does."""
+        """The loop of each thread."""
         try:
             while (i := self._next()) is not None:
                 self.results[i] = self.work(self.items[i])

@@ -183,9 +183,9 @@ def capture_section(logs, args, pictures):
 
 def corpus_row(dataset, labels):
     """What the report says of an AudioDataset, as cells of a table."""
-    n_files = len(dataset.sequences)
+    n_files = len(dataset.utterances)
     n_all = n_files + dataset.n_unlabelled
-    n_labelled = sum(s.name in labels.labels for s in dataset.sequences) if labels else 0
+    n_labelled = sum(s.name in labels.labels for s in dataset.utterances) if labels else 0
     covered = f"{n_labelled:,} of {n_all:,} files ({100 * n_labelled / n_all:.1f} %)"
     return [
         dataset.title,
