@@ -204,6 +204,15 @@ def allowed_bad_files(n_files, fraction):
     return max(int(fraction * n_files), min(3, max(1, n_files // 4)))
 
 
+def set_options(args):
+    """The parameters of AudioDataset that flags of train.py set."""
+    return {
+        "size_window": args.sizeWindow,
+        "n_threads": args.n_process_loader,
+        "max_bad_files": args.max_bad_files,
+    }
+
+
 def build_sets(corpus, split, size_window, *, labels=None, max_sizes=None, **options):
     """The AudioDatasets to train and to validate on, each described by a printed line.
 

@@ -19,7 +19,6 @@ parts that `run` puts together: the machine, the data, the networks and the hook
 
 import functools
 import math
-import os
 import random
 import sys
 
@@ -33,7 +32,7 @@ from criterion import (
     trains_on_phones,
 )
 from criterion.networks import Networks
-from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, on_device
+from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, on_device, set_options
 from eval.hooks import PREDICTED, build_hooks
 from feature_loader import load_model
 from model import CPCModel, build_model, preserved_state
@@ -52,7 +51,13 @@ from utils.run.flags import captured_names, parse_arguments
 from utils.run.launch import launch, processes_to_start
 from utils.run.lock import training_lock
 from utils.run.logs import Clock, RunningMeans
-from utils.run.machine import autocast, device_from, keep_freed_memory
+from utils.run.machine import (
+    autocast,
+    device_from,
+    keep_freed_memory,
+    set_precision,
+    set_threads,
+)
 from utils.run.resolve import resolve, works_on_checkpoint
 from utils.run.state import RunState, learning_rate
 from utils.run.stopping import Stopped, StopSignals
@@ -112,17 +117,13 @@ def run(args, explicit, argv, world, device):
 
         @functools.cache  # training and probes share them
         def sets(*, labelled):
-            return build_sets(
-                corpus,
-                split,
-                args.sizeWindow,
-                labels=labels if labelled else None,
-                max_sizes=(args.max_size_loaded, MAX_SIZE_LOADED),
-                n_threads=args.n_process_loader,
-                max_bad_files=args.max_bad_files,
-            )
+            options = set_options(args) | {"labels": labels if labelled else None}
+            sizes = (args.max_size_loaded, MAX_SIZE_LOADED)
+            return build_sets(corpus, split, max_sizes=sizes, **options)
 
         # ---- networks
+        if args.supervised and not args.path_phone_data:
+            print("note: --supervised without --path_phone_data trains on speaker labels")
         networks, models = build_networks(args, corpus, labels, checkpoint, stats)
         networks.to(device)
 
@@ -250,10 +251,7 @@ def train_step(state, forward_backward, position, batch):
 
 
 def skip_if_not_finite(optimizer, norm):
-    """Let the next step change no weight where the gradient's norm is not finite.
-
-    The fused optimiser looks at `found_inf` on the device, so nothing waits for it.
-    """
+    """Let the next step of the fused optimiser change no weight if the norm is not finite."""
     optimizer.found_inf = (~torch.isfinite(norm)).float()
 
 
@@ -355,12 +353,8 @@ def prepare_machine(args, world):
     if args.random_seed is None:
         args.random_seed = world.on_rank_zero(lambda: random.SystemRandom().randrange(2**31))
     keep_freed_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
-    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # bf16: of recurrent networks
+    set_threads(args.threads, world.local_size)
+    set_precision(args.precision)
 
 
 def build_networks(args, corpus, labels, checkpoint, stats):
@@ -389,14 +383,14 @@ def build_networks(args, corpus, labels, checkpoint, stats):
     criterion = build_criterion(args, len(corpus.speakers), n_phones)
     if weights:
         load_criterion(criterion, weights, corpus)
-    if args.compile:
-        print("the first steps wait for the compiler, up to some minutes", flush=True)
+    if args.compile and not works_on_checkpoint(args):
         compile_networks(criterion, model)
     return Networks(criterion, model), models
 
 
 def compile_networks(criterion, model):
-    """Recurrent networks stay as they are: libraries have kernels for them."""
+    """Compile encoder and criterion. Libraries have kernels for recurrent networks."""
+    print("the first steps wait for the compiler, up to some minutes", flush=True)
     for part in model.modules():
         if isinstance(part, CPCModel):
             part.gEncoder.compile()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import AudioDataset, BatchLoader
+from dataset import AudioDataset, BatchLoader, set_options
 from eval.probe import ProbeOptions, run_probe
 from utils.capture import CaptureWriter, refuse_to_lose
 from utils.data.corpus import keep_percentage, keep_total, listed_utterances
@@ -194,13 +194,11 @@ def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None)
     capture_set = AudioDataset(
         corpus,
         utterances,
-        args.sizeWindow,
         phone_labels=labels if with_phones else None,
         labelled_only=with_phones,
         whole_frames=True,
-        n_threads=args.n_process_loader,
-        max_bad_files=args.max_bad_files,
         title="capture set",
+        **set_options(args),
     )
     print(capture_set.describe(), flush=True)
     loader = BatchLoader(

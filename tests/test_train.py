@@ -1061,7 +1061,7 @@ def test_supervised_training_learns_the_labels(words, tiny_corpus, tmp_path, cap
     printed = capsys.readouterr().out
     assert "validation accuracy by" not in printed
     assert ("acc" in printed) is ("--CTC" not in words)
-    assert ("trains the network to name speakers" in printed) is (not words)
+    assert ("trains on speaker labels" in printed) is (not words)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,20 @@ def _left_in_container():
     return limit - taken
 
 
+def set_threads(n_threads, n_processes):
+    """Compute with so many CPU threads; 0: PyTorch's choice, shared by the machine's processes."""
+    if n_threads:
+        torch.set_num_threads(n_threads)
+    elif n_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // n_processes))
+
+
+def set_precision(precision):
+    """Let CUDA use TensorFloat-32 as `--precision` says."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"  # bf16: of recurrent networks
+
+
 def autocast(args, device):
     """A block that computes in the precision of `--precision`."""
     if args.precision == "bf16":
