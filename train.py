@@ -13,8 +13,7 @@
         --linsep_logs_dir DIR
 
 `python train.py --help` explains every flag, README.md every task. The story of a run, in the order
-of this file: main, run, train, train_one_epoch, train_step; then validate and run_hooks; then the
-parts that `run` puts together: the machine, the data, the networks and the hooks.
+of this file: main, run, train, train_one_epoch, train_step; validate and run_hooks; build_networks.
 """
 
 import functools
@@ -62,7 +61,7 @@ from utils.run.resolve import resolve, works_on_checkpoint
 from utils.run.state import RunState, learning_rate
 from utils.run.stopping import Stopped, StopSignals
 
-TRAINING_MEANS = ("locLoss_train", "locAcc_train")  # their names in the logs
+TRAINING_MEANS = ("locLoss_train", "locAcc_train")  # as the logs call them
 STEPS_BETWEEN_STOP_CHECKS = 8  # of several ranks, which agree on stopping
 
 
@@ -362,7 +361,6 @@ def build_networks(args, corpus, labels, checkpoint, stats):
 
     Returns Networks and, where the model began with `--load`, the flags of each of its parts.
     """
-    # ---- model
     weights, models = checkpoint, None
     if checkpoint:
         model, *_ = load_model(checkpoint)
@@ -376,7 +374,6 @@ def build_networks(args, corpus, labels, checkpoint, stats):
     if not checkpoint and not args.load:
         model = build_model(args)
 
-    # ---- criterion
     if works_on_checkpoint(args) and not PREDICTED & {*captured_names(args), *stats.needs}:
         return Networks(NoneCriterion(), model), models
     n_phones = labels.n_phones if trains_on_phones(args) else 0
