@@ -63,19 +63,19 @@ from utils.run.console import DroppedWhenFull
 from utils.run.distributed import World, joined_world
 from utils.run.flags import (
     ARCHITECTURE,
+    DATA_ORDER,
     MODEL,
-    ORDER,
     build_parser,
     capturable_names,
     captured_names,
-    check_arguments,
-    follow_checkpoint,
+    inherit_args,
     parse_arguments,
     stored_arguments,
 )
 from utils.run.launch import launch, processes_to_start
 from utils.run.lock import locked
 from utils.run.machine import device_from, keep_freed_memory
+from utils.run.rules import check_arguments, check_call, complete
 from utils.run.stopping import Stopped, StopSignals
 
 
@@ -83,6 +83,7 @@ from utils.run.stopping import Stopped, StopSignals
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args, given = parse_arguments(words)
+    check_call(args, given)
     n_processes = processes_to_start(args)
     if n_processes:
         return launch(n_processes, main, words)
@@ -231,16 +232,17 @@ def settle_arguments(args, given):
     checkpoint, loaded = find_checkpoint(args), None
     if checkpoint:
         kept = stored_arguments(checkpoint.state["args"], checkpoint.path)
-        unused = follow_checkpoint(args, given, kept)
+        unused = inherit_args(args, given, kept)
         for line in unused:
             print(f"warning: {line}")
         if unused and not args.onlyCapture and not args.only_classif_metric:
             print(f"the run in {args.pathCheckpoint} goes on; a new one needs another directory")
-        given = given - ARCHITECTURE - ORDER  # the checkpoint's values count: no contradictions
+        given = given - ARCHITECTURE - DATA_ORDER  # the checkpoint's values count
     elif args.load:
         loaded = load_start(args)
         given = given - follow_loaded(args, loaded)
     began_with_load = loaded is not None or (checkpoint and "models" in checkpoint.state)
+    complete(args, given, began_with_load)
     check_arguments(args, given, resumed=checkpoint is not None, began_with_load=began_with_load)
     if args.random_seed is None:
         args.random_seed = random.SystemRandom().randrange(2**31)

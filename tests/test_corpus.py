@@ -374,7 +374,7 @@ def test_a_file_cut_short_by_an_interruption_is_not_taken_for_complete(tmp_path,
         (["--utterances", "1"], "--utterances 1: .*at least 2"),
         (["--seed", "-1"], "--seed -1: .*at least 0"),
         (["--speakers", "many"], "--speakers: invalid int value"),
-        (["--frogs"], "unrecognized arguments: --frogs"),
+        (["--frogs"], "unrecognized flag --frogs"),
     ],
 )
 def test_refusals(demo, flags, message, capsys):
