@@ -42,7 +42,7 @@ from utils.run.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from utils.run.command import command
+from utils.run.command import CommandLine, command
 from utils.run.flags import (
     ARCHITECTURE,
     CAPTURE_GROUP,
@@ -179,7 +179,7 @@ def test_numbers_below_the_lowest_are_refused_wherever_they_come_from(lowest, na
         ("-CPCTC", "unrecognized flag -CPCTC: did you mean --CPCCTC?"),
         ("--no-captureEvrything", "did you mean --no-captureEverything?"),
         ("--zzz", "unrecognized flag --zzz (--help lists the flags)"),
-        ("speech", "unrecognized argument speech (--help lists the flags)"),
+        ("speech", "unrecognized arguments: speech (--help lists the flags)"),
         ("--captureC", "ambiguous option: --captureC could match --captureConvRepr, --captureCtx"),
     ],
 )
@@ -188,6 +188,21 @@ def test_what_can_not_be_read_is_refused_in_one_line(words, reason):
         build_parser().parse_args(words.split())
     assert reason in str(refused.value)
     assert "--no-" not in str(refused.value).replace("--no-captureEv", "")
+
+
+def test_every_command_names_the_nearest_flag():
+    parser = CommandLine(prog="measure.py")
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--length")
+    assert parser.parse_intermixed_args(["a", "--length", "3", "b"]).files == ["a", "b"]
+    part = CommandLine()
+    part.add_subparsers().add_parser("measure").add_argument("--length")
+    for words, parse in (
+        (["a", "--lenght", "3", "b"], parser.parse_intermixed_args),
+        (["measure", "--lenght", "3"], part.parse_args),
+    ):
+        with pytest.raises(UserError, match="unrecognized flag --lenght: did you mean --length?"):
+            parse(words)
 
 
 def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off():
@@ -259,6 +274,7 @@ def paths(tmp_path):
         ("--captureConvRepr", "--captureConvRepr needs --pathCaptureDS"),
         ("--pathCaptureDS LIST --captureConvRepr", "--captureConvRepr needs --pathCaptureSave"),
         ("--pathCaptureDS LIST --pathCaptureSave X", "nothing to capture"),
+        ("--pathCaptureDS LIST --no-captureEverything", "nothing to capture"),
         ("--pathCaptureDS LIST --pathCaptureSave X --capturePhoneAlign", "--path_phone_data"),
         ("--pathCaptureDS LIST --pathCaptureSave X --captureCPCCTCalign", "needs --CPCCTC"),
         ("--pathCaptureDS LIST --pathCaptureSave X --captureEverything --captureDSfreq 5 "

@@ -44,16 +44,14 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Raises UserError at an unknown flag, naming the nearest one."""
+        """As argparse does, but an unknown flag is refused here, where subcommands see it, too."""
         namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self._refuse(next((word for word in unknown if word.startswith("-")), unknown[0]))
+        for word in unknown:
+            if word.startswith("-"):
+                self._refuse_flag(first_few([word.partition("=")[0]]))
         return namespace, unknown
 
-    def _refuse(self, unknown):
-        name = first_few([unknown.partition("=")[0]])
-        if not name.startswith("-"):
-            self.error(f"unrecognized argument {name}")
+    def _refuse_flag(self, name):
         known = {flag.lower(): flag for flag in self._option_string_actions}
         nearest = difflib.get_close_matches(name.lower(), known, n=1)
         if not nearest:

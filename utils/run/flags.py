@@ -20,18 +20,19 @@ MODEL = set()  # the part of ARCHITECTURE that describes encoder and AR network
 CONTRASTIVE_ONLY = set()  # no effect with --supervised or --cpc_mode none
 CPCCTC_ONLY = set()  # no effect without --CPCCTC
 SUPERVISED_ONLY = set()  # no effect without --supervised
-PROBE_GROUP = set()
-CAPTURE_GROUP = set()
+PROBE_GROUP = set()  # everything about probes during training
+CAPTURE_GROUP = set()  # everything about captures and their stats
 CAPTURED_BY = {}  # flag -> name of the tensor that it captures (utils/capture.py)
-FILES, PATHS = set(), set()  # flags that name files; these and flags that name directories
-DECLARED = []  # (group of --help, flag, options of argparse)
+FILES = set()  # those that name files
+PATHS = set()  # those that name files or directories
+DECLARED = {}  # heading in --help -> (flag, options of argparse) of each flag under it
 
 
-def declare(group, flag, *, on_resume, also=None, captures=None, **options):
+def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
     """Declare a flag of train.py and put it into the sets that it belongs to.
 
-    group: heading in --help; on_resume, also: sets above; captures: the tensor's name; options:
-    those of argparse. A value called FILE or DIR is a path.
+    heading: in --help; on_resume, also: sets above; captures: the tensor's name; options: those of
+    argparse. A flag whose value is called FILE or DIR there is one of PATHS.
     """
     name = flag.removeprefix("--")
     on_resume.add(name)
@@ -43,7 +44,7 @@ def declare(group, flag, *, on_resume, also=None, captures=None, **options):
         FILES.add(name)
     if options.get("metavar") in ("FILE", "DIR"):
         PATHS.add(name)
-    DECLARED.append((group, name, options))
+    DECLARED.setdefault(heading, []).append((name, options))
 
 
 # A flag in two lines reads better than in seven, hence:
@@ -194,7 +195,7 @@ add("--CPCCTCLossTemp", type=above(0), default=1.0, metavar="T",
 add("--CPCCTCNormalizeEncs", action="store_true", help="normalise the encoded frames")
 add("--CPCCTCNormalizePreds", action="store_true", help="normalise the predictions")
 
-# ----------------------------------------------------------------------------------- supervised
+# ------------------------------------------------------------------------------------ supervised
 
 add = partial(declare, "supervised training", on_resume=ARCHITECTURE, also=SUPERVISED_ONLY)
 add("--supervised", action="store_true", also=None, help="train the whole network to classify "
@@ -309,12 +310,13 @@ def build_parser():
         "flags; --no-FLAG turns off a switch that was on.",
         epilog=COMMANDS,
     )
-    groups = {title: parser.add_argument_group(title) for title, _, _ in DECLARED}
-    for title, name, options in DECLARED:
-        groups[title].add_argument(f"--{name}", **options)
-        if options.get("action") == "store_true":
-            off = {"action": "store_false", "default": False, "help": argparse.SUPPRESS}
-            groups[title].add_argument(f"--no-{name}", dest=name, **off)
+    for heading, flags in DECLARED.items():
+        group = parser.add_argument_group(heading)
+        for name, options in flags:
+            group.add_argument(f"--{name}", **options)
+            if options.get("action") == "store_true":
+                off = {"action": "store_false", "default": False, "help": argparse.SUPPRESS}
+                group.add_argument(f"--no-{name}", dest=name, **off)
     return parser
 
 
