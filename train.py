@@ -58,6 +58,7 @@ from utils.run.machine import (
     set_threads,
 )
 from utils.run.resolve import resolve, works_on_checkpoint
+from utils.run.rules import check_call
 from utils.run.state import RunState, learning_rate
 from utils.run.stopping import Stopped, StopSignals
 
@@ -69,6 +70,7 @@ STEPS_BETWEEN_STOP_CHECKS = 8  # of several ranks, which agree on stopping
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, explicit = parse_arguments(argv)
+    check_call(args, explicit)
     n_processes = processes_to_start(args)
     if n_processes:
         return launch(n_processes, main, argv)
@@ -165,9 +167,8 @@ def train(state, train_loader, val_loader, hooks, files):
     val_loader.prepare()
     try:
         if state.position == (0, 0, 0):
-            state.logs["before_training"] = start = validate(
-                state, val_loader, 0, "before training"
-            )
+            start = validate(state, val_loader, 0, "before training")
+            state.logs["before_training"] = start
             screen.before_training(start)
             if world.is_rank_zero and not state.checkpoints_to_remove:  # else: an old run's report
                 files.write(state.logs)

@@ -46,6 +46,7 @@ from utils.files import save_json
 from utils.misc import SAMPLES_PER_FRAME
 from utils.run.console import progress
 from utils.run.distributed import World
+from utils.run.flags import parse_arguments as parse_training_arguments
 from utils.run.stopping import StopSignals
 
 EXAMPLE = (
@@ -194,7 +195,7 @@ def build_trainer(name, root, options, world):
     flags += ["--samplingType", "uniform"]  # every batch is full
     flags += ["--precision", options.precision] + ["--compile"] * options.compile
     with contextlib.redirect_stdout(io.StringIO()):
-        args, *_ = settle_arguments(*flags.parse_arguments(flags))
+        args, *_ = settle_arguments(*parse_training_arguments(flags))
         device = prepare_machine(args, world)
         data = Data(args, find_audio(args))
         step, _ = build_step(args, data)

@@ -373,8 +373,8 @@ def test_a_file_cut_short_by_an_interruption_is_not_taken_for_complete(tmp_path,
         (["--speakers", "0"], "--speakers 0: .*at least 1"),
         (["--utterances", "1"], "--utterances 1: .*at least 2"),
         (["--seed", "-1"], "--seed -1: .*at least 0"),
-        (["--speakers", "many"], "--speakers: invalid int value"),
-        (["--frogs"], "unrecognized arguments: --frogs"),
+        (["--speakers", "many"], "--speakers 'many': must be a whole number"),
+        (["--frogs"], "unrecognized flag --frogs"),
     ],
 )
 def test_refusals(demo, flags, message, capsys):

@@ -22,7 +22,8 @@ from tests.test_train import EXAMPLE, SMALL, assert_same, on, run, trained
 from utils.misc import UserError
 from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
-from utils.run.flags import build_parser, check_compilers
+from utils.run.flags import build_parser
+from utils.run.rules import check_compilers
 
 
 class Recording(TorchDispatchMode):

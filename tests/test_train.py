@@ -693,7 +693,7 @@ def test_a_finished_run_is_known_without_its_audio(tiny_corpus, tmp_path, capsys
 @pytest.mark.parametrize("parser", [build_parser(), linear_separability.build_parser()])
 def test_help_says_every_default_once(parser, monkeypatch):
     monkeypatch.setenv("COLUMNS", "5000")
-    text = parser.format_help().partition("\noptions:")[2]
+    text = parser.format_help().partition("\noptions:")[2].partition("\ncommands:")[0]
     explained = dict(re.findall(r"^ +--(\w+)([^\n]*(?:\n {10,}.*)?)", text, flags=re.M))
     for name, line in explained.items():
         default = parser.get_default(name)
@@ -926,6 +926,28 @@ def test_capture_and_probes_leave_training_as_it_was(words, tiny_corpus, tmp_pat
     assert list((tmp_path / "classifiers" / "1" / "speaker").glob("speaker_classif_best-*.pt"))
     assert {p.name for p in (tmp_path / "capture").iterdir()} == {"0", "1", "2"}
     assert list((tmp_path / "stats").glob("*.png"))
+
+
+def test_probes_and_captures_of_a_resumed_run_can_be_turned_off(tiny_corpus, tmp_path, capsys):
+    probes = ["--supervised_classif_metric", "--speaker_sep", "--linsep_logs_dir", tmp_path / "l",
+              "--linsep_classif_each_epochs", "1", "--linsep_n_epoch", "1"]  # fmt: skip
+    trained(tiny_corpus, tmp_path / "run", *capture_flags(tiny_corpus, tmp_path / "c"), *probes)
+    resume = ["--pathCheckpoint", tmp_path / "run", "--nEpoch"]
+    off = ["--no-supervised_classif_metric", "--no-captureEverything"]
+    assert run(*resume, 3, *off, "--captureCtxRepr") == 0
+    assert {path.name for path in (tmp_path / "l").iterdir()} == {"1"}
+    assert {path.parts[1] for path in captured(tmp_path / "c") if path.parts[0] == "2"} == {
+        "ctx_repr"
+    }
+    assert run(*resume, 4, "--no-captureCtxRepr") == 0
+    assert run(*resume, 5) == 0  # it stays as it is
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"0", "1", "2"}
+    assert {path.name for path in (tmp_path / "l").iterdir()} == {"1"}
+    state = checkpoint(tmp_path / "run", 4)
+    assert state["args"]["supervised_classif_metric"] is False
+    assert state["logs"]["speaker_best_val_acc"][2:] == [None] * 3
+    assert run(*resume, 6, "--no-dropout", "--no-CPCCTC", "--no-debug") == 0
+    assert "using the checkpoint's value" not in capsys.readouterr().out
 
 
 def test_a_capture_says_that_it_replaces_another(tiny_corpus, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -15,6 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from criterion.prediction import build_head
+from dataset import SAMPLINGS
+from model import CPCAR, NORMS, build_encoder
 from tests.helpers import GOLDEN, assert_close, ends_refused, golden_cases
 from utils.capture import CaptureReader, CaptureWriter, prediction_names, refuse_to_lose
 from utils.files import (
@@ -38,20 +42,28 @@ from utils.run.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from utils.run.command import command
+from utils.run.command import CommandLine, command
 from utils.run.flags import (
     ARCHITECTURE,
+    CAPTURE_GROUP,
+    CONTRASTIVE_ONLY,
+    CPCCTC_ONLY,
+    DATA_ORDER,
+    FILES,
     INHERITED,
-    ORDER,
-    PER_CALL,
+    MODEL,
+    PATHS,
+    PROBE_GROUP,
+    SUPERVISED_ONLY,
+    THIS_CALL,
     build_parser,
-    check_arguments,
-    follow_checkpoint,
+    inherit_args,
     parse_arguments,
     stored_arguments,
 )
 from utils.run.lock import LOCK_NAME, locked
 from utils.run.logs import Clock, RunningMeans, append_epoch
+from utils.run.rules import check_arguments, check_call, complete
 from utils.run.stopping import Stopped, StopSignals
 from utils.schedule import learning_rate
 
@@ -91,21 +103,139 @@ def test_flags_of_the_original_keep_their_names_and_defaults():
 
 
 def test_every_flag_is_in_exactly_one_class():
-    classes = [ARCHITECTURE, ORDER, INHERITED, PER_CALL]
+    classes = [ARCHITECTURE, DATA_ORDER, INHERITED, THIS_CALL]
     flags = vars(build_parser().parse_args([]))
     assert sum(map(len, classes)) == len(flags)
     assert frozenset().union(*classes) == flags.keys()
 
 
-def test_help_explains_every_flag():
+def test_sets_of_flags_follow_from_the_declarations():
+    assert ARCHITECTURE >= MODEL == {
+        "hiddenEncoder", "hiddenGar", "encoder_type", "normMode", "arMode", "nLevelsGRU", "abspos",
+        "cpc_mode", "sizeWindow",
+    }  # fmt: skip
+    assert ARCHITECTURE >= CPCCTC_ONLY | CONTRASTIVE_ONLY | SUPERVISED_ONLY
+    assert {"CPCCTC", "limitNegsInBatch", "speakerEmbedding", "dropout"} == CONTRASTIVE_ONLY
+    assert {name for name in ARCHITECTURE if name.startswith("CPCCTC")} - {"CPCCTC"} == CPCCTC_ONLY
+    assert {"CTC", "nLevelsPhone", "onEncoder"} == SUPERVISED_ONLY
+    assert INHERITED >= CAPTURE_GROUP | PROBE_GROUP
+    assert {"pathTrain", "pathVal", "pathCaptureDS", "path_phone_data", "load"} == FILES
+    directories = {
+        "pathDB", "pathCaptureSave", "pathCheckpoint", "linsep_logs_dir", "linsep_checkpoint_dir"
+    }  # fmt: skip
+    assert FILES | directories == PATHS
+
+
+def test_choices_are_those_of_the_registries():
+    choices = {action.dest: action.choices for action in build_parser()._actions if action.choices}
+    assert {*choices["normMode"]} == NORMS.keys()
+    assert {*choices["arMode"]} == {*CPCAR.NETWORKS, "no_ar", "transformer"}
+    assert {*choices["samplingType"]} == {*SAMPLINGS}
+    *encoders, last = choices["encoder_type"]
+    with pytest.raises(UserError, match=f"there are {', '.join(encoders)} and {last}$"):
+        build_encoder(SimpleNamespace(encoder_type="another"))
+    with pytest.raises(UserError, match=f"choose one of {', '.join(choices['rnnMode'])}$"):
+        build_head("another", 8, 8, 4)
+
+
+LOWEST = {
+    0: """CPCCTCSkipBeg CPCCTCSkipEnd limitNegsInBatch speakerEmbedding nEpoch learningRate epsilon
+        linsep_lr linsep_epsilon resume_every keep threads max_bad_files beta1 beta2 linsep_beta1
+        linsep_beta2 random_seed""",
+    1: """hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow batchSizeGPU
+        max_size_loaded nLevelsGRU nLevelsPhone schedulerRamp save_step logging_step
+        n_process_loader linsepBatchSizeGPU linsep_n_epoch linsep_net_layers
+        linsep_task_logging_step linsep_classif_each_epochs captureDSfreq captureDStotNr
+        captureEachEpochs""",
+    2: "hiddenEncoder",
+}
+
+
+@pytest.mark.parametrize(("lowest", "names"), LOWEST.items())
+def test_numbers_below_the_lowest_are_refused_wherever_they_come_from(lowest, names):
+    for name in names.split():
+        assert vars(build_parser().parse_args([f"--{name}", str(lowest)]))[name] == lowest
+        with pytest.raises(UserError, match=rf"^--{name} {lowest - 1}(.0)?: must be "):
+            build_parser().parse_args([f"--{name}", str(lowest - 1)])
+        if name not in THIS_CALL:
+            with pytest.raises(UserError, match=rf"^x.pt: .*--{name} {lowest - 1}(.0)?: must be "):
+                stored_arguments({name: lowest - 1}, "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--beta2 1", "--beta2 1.0: must be in [0, 1)"),
+        ("--CPCCTCLossTemp 0", "--CPCCTCLossTemp 0.0: must be above 0"),
+        ("--max_bad_files 1.5", "--max_bad_files 1.5: must be from 0 to 1"),
+        ("--captureDSfreq 101", "--captureDSfreq 101: must be from 1 to 100"),
+        (f"--random_seed {2**63}", f"must be from 0 to {2**63 - 1}"),
+        ("--linsep_lr inf", "--linsep_lr inf: must be a finite number"),
+        ("--nEpoch 1e3", "--nEpoch '1e3': must be a whole number"),
+        ("--nEp -1", "--nEpoch -1: must be at least 0"),
+        ("--nEpoch", "--nEpoch: expected one argument (--help lists the flags)"),
+        ("--nEpochs 5", "unrecognized flag --nEpochs: did you mean --nEpoch?"),
+        ("--nepoch=5", "unrecognized flag --nepoch: did you mean --nEpoch?"),
+        ("-CPCTC", "unrecognized flag -CPCTC: did you mean --CPCCTC?"),
+        ("--no-captureEvrything", "did you mean --no-captureEverything?"),
+        ("--zzz", "unrecognized flag --zzz (--help lists the flags)"),
+        ("speech", "unrecognized arguments: speech (--help lists the flags)"),
+        ("--captureC", "ambiguous option: --captureC could match --captureConvRepr, --captureCtx"),
+    ],
+)
+def test_what_can_not_be_read_is_refused_in_one_line(words, reason):
+    with pytest.raises(UserError) as refused:
+        build_parser().parse_args(words.split())
+    assert reason in str(refused.value)
+    assert "--no-" not in str(refused.value).replace("--no-captureEv", "")
+
+
+def test_every_command_names_the_nearest_flag():
+    parser = CommandLine(prog="measure.py")
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--length")
+    assert parser.parse_intermixed_args(["a", "--length", "3", "b"]).files == ["a", "b"]
+    part = CommandLine()
+    part.add_subparsers().add_parser("measure").add_argument("--length")
+    for words, parse in (
+        (["a", "--lenght", "3", "b"], parser.parse_intermixed_args),
+        (["measure", "--lenght", "3"], part.parse_args),
+    ):
+        with pytest.raises(UserError, match="unrecognized flag --lenght: did you mean --length?"):
+            parse(words)
+
+
+def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off():
+    args = build_parser().parse_args(["--no", "batchNorm", "--nEp", "3"])
+    assert (args.normMode, args.nEpoch) == ("batchNorm", 3)
+
+
+def test_help_explains_every_flag_once():
     parser = build_parser()
     text = parser.format_help()
-    assert all(f"--{name}" in text for name in vars(parser.parse_args([])))
+    for name in vars(parser.parse_args([])):
+        assert len(re.findall(rf"^  --{name}\b", text, re.M)) == 1, name
+    assert "--no-cap" not in text
+
+
+def test_help_begins_with_one_line_of_usage_and_ends_with_four_commands():
+    text = build_parser().format_help()
+    assert text.startswith("usage: train.py --pathDB DIR --pathCheckpoint RUN [flags]\n\n")
+    examples = text.partition("\ncommands:\n")[2].replace("\\\n", "").split("\n\n")
+    calls = [parse_arguments(text.partition("train.py ")[2].split()) for text in examples]
+    assert [(args.onlyCapture, args.only_classif_metric) for args, _ in calls] == [
+        (False, False), (False, False), (True, False), (False, True)
+    ]  # fmt: skip
+    assert calls[1][1] == {"pathCheckpoint"}
+    for call in calls:
+        check_call(*call)
 
 
 def checked(*words):
-    args, given = parse_arguments(words)
-    check_arguments(args, given)
+    args, explicit = parse_arguments(words)
+    check_call(args, explicit)
+    complete(args, explicit)
+    check_arguments(args, explicit)
     return args
 
 
@@ -144,6 +274,7 @@ def paths(tmp_path):
         ("--captureConvRepr", "--captureConvRepr needs --pathCaptureDS"),
         ("--pathCaptureDS LIST --captureConvRepr", "--captureConvRepr needs --pathCaptureSave"),
         ("--pathCaptureDS LIST --pathCaptureSave X", "nothing to capture"),
+        ("--pathCaptureDS LIST --no-captureEverything", "nothing to capture"),
         ("--pathCaptureDS LIST --pathCaptureSave X --capturePhoneAlign", "--path_phone_data"),
         ("--pathCaptureDS LIST --pathCaptureSave X --captureCPCCTCalign", "needs --CPCCTC"),
         ("--pathCaptureDS LIST --pathCaptureSave X --captureEverything --captureDSfreq 5 "
@@ -173,7 +304,7 @@ def paths(tmp_path):
         ("--load a.pt b.pt --loadCriterion", "--loadCriterion: a criterion fits the one model"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
         ("--nGPU 0", "--nGPU 0"),
-        ("--threads 99999999999", "--threads 99999999999: at most 1024"),
+        ("--threads 99999999999", "--threads 99999999999: must be from 0 to 1024"),
         ("--hiddenEncoder 100 --arMode transformer --rnnMode linear", "8 attention heads"),
         ("--only_classif_metric --speaker_sep --linsep_logs_dir d --nGPU 2", "one process"),
         ("--arMode lstm", "invalid choice"),
@@ -194,7 +325,7 @@ def test_what_can_not_work_is_refused_with_the_reason(words, reason, paths, tmp_
 def test_a_run_needs_a_place_and_audio(tmp_path):
     with pytest.raises(UserError, match="--pathCheckpoint DIR"):
         checked("--pathDB", str(tmp_path))
-    with pytest.raises(UserError, match="no run there to go on with; a new one needs --pathDB DIR"):
+    with pytest.raises(UserError, match="no run there to resume; a new one needs --pathDB DIR"):
         checked("--pathCheckpoint", str(tmp_path / "none"))
     with pytest.raises(UserError, match="--restart begins a new run, which needs --pathDB DIR"):
         checked("--pathCheckpoint", str(tmp_path), "--restart")
@@ -207,14 +338,14 @@ def test_a_run_needs_a_place_and_audio(tmp_path):
 def test_an_empty_path_is_no_name_of_the_present_folder(paths, tmp_path):
     for words in (["--pathCheckpoint", ""], ["--pathDB", ""], ["--load", str(tmp_path), ""]):
         with pytest.raises(UserError, match=f"{words[0]}: an empty path"):
-            parse_arguments([*paths, *words])
+            checked(*paths, *words)
 
 
 def test_a_compiler_that_is_not_there_is_refused(paths, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    parse_arguments(paths)
+    checked(*paths)
     with pytest.raises(UserError, match="--compile on a CPU .*there is no /no/such/compiler here"):
-        parse_arguments([*paths, "--compile"])
+        checked(*paths, "--compile")
 
 
 def test_without_heads_the_width_is_free(paths):
@@ -239,8 +370,8 @@ def test_every_example_of_the_documentation_is_accepted(paths, tmp_path):
 
 
 def resumed(words, stored, tmp_path):
-    args, given = parse_arguments(["--pathCheckpoint", str(tmp_path), *words])
-    return args, follow_checkpoint(args, given, stored_arguments(stored, "the checkpoint"))
+    args, explicit = parse_arguments(["--pathCheckpoint", str(tmp_path), *words])
+    return args, inherit_args(args, explicit, stored_arguments(stored, "the checkpoint"))
 
 
 def test_a_resumed_run_takes_each_flag_from_where_its_class_says(tmp_path):
@@ -254,6 +385,20 @@ def test_a_resumed_run_takes_each_flag_from_where_its_class_says(tmp_path):
     assert len(said) == 2
     assert "--hiddenEncoder" in said[1]
     assert "64" in said[1]
+
+
+def test_a_switch_of_a_resumed_run_can_be_turned_off(tmp_path):
+    stored = {"supervised_classif_metric": True, "captureConvRepr": True, "CPCCTC": True}
+    words = ["--no-supervised_classif_metric", "--captureConvRepr", "--no-captureConvRepr"]
+    args, said = resumed([*words, "--no-CPCCTC"], stored, tmp_path)
+    assert (args.supervised_classif_metric, args.captureConvRepr) == (False, False)  # the last
+    assert args.CPCCTC is True
+    assert said == ["--CPCCTC: using the checkpoint's value, True"]
+
+
+def test_a_switch_that_is_turned_off_counts_as_not_given(paths):
+    off = ["--no-CPCCTCSelfLoop", "--no-speaker_sep", "--no-captureConvRepr", "--no-CTC"]
+    assert checked(*paths, *off) == checked(*paths)
 
 
 def test_a_list_that_is_gone_can_be_given_anew(tmp_path):

@@ -26,7 +26,7 @@ from utils.data.listing import find_files
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
 from utils.misc import SAMPLE_RATE, UserError, first_few
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 
 BLOCK, MARGIN = 60, 1  # seconds that are resampled at once, and before and after them
 CONVERTED, THERE = "converted", "there already"
@@ -74,7 +74,7 @@ def parse_arguments(argv):
     add("path_out", help="folder to write to")
     add(
         "--out_sample_rate",
-        type=int,
+        type=at_least(1),
         default=SAMPLE_RATE,
         metavar="HZ",
         help="of the new files (default: 16000)",
@@ -100,8 +100,6 @@ def parse_arguments(argv):
     )
     args = parser.parse_intermixed_args(argv)
     args.out_extension = args.out_extension or args.file_extension
-    if args.out_sample_rate < 1:
-        parser.error(f"--out_sample_rate {args.out_sample_rate}: at least 1")
     if format_of("file" + args.out_extension) not in soundfile.available_formats():
         parser.error(
             f"--out_extension {args.out_extension}: no format that can be written; "

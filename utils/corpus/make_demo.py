@@ -44,7 +44,7 @@ from utils.corpus.synthesiser import (
 )
 from utils.files import TEMPORARY_PREFIX, load_json, remove_leftovers, save_json, write_lines
 from utils.misc import SAMPLE_RATE, UserError
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 
 VERSION = 1  # of the corpus: to be raised when the same seed gives other bytes
@@ -259,28 +259,24 @@ def parse_arguments(argv):
     parser.add_argument("out", metavar="OUT", type=Path, help="a new directory for the corpus")
     parser.add_argument(
         "--speakers",
-        type=int,
+        type=at_least(1),
         default=20,
         help="number of speakers, half of them women (default: %(default)s)",
     )
     parser.add_argument(
         "--utterances",
-        type=int,
+        type=at_least(2),
         default=40,
         help="utterances of each speaker, about 4 s long, every fifth for tests "
         "(default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=at_least(0),
         default=1,
         help="another seed: another language and speakers (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    for name, least in (("speakers", 1), ("utterances", 2), ("seed", 0)):
-        if vars(args)[name] < least:
-            parser.error(f"--{name} {vars(args)[name]}: it takes at least {least}")
-    return args
+    return parser.parse_args(argv)
 
 
 @command

@@ -11,15 +11,14 @@ from utils.run.checkpoint import newest_checkpoint, open_checkpoint, stored_mode
 from utils.run.flags import (
     ARCHITECTURE,
     CAPTURE_GROUP,
+    DATA_ORDER,
     FILES,
     INHERITED,
     MODEL,
-    ORDER,
     PROBE_GROUP,
-    check_arguments,
-    names,
     stored_arguments,
 )
+from utils.run.rules import check_arguments, complete
 
 
 def resolve(args, explicit):
@@ -36,13 +35,14 @@ def resolve(args, explicit):
             print(f"warning: {line}")
         if unused and not works_on_checkpoint(args):
             print(f"the run in {args.pathCheckpoint} goes on; a new one needs another directory")
-        explicit = explicit - ARCHITECTURE - ORDER  # the checkpoint's values: no contradictions
+        explicit = (
+            explicit - ARCHITECTURE - DATA_ORDER
+        )  # the checkpoint's values: no contradictions
     elif args.load:
         explicit = explicit - adopt_architecture(args)
-    built_from_flags = "models" not in checkpoint.state if checkpoint else not args.load
-    check_arguments(
-        args, explicit, resumed=checkpoint is not None, began_with_load=not built_from_flags
-    )
+    began_with_load = "models" in checkpoint.state if checkpoint else bool(args.load)
+    complete(args, explicit, began_with_load)
+    check_arguments(args, explicit, checkpoint is not None, began_with_load)
     return args, checkpoint
 
 
@@ -67,13 +67,13 @@ def inherit_args(args, explicit, checkpoint_args):
     inherited = INHERITED - explicit
     if works_on_checkpoint(args):
         inherited -= CAPTURE_GROUP | PROBE_GROUP
-        inherited |= (ORDER - explicit) - {"pathTrain", "pathVal"}
+        inherited |= (DATA_ORDER - explicit) - {"pathTrain", "pathVal"}
         if args.only_classif_metric:
-            inherited |= names("pathTrain pathVal") - explicit
+            inherited |= {"pathTrain", "pathVal"} - explicit
             inherited -= {"path_phone_data"}  # whether it is given decides if phones are probed
     else:
-        lost = {name for name in ORDER if is_gone(name, checkpoint_args)}
-        inherited |= ORDER - (lost & explicit)
+        lost = {name for name in DATA_ORDER if is_gone(name, checkpoint_args)}
+        inherited |= DATA_ORDER - (lost & explicit)
     for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
         if chosen in explicit:
             inherited -= {other}

@@ -1,0 +1,350 @@
+"""The rules between the flags of train.py, judged before audio is looked for.
+
+`check_...` change nothing and raise UserError with the flag and the way out. In them `explicit`
+holds the flags that the user has a say in: contradictions are judged between these.
+"""
+
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from utils.files import check_writable
+from utils.misc import SAMPLES_PER_FRAME, UserError, counted
+from utils.run.flags import (
+    CAPTURE_GROUP,
+    CAPTURED_BY,
+    CONTRASTIVE_ONLY,
+    CPCCTC_ONLY,
+    PROBE_GROUP,
+    SUPERVISED_ONLY,
+)
+from utils.run.machine import device_from
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+CAPTURE_SWITCHES = {*CAPTURED_BY, "captureEverything"}
+
+
+def complete(args, explicit, began_with_load=False):
+    """Set what follows from other flags; the parameters are those of `check_arguments`."""
+    if args.only_classif_metric:
+        args.supervised_classif_metric = True
+    if args.arMode not in RECURRENT and "hiddenGar" not in explicit and not began_with_load:
+        args.hiddenGar = args.hiddenEncoder
+    turned_off = CAPTURE_SWITCHES & switched_off(args, explicit)
+    if turned_off and not captured(args) and "pathCaptureDS" not in explicit:
+        args.pathCaptureDS = None  # inherited, but nothing is captured any more
+
+
+def switched_off(args, explicit):
+    """Switches given as --no-FLAG: rules don't count them as given."""
+    return {name for name in explicit if getattr(args, name) is False}
+
+
+def captured(args):
+    """The switches of what is captured, without stats."""
+    return sorted(name for name in CAPTURE_SWITCHES if getattr(args, name))
+
+
+def check_call(args, explicit):
+    """Refuse what can't work whatever the checkpoint says, before one is looked for."""
+    check_mode(args, explicit - switched_off(args, explicit))
+    check_machine(args)
+
+
+def check_arguments(args, explicit, resumed=False, began_with_load=False):
+    """Refuse what can't work, after `complete` and before audio is looked for.
+
+    explicit: flags given, without those that the checkpoint decides; resumed: there is one;
+    began_with_load: the model wasn't built from these flags, which tell only the widths of its
+    features.
+    """
+    explicit = explicit - switched_off(args, explicit)
+    check_window(args)
+    if not began_with_load:
+        check_model(args, explicit)
+    check_criterion(args, explicit)
+    check_supervised(args, explicit)
+    check_probes(args, explicit)
+    check_capture(args, explicit)
+    check_paths(args, resumed)
+
+
+def refuse_any(flags, reason):
+    """Raise UserError, naming the first, if there are flags in this set."""
+    for name in sorted(flags):
+        raise UserError(f"--{name} {reason}")
+
+
+# ------------------------------------------------------------------------------ mode and machine
+
+
+def check_mode(args, explicit):
+    if args.onlyCapture and args.only_classif_metric:
+        raise UserError("--onlyCapture and --only_classif_metric: choose one of them")
+    for mode in ("onlyCapture", "only_classif_metric"):
+        if getattr(args, mode) and (args.restart or args.load):
+            raise UserError(
+                f"--{mode} takes its model from --pathCheckpoint DIR (a run) or FILE (a "
+                "checkpoint): leave out --restart, --load and --loadCriterion"
+            )
+    if args.onlyCapture:
+        reason = "has no effect: --onlyCapture runs no probe; --only_classif_metric does"
+        refuse_any(explicit & PROBE_GROUP, reason)
+    if args.only_classif_metric:
+        reason = "has no effect: --only_classif_metric captures nothing; --onlyCapture does"
+        refuse_any(explicit & CAPTURE_GROUP, reason)
+    if not args.pathCheckpoint:
+        raise UserError("--pathCheckpoint DIR is needed: where a new run goes, or one to resume")
+    if not args.load:
+        refuse_any({n for n in ("loadCriterion", "nullspace") if getattr(args, n)}, "needs --load")
+        if args.gru_level > 0:
+            raise UserError("--gru_level needs --load")
+    if args.loadCriterion and len(args.load) > 1:
+        raise UserError(
+            "--loadCriterion: a criterion fits the one model that it was trained with, not several "
+            "concatenated; leave it out, or give --load one checkpoint"
+        )
+
+
+def check_machine(args):
+    cuda = device_from(args.device).type == "cuda"
+    if args.precision != "fp32" and not cuda:
+        raise UserError(f"--precision {args.precision} needs a CUDA device; use fp32")
+    if args.compile:
+        check_compilers(cuda)
+    if args.nGPU == 0 or args.nGPU < -1:
+        raise UserError(f"--nGPU {args.nGPU}: -1 (all) or a number from 1")
+    n_gpus = torch.cuda.device_count() if cuda else args.nGPU
+    if args.nGPU > n_gpus:
+        raise UserError(f"--nGPU {args.nGPU}: PyTorch sees {counted(n_gpus, 'GPU')} here")
+    if args.nGPU > 1 and args.only_classif_metric:
+        raise UserError(
+            f"--nGPU {args.nGPU}: probes of a checkpoint are trained in one process; leave it out"
+        )
+
+
+def check_compilers(cuda):
+    """What PyTorch compiles with: Triton and a C compiler for a GPU, a C++ compiler for a CPU."""
+    if cuda and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "--compile on a GPU needs Triton, which isn't installed here; install it, or leave out "
+            "--compile"
+        )
+    device, language, variable, usual = (
+        ("GPU", "C", "CC", ["gcc", "clang"]) if cuda else ("CPU", "C++", "CXX", ["g++"])
+    )
+    tried = [os.environ[variable]] if variable in os.environ else usual
+    if not any(map(shutil.which, tried)):
+        raise UserError(
+            f"--compile on a {device} needs a {language} compiler, and there is no "
+            f"{' or '.join(tried)} here; install one, name it in the environment variable "
+            f"{variable}, or leave out --compile"
+        )
+
+
+# ------------------------------------------------------------------------- networks and criterion
+
+
+def check_window(args):
+    frames, rest = divmod(args.sizeWindow, SAMPLES_PER_FRAME)
+    if rest:
+        raise UserError(
+            f"--sizeWindow {args.sizeWindow}: must be a multiple of {SAMPLES_PER_FRAME} samples, "
+            f"such as {max(frames, 1) * SAMPLES_PER_FRAME}"
+        )
+
+
+def check_model(args, explicit):
+    if args.abspos and args.arMode != "transformer":
+        raise UserError("--abspos needs --arMode transformer")
+    if args.nLevelsGRU > 1 and args.arMode not in RECURRENT:
+        raise UserError(
+            f"--nLevelsGRU {args.nLevelsGRU} needs a recurrent --arMode (LSTM, GRU or RNN)"
+        )
+    if args.hiddenGar != args.hiddenEncoder and args.arMode not in RECURRENT:
+        raise UserError(
+            f"--hiddenGar {args.hiddenGar}: with --arMode {args.arMode} contexts have the "
+            f"encoder's {args.hiddenEncoder} channels; leave it out"
+        )
+    check_heads("arMode", args)
+    if "normMode" in explicit and args.encoder_type != "cpc" and args.normMode != "layerNorm":
+        raise UserError(f"--normMode {args.normMode} needs --encoder_type cpc")
+
+
+def check_heads(flag, args):
+    if getattr(args, flag) == "transformer" and args.hiddenEncoder % 8:
+        raise UserError(
+            f"--hiddenEncoder {args.hiddenEncoder}: --{flag} transformer has 8 attention heads, so "
+            "it must be a multiple of 8"
+        )
+
+
+def check_criterion(args, explicit):
+    if args.supervised or args.cpc_mode == "none":
+        other = "--supervised" if args.supervised else "--cpc_mode none"
+        refuse_any(explicit & (CPCCTC_ONLY | CONTRASTIVE_ONLY), f"has no effect with {other}")
+        if args.cpc_mode == "none" and (args.encoder_type, args.arMode) == ("mfcc", "no_ar"):
+            raise UserError(
+                "--cpc_mode none with --encoder_type mfcc and --arMode no_ar: nothing to train"
+            )
+        return
+    if not args.CPCCTC:
+        refuse_any(explicit & CPCCTC_ONLY, "needs --CPCCTC")
+    check_heads("rnnMode", args)
+    if args.rnnMode == "transformer" and args.hiddenGar != args.hiddenEncoder:
+        raise UserError(
+            f"--rnnMode transformer needs --hiddenGar ({args.hiddenGar}) and --hiddenEncoder "
+            f"({args.hiddenEncoder}) to be equal; or choose another --rnnMode, such as linear"
+        )
+    if args.rnnMode == "transformer" and args.speakerEmbedding:
+        raise UserError(
+            "--speakerEmbedding can't be used with --rnnMode transformer; choose another "
+            "--rnnMode, such as linear"
+        )
+    check_reach(args)
+
+
+def check_reach(args):
+    """The predictions must fit in the matched frames, and what is predicted in the window."""
+    extra = args.CPCCTCSelfLoop + args.CPCCTCLearnBlank
+    if args.CPCCTC and args.nPredicts + extra > args.CPCCTCNumMatched:
+        more = f" and {extra} more (self loop, blank)" if extra else ""
+        raise UserError(
+            f"--nPredicts {args.nPredicts}{more}: can't be aligned to --CPCCTCNumMatched "
+            f"{args.CPCCTCNumMatched} frames; give at most as many predictions as matched frames"
+        )
+    frames = args.sizeWindow // SAMPLES_PER_FRAME
+    farthest = "CPCCTCNumMatched" if args.CPCCTC else "nPredicts"
+    reach = getattr(args, farthest)
+    if reach >= frames:
+        raise UserError(
+            f"--{farthest} {reach}: a window of --sizeWindow {args.sizeWindow} has {frames} "
+            f"frames, so it must be under {frames}"
+        )
+
+
+def check_supervised(args, explicit):
+    if not args.supervised:
+        refuse_any(explicit & SUPERVISED_ONLY, "needs --supervised")
+        return
+    if args.onlyCapture or args.only_classif_metric:
+        return  # what a model was trained to classify matters only during training
+    if args.CTC and not args.path_phone_data:
+        raise UserError("--CTC needs --path_phone_data FILE")
+    if args.CTC and args.onEncoder:
+        raise UserError(
+            "--onEncoder can't be used with --CTC: phones by CTC are read from the contexts"
+        )
+    if not args.path_phone_data and (args.nLevelsPhone > 1 or args.onEncoder):
+        raise UserError("--nLevelsPhone and --onEncoder need --path_phone_data FILE")
+    if args.cpc_mode:
+        raise UserError("--supervised replaces CPC: leave out --cpc_mode")
+
+
+# ----------------------------------------------------------------------------- probes and capture
+
+
+def check_probes(args, explicit):
+    if not args.supervised_classif_metric:
+        refuse_any(explicit & PROBE_GROUP, "needs --supervised_classif_metric")
+        return
+    if args.onlyCapture:
+        return
+    asked_by = f"--{'only' if args.only_classif_metric else 'supervised'}_classif_metric"
+    if not args.speaker_sep and not args.path_phone_data:
+        raise UserError(
+            f"{asked_by} needs --speaker_sep, --path_phone_data FILE or both, to choose the probes"
+        )
+    if not args.path_phone_data:
+        needs_labels = {"CTCphones", "phone_get_encoded"}
+        refuse_any(explicit & needs_labels, "needs --path_phone_data FILE")
+    if args.CTCphones and args.phone_get_encoded:
+        raise UserError(
+            "--CTCphones can't be used with --phone_get_encoded: phones by CTC are read from the "
+            "contexts"
+        )
+    if not args.linsep_logs_dir:
+        raise UserError(f"{asked_by} needs --linsep_logs_dir DIR")
+
+
+def check_capture(args, explicit):
+    if not args.pathCaptureDS:
+        if args.onlyCapture:
+            raise UserError(
+                "--onlyCapture needs --pathCaptureDS FILE, the list of utterances to capture"
+            )
+        refuse_any(explicit & CAPTURE_GROUP, "needs --pathCaptureDS FILE")
+    if not args.pathCaptureDS or args.only_classif_metric:
+        return
+    if not captured(args) and not args.captureSetStats:
+        raise UserError(
+            "--pathCaptureDS: nothing to capture; give --captureEverything, or one or more of "
+            f"{', '.join('--' + name for name in sorted(CAPTURED_BY))}, or --captureSetStats"
+        )
+    if not args.pathCaptureSave:
+        refuse_any(captured(args), "needs --pathCaptureSave DIR")
+    if args.captureDSfreq is not None and args.captureDStotNr is not None:
+        raise UserError("--captureDSfreq and --captureDStotNr: choose one of them")
+    if args.capturePhoneAlign and not args.path_phone_data:
+        raise UserError("--capturePhoneAlign needs --path_phone_data FILE")
+    if not args.CPCCTC:
+        refuse_any({name for name in captured(args) if "CPCCTC" in name}, "needs --CPCCTC")
+    if args.capturePred and (args.cpc_mode == "none" or args.supervised):
+        raise UserError("--capturePred: this run makes no predictions")
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+def check_paths(args, resumed):
+    """The paths that this call of the program reads must exist, and it must be able to write."""
+    check_database(args, resumed)
+    read = {"path_phone_data"}
+    if not args.onlyCapture:
+        read |= {"pathTrain", "pathVal"}
+    if not args.only_classif_metric:
+        read |= {"pathCaptureDS"}
+    for name in sorted(read):
+        check_file(f"--{name}", getattr(args, name))
+    written = set()
+    if args.pathCaptureDS and not args.only_classif_metric:
+        written |= {"pathCaptureSave"}
+    if args.supervised_classif_metric and not args.onlyCapture:
+        written |= {"linsep_logs_dir", "linsep_checkpoint_dir"}
+    for name in sorted(written):
+        path = getattr(args, name)
+        if path:
+            check_writable(path, f"--{name} {path}: results")
+
+
+def check_database(args, resumed):
+    if not args.pathDB and args.restart:
+        raise UserError(
+            "--restart begins a new run, which needs --pathDB DIR and all its other flags again"
+        )
+    if not args.pathDB and not resumed:
+        raise UserError(
+            f"--pathCheckpoint {args.pathCheckpoint}: no run there to resume; a new one needs "
+            "--pathDB DIR"
+        )
+    if not args.pathDB:
+        raise UserError(f"{args.pathCheckpoint} doesn't say where its audio is: give --pathDB DIR")
+    if not os.path.isdir(args.pathDB):
+        raise UserError(f"--pathDB {args.pathDB}: no such directory")
+
+
+def check_file(flag, path):
+    if path and os.path.isdir(path):
+        labels = labels_in(path) if flag == "--path_phone_data" else None
+        hint = f"its phone labels are {labels}" if labels else "give a file"
+        raise UserError(f"{flag} {path}: is a folder; {hint}")
+    if path and not os.path.isfile(path):
+        raise UserError(f"{flag} {path}: no such file")
+
+
+def labels_in(folder):
+    """The phone labels in a folder of converted alignments; None where there are none."""
+    labels = os.path.join(folder, "converted_aligned_phones.txt")
+    return labels if os.path.isfile(labels) else None
