@@ -19,8 +19,8 @@ def below_one(text):
 
 
 def above_zero(text):
-    """A type: a float above 0."""
-    return _bounded(float, lambda value: value > 0, "above 0")(text)
+    """A type: a finite float above 0."""
+    return _bounded(float, lambda value: 0 < value < float("inf"), "above 0")(text)
 
 
 def _bounded(kind, is_allowed, bound):
