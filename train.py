@@ -75,6 +75,7 @@ from utils.run.flags import (
 )
 from utils.run.launch import launch, processes_to_start
 from utils.run.lock import locked
+from utils.run.logs import has_accuracy, step_name
 from utils.run.machine import device_from, keep_freed_memory
 from utils.run.stopping import Stopped, StopSignals
 
@@ -172,6 +173,8 @@ def prepare_training(job, words):
         data.labels,
         {name: stat.directory for name, stat in stats.stats.items() if hasattr(stat, "directory")},
         machine_in_words(job.device, job.world.size),
+        step_name=step_name(args),
+        has_accuracy=has_accuracy(args),
     )
     trainer = Trainer(
         args,
