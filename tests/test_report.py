@@ -737,7 +737,7 @@ def test_pictures_that_are_too_large_or_broken_are_named(tmp_path, monkeypatch):
     Path(args.linsep_logs_dir, "8", "phone", "confusion.png").write_bytes(b"torn")
     content = report_of(args, invented_logs(11), stats=stats)
     assert embedded(content) == [contents["stat 10"]]
-    assert "It isn't a PNG file." in content
+    assert "Not a PNG file." in content
 
 
 def test_a_capture_is_drawn_when_it_is_made_and_shown_until_the_next(tmp_path):

@@ -208,8 +208,8 @@ class CaptureReader:
         lost = sorted(self._locations.keys() - held)
         if lost:
             raise UserError(
-                f"{self.directory}: window {lost[0]} and {len(lost) - 1} others, which {INDEX} "
-                "lists, have no files; capture again"
+                f"{self.directory}: the files of window {lost[0]} and {len(lost) - 1} others are "
+                f"missing, though {INDEX} lists them; capture again"
             )
 
     def __len__(self):

@@ -84,7 +84,7 @@ def read_picture(path, most):
         content = path.read_bytes()
     except OSError as error:
         return b"", f"It can't be read: {error.strerror}."
-    return (content, None) if content.startswith(PNG) else (b"", "It isn't a PNG file.")
+    return (content, None) if content.startswith(PNG) else (b"", "Not a PNG file.")
 
 
 def picture_figure(picture, content, problem):
