@@ -14,7 +14,6 @@ makes one from phone labels. `OUT/ABX_scores.json` holds the scores, their numbe
 what they were measured on; `OUT/ABX_args.json` holds the flags.
 """
 
-import argparse
 import os
 import sys
 import zipfile
@@ -42,9 +41,9 @@ from utils.data.names import files_by_name
 from utils.files import load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory
-from utils.run.shared_flags import above_zero, add_device, add_extension, at_least
+from utils.run.shared_flags import add_device, add_extension
 
 NO_TRIPLET = {
     "within": "it takes two examples of a phone by one speaker, and another phone in the context",
@@ -159,8 +158,7 @@ def parse_arguments(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(prog="ABX.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(prog="ABX.py", description=__doc__)
     commands = parser.add_subparsers(dest="load", required=True, metavar="COMMAND")
     model = commands.add_parser("from_checkpoint", help="score the features of a CPC model")
     add = model.add_argument
@@ -200,24 +198,24 @@ def add_shared_flags(parser):
 
 def add_task_flags(add):
     add("--mode", default="all", choices=list(MODES),
-        help="X by the same speaker as A and B, by another, or both scores (default: all)")
+        help="X by the same speaker as A and B, by another, or both scores")
     add("--distance_mode", default="cosine", choices=[*FRAME_DISTANCES, "euclidian"],
         help="between frames, each scaled to length 1 (default: cosine, the angle between them)")
-    add("--feature_size", type=above_zero, default=0.01, metavar="SECONDS",
-        help="time from one frame of features to the next (default: 0.01)")
+    add("--feature_size", type=above(0), default=0.01, metavar="SECONDS",
+        help="time from one frame of features to the next")
     add("--slicing", default="librilight", choices=list(SLICINGS),
         help="; ".join(f"{name}: {rule}" for name, rule in SLICINGS.items())
         + " (default: librilight, as in the original program)")
     add("--context", default="within", choices=list(CONTEXTS),
-        help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()) + " (default: within)")
+        help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()))
 
 
 def add_sampling_flags(add):
     add("--max_size_group", type=at_least(2), default=10, metavar="N",
-        help="examples of a phone in one context by one speaker; more are sampled (default: 10)")
+        help="examples of a phone in one context by one speaker; more are sampled")
     add("--max_x_across", type=at_least(1), default=5, metavar="N",
-        help="speakers of X for each A; more are sampled (default: 5)")
-    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+        help="speakers of X for each A; more are sampled")
+    add("--seed", type=int, default=0, help="of the sampling")
 
 
 # fmt: on

@@ -43,10 +43,10 @@ from utils.files import (
 )
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory
-from utils.run.shared_flags import add_device, at_least, check_same_flags
+from utils.run.shared_flags import add_device, check_same_flags
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that the features depend on
@@ -127,9 +127,9 @@ def build_parser():
     add("pathOut", help="folder to write the features to")
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
     add("--extension", "--file_extension", default=".wav", metavar="EXT",
-        help="ending of the names of the audio files (default: .wav)")
+        help="ending of the names of the audio files")
     add("--format", choices=["npz", "fea", "npy", "pt", "af"], default="fea",
-        help="of the feature files; fea is text (default: fea)")
+        help="of the feature files; fea is text")
     add_feature_flags(parser.add_argument_group("features").add_argument)
     add_other_flags(parser.add_argument_group("machine, and unsupported flags").add_argument)
     return parser

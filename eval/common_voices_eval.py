@@ -34,11 +34,11 @@ from utils.data.labels import read_phone_labels
 from utils.files import load_json, load_tensors, save_json, save_tensors, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
 from utils.run.checkpoint import load_weights, open_checkpoint
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.logs import percent
 from utils.run.machine import device_from, keep_freed_memory
-from utils.run.shared_flags import add_adam, add_device, add_extension, add_reading, at_least
+from utils.run.shared_flags import add_adam, add_device, add_extension, add_reading
 
 BEAM = 20  # phone sequences kept in decoding
 VALIDATION_FRACTION = 0.1  # of the utterances, without a list
@@ -99,7 +99,7 @@ def add_training_flags(add):
     add("pathDB", help="root of the audio")
     add("pathPhone", help="phones of the utterances, one per line: `name phone phone ...`")
     add("pathCheckpoint", help="CPC checkpoint, or a run's directory for the newest in it")
-    add("-o", "--output", default="out", metavar="DIR", help="where results go (default: out)")
+    add("-o", "--output", default="out", metavar="DIR", help="where results go")
     add("--pathTrain", metavar="FILE", help="names of the utterances to train on (default: all)")
     add("--pathVal", metavar="FILE", help="names of the utterances to validate on (default: a "
         "tenth is set aside)")
@@ -111,11 +111,11 @@ def add_training_flags(add):
         help="normalise features to zero mean and unit variance over each utterance")
     add("--dropout", action="store_true", help="drop half of the features in training")
     add("--kernelSize", type=at_least(1), default=8, metavar="FRAMES", help="frames that each "
-        "output sees; outputs are spaced by half of that (default: 8)")
+        "output sees; outputs are spaced by half of that")
     add("--loss_reduction", choices=["mean", "sum"], default="mean", help="of the loss of a batch; "
-        "mean: per phone and utterance (default: mean)")
+        "mean: per phone and utterance")
     add("--in_dim", type=int, default=1, help="only 1: models take waveforms")
-    add("--nEpochs", type=at_least(1), default=30, metavar="N", help="epochs (default: 30)")
+    add("--nEpochs", type=at_least(1), default=30, metavar="N", help="epochs")
     add_adam(add, epsilon=1e-8)
 
 
@@ -126,14 +126,13 @@ def add_measuring_flags(add):
     add("--pathVal", metavar="FILE", help="names of the utterances (default: the validation set of "
         "training; with another --pathDB or --pathPhone, all)")
     add("--file_extension", metavar="EXT", help="of the audio files (default: as in training)")
-    add("--name", default="0", help="part of the names of the result files (default: 0)")
+    add("--name", default="0", help="part of the names of the result files")
 
 
 def add_machine_flags(add):
-    add("--batchSize", type=at_least(1), default=8, metavar="N",
-        help="utterances per batch (default: 8)")
+    add("--batchSize", type=at_least(1), default=8, metavar="N", help="utterances per batch")
     add("--max_bad_files", type=float, default=0.01, metavar="FRACTION",
-        help="stop if more than this fraction of the files is undecodable (default: 0.01)")
+        help="stop if more than this fraction of the files is undecodable")
     add("--ignore_cache", action="store_true",
         help="scan the audio files again; needed when files were added or removed")
     add_reading(add)

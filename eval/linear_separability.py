@@ -39,7 +39,7 @@ from utils.data.labels import read_phone_labels
 from utils.files import check_writable, load_json, load_tensors, save_json
 from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.run.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.flags import stored_arguments
 from utils.run.machine import device_from, keep_freed_memory
 from utils.run.shared_flags import (
@@ -47,7 +47,6 @@ from utils.run.shared_flags import (
     add_device,
     add_extension,
     add_reading,
-    at_least,
     check_same_flags,
 )
 
@@ -192,8 +191,7 @@ def add_task_flags(add):
         "(--pathPhone decides between phones and speakers)")
     add("--path_speakers_factorized", metavar="FILE",
         help="checkpoint of a probe with --mode speakers_factorized")
-    add("--dim_inter", type=at_least(1), default=128, metavar="D",
-        help="size of the bottleneck (default: 128)")
+    add("--dim_inter", type=at_least(1), default=128, metavar="D", help="size of the bottleneck")
     add("--centerpushFile", metavar="FILE",
         help="centers (.npy, .txt, or .pt of a clustering) to move the features towards")
     add("--centerpushDeg", type=float, metavar="FRACTION",
@@ -204,8 +202,8 @@ def add_task_flags(add):
 
 def add_training_flags(add):
     add("--pathCheckpoint", default="out", metavar="DIR",
-        help="directory for the results, one for each probe (default: out)")
-    add("--n_epoch", type=at_least(1), default=10, metavar="N", help="epochs (default: 10)")
+        help="directory for the results, one for each probe")
+    add("--n_epoch", type=at_least(1), default=10, metavar="N", help="epochs")
     add("--save_step", type=int, default=-1, metavar="EPOCHS",
         help="epochs between checkpoints (default: one at the end)")
     add("--batchSizeGPU", type=at_least(1), default=8, metavar="WINDOWS", help="windows per batch")

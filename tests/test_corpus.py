@@ -370,11 +370,11 @@ def test_a_file_cut_short_by_an_interruption_is_not_taken_for_complete(tmp_path,
     ("flags", "message"),
     [
         (["--seed", "3"], "holds another demo corpus .*--seed 1.*--seed 3"),
-        (["--speakers", "0"], "--speakers: must be at least 1, not 0"),
-        (["--utterances", "1"], "--utterances: must be at least 2, not 1"),
-        (["--seed", "-1"], "--seed: must be at least 0, not -1"),
-        (["--speakers", "many"], "--speakers: invalid int value"),
-        (["--frogs"], "unrecognized arguments: --frogs"),
+        (["--speakers", "0"], "--speakers 0: must be at least 1"),
+        (["--utterances", "1"], "--utterances 1: must be at least 2"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--speakers", "many"], "--speakers 'many': must be a whole number"),
+        (["--frogs"], "unrecognized flag --frogs"),
     ],
 )
 def test_refusals(demo, flags, message, capsys):

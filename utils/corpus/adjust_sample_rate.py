@@ -10,7 +10,6 @@ converted again, so repeating an interrupted call resumes it. Unreadable files a
 end; the exit status is then 2.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -27,8 +26,8 @@ from utils.data.names import name_of
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
 from utils.misc import SAMPLE_RATE, UserError, first_few
-from utils.run.command import CommandLine, command
-from utils.run.shared_flags import add_extension, at_least
+from utils.run.command import CommandLine, at_least, command
+from utils.run.shared_flags import add_extension
 
 BLOCK, MARGIN = 60, 1  # seconds resampled at once, and additional ones at both ends
 CONVERTED, EXISTING = "converted", "exists already"
@@ -64,8 +63,7 @@ def main(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(prog="adjust_sample_rate.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(prog="adjust_sample_rate.py", description=__doc__)
     add = parser.add_argument
     add("path_db", help="folder of the audio files; subfolders are included")
     add("path_phone_files", nargs="?", help="convert only the files listed here, for example in "

@@ -14,7 +14,6 @@ trained model, give its phones.txt with --phones. Existing files that differ are
 --force, since a model may have been trained with their ids.
 """
 
-import argparse
 import math
 import os
 import re
@@ -98,8 +97,7 @@ def main(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(prog="convert_alignments.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(prog="convert_alignments.py", description=__doc__)
     add = parser.add_argument
     add("alignments", help="folder of TextGrids, or a CTM file")
     add("out", help=f"folder to write {LABELS} and {SYMBOLS} to")
@@ -112,7 +110,7 @@ def build_parser():
         help=f"the symbol that replaces them (default: {SILENCE})")
     add("--phones", metavar="FILE", help="phones.txt with the ids to use (default: new ids)")
     add("--tier", default="phones", help='tier of the TextGrids; "SPEAKER - TIER" is accepted if '
-        "there is only one speaker (default: phones)")
+        "there is only one speaker")
     add_extension(add, ".TextGrid", "TextGrids")
     add("--n_process", type=int, default=os.cpu_count(), metavar="N",
         help="processes that read TextGrids (default: one per processor)")

@@ -10,7 +10,6 @@ is the part of the name before the first `-`. Two equal phones in a row can't be
 labels and count as one.
 """
 
-import argparse
 import os
 import sys
 
@@ -55,8 +54,7 @@ def main(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(prog="make_abx_item.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(prog="make_abx_item.py", description=__doc__)
     add = parser.add_argument
     add("labels", help="labels, one utterance per line: `name id id ...`, an id for every 10 ms")
     add("phones", help="symbols of the phones, one `id symbol` per line")

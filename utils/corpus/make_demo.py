@@ -52,9 +52,8 @@ from utils.files import (
     writing_to,
 )
 from utils.misc import SAMPLE_RATE, UserError
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.shared_flags import at_least
 
 VERSION = 1  # of the corpus: increase it when the same seed gives other bytes
 MANIFEST = "demo_corpus.json"
@@ -269,12 +268,11 @@ def parse_arguments(argv):
     )
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="a new directory for the corpus")
-    add("--speakers", type=at_least(1), default=20,
-        help="number of speakers, half of them women (default: %(default)s)")
+    add("--speakers", type=at_least(1), default=20, help="number of speakers, half of them women")
     add("--utterances", type=at_least(2), default=40,
-        help="utterances per speaker, about 4 s long, every fifth for tests (default: %(default)s)")
+        help="utterances per speaker, about 4 s long, every fifth for tests")
     add("--seed", type=at_least(0), default=1,
-        help="another seed gives another language and other speakers (default: %(default)s)")
+        help="another seed gives another language and other speakers")
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,6 @@ others. Existing lists that differ are replaced only with --force, since an expe
 them.
 """
 
-import argparse
 import os
 import random
 import sys
@@ -55,21 +54,20 @@ def main(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(prog="make_split.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(prog="make_split.py", description=__doc__)
     add = parser.add_argument
     add("pathDB", help="root of the audio files, speaker/.../name + extension")
     add("out", help=f"folder to write {TRAIN} and {VALIDATION} to")
     add_extension(add, ".flac")
     add("--by", choices=["utterance", "speaker"], default="utterance",
-        help="hold out utterances of each speaker, or whole speakers (default: utterance)")
+        help="hold out utterances of each speaker, or whole speakers")
     add("--validation", type=float, default=0.1, metavar="FRACTION",
-        help="fraction of the utterances to hold out (default: 0.1)")
-    add("--seed", type=int, default=0, help="of the random choice (default: 0)")
+        help="fraction of the utterances to hold out")
+    add("--seed", type=int, default=0, help="of the random choice")
     add("--list", metavar="FILE", help="split only the names in this list, one per line (default: "
         "all)")
     add("--speaker_level", type=int, default=1, metavar="N",
-        help="number of leading folders that name a file's speaker (default: 1)")
+        help="number of leading folders that name a file's speaker")
     add("--force", action="store_true", help="replace existing lists")
     return parser
 

@@ -9,7 +9,6 @@ the log-scores that the alignment follows, at some consecutive anchors, as in J.
 "Aligned contrastive predictive coding", Interspeech 2021.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from utils.data.labels import read_symbols, symbols_beside
 from utils.files import writing_to
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
 from utils.report.plots import save_figure
-from utils.run.command import command
+from utils.run.command import CommandLine, command
 
 DRAWN = (
     "conv_repr",
@@ -75,7 +74,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandLine(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("directory", metavar="DIR", help="a capture: <pathCaptureSave>/<epoch>")
     add("--windows", type=int, nargs="+", metavar="N", help="which to draw (default: the first 4)")

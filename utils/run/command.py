@@ -2,21 +2,24 @@
 
 import argparse
 import contextlib
+import difflib
 import functools
+import math
 import os
+import re
 import signal
 import sys
 
 import torch
 
-from utils.misc import ToldElsewhere, UserError
+from utils.misc import ToldElsewhere, UserError, first_few
 
 REFUSED = 2  # exit status after a UserError
 UNREAD = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
 
 
 class HelpWithDefaults(argparse.HelpFormatter):
-    """Help that ends with a flag's default, where it has one that its text doesn't name."""
+    """Help with the default of each flag whose text doesn't name it; keeps lines of an epilog."""
 
     def _get_help_string(self, action):
         says_nothing = repr(action.default) in ("None", "False", "''", repr(argparse.SUPPRESS))
@@ -24,15 +27,77 @@ class HelpWithDefaults(argparse.HelpFormatter):
             return action.help
         return f"{action.help} (default: %(default)s)"
 
+    def _fill_text(self, text, width, indent):
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose refusals are one line: the usage of dozens of flags would bury it."""
+    """A parser whose errors are one line: the usage of dozens of flags would bury it."""
 
     def __init__(self, *, formatter_class=HelpWithDefaults, **options):
         super().__init__(formatter_class=formatter_class, **options)
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
+        value = re.fullmatch(r"argument (\S+): (.+: must be .+)", message)  # of a type below
+        if value:
+            raise UserError(f"{value[1]} {value[2]}")
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, but an unknown flag is refused here, where subcommands see it, too."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("-"):
+                self._refuse_flag(first_few([word.partition("=")[0]]))
+        return namespace, unknown
+
+    def _refuse_flag(self, name):
+        known = {flag.lower(): flag for flag in self._option_string_actions}
+        nearest = difflib.get_close_matches(name.lower(), known, n=1)
+        if not nearest:
+            self.error(f"unrecognized flag {name}")
+        raise UserError(f"unrecognized flag {name}: did you mean {known[nearest[0]]}?")
+
+    def _get_option_tuples(self, option_string):
+        """Flags that `option_string` abbreviates. Hidden ones would make it ambiguous: left out."""
+        found = super()._get_option_tuples(option_string)
+        return [match for match in found if match[0].help != argparse.SUPPRESS]
+
+
+# Types of flags: finite numbers within bounds.
+
+
+def at_least(lowest, kind=int):
+    return _number(kind, lambda n: n >= lowest, f"at least {lowest}")
+
+
+def above(lowest, kind=float):
+    return _number(kind, lambda n: n > lowest, f"above {lowest}")
+
+
+def between(lowest, highest, kind=int):
+    """From `lowest` to `highest`, both included."""
+    return _number(kind, lambda n: lowest <= n <= highest, f"from {lowest} to {highest}")
+
+
+def _number(kind, is_allowed, bound):
+    expected = "a whole number" if kind is int else "a finite number"
+
+    def convert(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {expected}") from None
+        if isinstance(number, float) and not math.isfinite(number):
+            raise argparse.ArgumentTypeError(f"{number}: must be {expected}")
+        if not is_allowed(number):
+            raise argparse.ArgumentTypeError(f"{number}: must be {bound}")
+        return number
+
+    return convert
+
+
+decay_rate = _number(float, lambda n: 0 <= n < 1, "in [0, 1)")  # Adam's betas
 
 
 @contextlib.contextmanager
