@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from eval.abx_distances import Frames, ranges
+from utils.data.labels import read_text
 from utils.misc import UserError
 from utils.run.console import progress
 
@@ -48,14 +49,9 @@ def read_items(path, any_context=False):
     With `any_context`, all items get the same context. Raises UserError, naming the file and the
     line, for anything else.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as an item file ({error})") from error
     rows = [
         item_row(f"{path}, line {number}", line)
-        for number, line in enumerate(lines[1:], 2)
+        for number, line in enumerate(read_text(path).splitlines()[1:], 2)
         if line.strip()
     ]
     if not rows:

@@ -21,6 +21,7 @@ import soundfile
 import torch
 
 from utils.data.audio import open_audio, read_header, reason
+from utils.data.labels import read_text
 from utils.data.listing import find_files
 from utils.data.names import name_of
 from utils.data.workers import Workers
@@ -103,7 +104,8 @@ def chosen_files(args):
     paths = find_files(args.path_db, args.file_extension)
     if args.path_phone_files is None:
         return paths
-    wanted = first_words(args.path_phone_files)
+    lines = read_text(args.path_phone_files).splitlines()
+    wanted = {line.split()[0] for line in lines if line.strip()}
     names = [name_of(path, args.file_extension) for path in paths]
     chosen = [path for path, name in zip(paths, names, strict=True) if name in wanted]
     missing = sorted(wanted - set(names))
@@ -115,14 +117,6 @@ def chosen_files(args):
     if not chosen:
         raise UserError(f"{args.path_db}: none of its files is named in {args.path_phone_files}")
     return chosen
-
-
-def first_words(path):
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return {line.split()[0] for line in file if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as text ({error})") from error
 
 
 def target_of(args, path):

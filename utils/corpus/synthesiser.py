@@ -6,7 +6,7 @@ breath, ring a cascade of resonances: the formants of the vocal tract. The noise
 of bursts arises at the lips and teeth, after that cascade, and has a separate spectrum.
 
 PHONES defines the phones, `draw_speaker` a voice, and `speak` turns phones into a waveform and its
-labels. A `Score` comes in between: the value of each control over time.
+labels. `ControlTracks` come in between: the value of each control over time.
 
 Levels are in dB, where 0 dB is the loudness of the speaker's neutral vowel (AX).
 """
@@ -200,10 +200,10 @@ def draw_speaker(rng, female):
     )
 
 
-# The score.
+# Controls over time.
 
 
-class Score:
+class ControlTracks:
     """Every control over the course of an utterance: keyframes with linear interpolation."""
 
     def __init__(self):
@@ -234,34 +234,34 @@ def _draw_boundaries(symbols, speaker, rng):
     return np.concatenate([[0], np.cumsum(durations)])
 
 
-def _write_score(symbols, boundaries, speaker, rng):
-    """The Score of the phones; the formants of each token deviate a little from the tables."""
-    score = Score()
+def _plan_tracks(symbols, boundaries, speaker, rng):
+    """The `ControlTracks` of the phones; formants of tokens deviate a little from the tables."""
+    tracks = ControlTracks()
     for symbol, (start, end) in zip(symbols, itertools.pairwise(boundaries), strict=True):
         scale = speaker.formant_scale * np.exp(FORMANT_SCATTER * rng.standard_normal(3))
         duration = end - start
         for segment in PHONES[symbol].segments:
             stop = start + segment.fraction * duration
-            _write_segment(score, segment, start, stop, scale, speaker)
+            _add_segment(tracks, segment, start, stop, scale, speaker)
             start = stop
-    return score
+    return tracks
 
 
-def _write_segment(score, segment, start, end, scale, speaker):
+def _add_segment(tracks, segment, start, end, scale, speaker):
     for control in ("voice", "aspiration", "frication"):
-        score.hold(control, start, end, getattr(segment, control), ONSET)
+        tracks.hold(control, start, end, getattr(segment, control), ONSET)
     if segment.formants:
         first = scale * segment.formants
         last = scale * (segment.glide_to or segment.formants)
         for control, value, end_value in zip(("F1", "F2", "F3"), first, last, strict=True):
-            score.hold(control, start, end, value, ARTICULATION, end_value)
+            tracks.hold(control, start, end, value, ARTICULATION, end_value)
     if segment.noise:
         # The cavity in front of a constriction differs less between speakers than the whole tract.
         for control, value in zip(("centre", "width"), segment.noise, strict=True):
-            score.hold(control, start, end, value * np.sqrt(speaker.formant_scale), ONSET)
+            tracks.hold(control, start, end, value * np.sqrt(speaker.formant_scale), ONSET)
 
 
-# From the score to sound.
+# From controls to sound.
 
 
 class Tract:
@@ -308,35 +308,35 @@ def _draw_pulses(n_samples, speaker, rng):
     return np.flatnonzero(np.diff(np.floor(cycles)))
 
 
-def _add_voice(waveform, score, tract, pulses, rng):
+def _add_voice(waveform, tracks, tract, pulses, rng):
     """Add the response of the tract to each of the glottal `pulses`."""
-    strength = _amplitude(score.at("voice", pulses))
+    strength = _amplitude(tracks.at("voice", pulses))
     pulses, strength = pulses[strength > 0], strength[strength > 0]
     strength *= 1 + SHIMMER * rng.standard_normal(len(pulses))
     for block in _blocks(pulses):
-        spectra = tract.response(score.formants(pulses[block])) * tract.pulse
+        spectra = tract.response(tracks.formants(pulses[block])) * tract.pulse
         _overlap_add(waveform, pulses[block], strength[block, None] * spectra)
 
 
-def _add_noise(waveform, score, tract, breath, rng):
+def _add_noise(waveform, tracks, tract, breath, rng):
     """Add aspiration, which passes through the tract, and frication, which doesn't."""
     starts = np.arange(0, len(waveform) - N_FFT, NOISE_HOP)
     noise = rng.standard_normal(len(waveform))
     centres = starts + NOISE_HOP
-    with_voice = _amplitude(score.at("voice", centres) + breath)
-    aspiration = tract.hiss * np.hypot(_amplitude(score.at("aspiration", centres)), with_voice)
-    frication = _amplitude(score.at("frication", centres))
+    with_voice = _amplitude(tracks.at("voice", centres) + breath)
+    aspiration = tract.hiss * np.hypot(_amplitude(tracks.at("aspiration", centres)), with_voice)
+    frication = _amplitude(tracks.at("frication", centres))
     window = np.hanning(2 * NOISE_HOP + 1)[:-1]  # overlapping windows sum to 1
     frames = np.lib.stride_tricks.sliding_window_view(noise, len(window))[starts]
     for block in _blocks(starts):
-        filters = aspiration[block, None] * tract.response(score.formants(centres[block]))
-        filters += frication[block, None] * _frication_spectra(score, centres[block])
+        filters = aspiration[block, None] * tract.response(tracks.formants(centres[block]))
+        filters += frication[block, None] * _frication_spectra(tracks, centres[block])
         _overlap_add(waveform, starts[block], filters * np.fft.rfft(window * frames[block], N_FFT))
 
 
-def _frication_spectra(score, samples):
+def _frication_spectra(tracks, samples):
     """Bell curves (n, 257) that turn white noise of power 1 into frication of power 1."""
-    centre, width = score.at("centre", samples), score.at("width", samples)
+    centre, width = tracks.at("centre", samples), tracks.at("width", samples)
     bell = np.exp(-0.5 * ((FREQUENCIES - centre[:, None]) / width[:, None]) ** 2)
     return bell / np.sqrt(np.mean(bell**2, axis=1, keepdims=True))
 
@@ -364,12 +364,12 @@ def speak(symbols, speaker, rng):
     boundaries of the phones in samples, (len(symbols) + 1,) from 0 to L.
     """
     boundaries = _draw_boundaries(symbols, speaker, rng)
-    score = _write_score(symbols, boundaries, speaker, rng)
+    tracks = _plan_tracks(symbols, boundaries, speaker, rng)
     tract = Tract(speaker)
     n_samples = boundaries[-1]
     waveform = np.zeros(n_samples + N_FFT)
-    _add_voice(waveform, score, tract, _draw_pulses(n_samples, speaker, rng), rng)
-    _add_noise(waveform, score, tract, speaker.breath, rng)
+    _add_voice(waveform, tracks, tract, _draw_pulses(n_samples, speaker, rng), rng)
+    _add_noise(waveform, tracks, tract, speaker.breath, rng)
     return waveform[:n_samples], boundaries
 
 
