@@ -1,21 +1,19 @@
-"""ABX discriminability: how often a frame sequence of a phone is nearer to that of another phone.
+"""ABX discriminability: how often a phone is nearer to another phone than to its own kind.
 
     python eval/ABX.py from_checkpoint CHECKPOINT.pt ITEMS.item AUDIO --seq_norm --strict \\
         --file_extension .flac --out OUT
     python eval/ABX.py from_pre_computed FEATURES ITEMS.item --file_extension .npy --out OUT
 
-A and X are two examples of a phone in the same context, B is one of another phone, said by the
+A and X are two examples of a phone in the same context, B is an example of another phone by the
 speaker of A; X is by the same speaker ("within") or by another one ("across"). The score is the
-share of such triplets in which X is nearer to B: 0 is perfect, 0.5 is chance. The distance is
+fraction of such triplets in which X is nearer to B: 0 is perfect, 0.5 is chance. The distance is
 dynamic time warping over the distances between frames (eval/dtw.py).
 
 Item files are those of the ZeroSpeech challenges of 2017 and 2021; utils/corpus/make_abx_item.py
-makes one from phone labels. `OUT/ABX_scores.json` holds the scores, the number of triplets for
-each, and what they were measured on, `OUT/ABX_args.json` the flags.
+makes one from phone labels. `OUT/ABX_scores.json` holds the scores, their numbers of triplets and
+what they were measured on; `OUT/ABX_args.json` holds the flags.
 """
 
-import argparse
-import math
 import os
 import sys
 import zipfile
@@ -39,12 +37,13 @@ from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
 from model import CPCAR
-from utils.data.listing import find_files
-from utils.files import load_tensors, save_json
-from utils.misc import UserError, first_few
+from utils.data.names import files_by_name
+from utils.files import load_tensors, save_json, writing_to
+from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory
+from utils.run.shared_flags import add_device, add_extension
 
 NO_TRIPLET = {
     "within": "it takes two examples of a phone by one speaker, and another phone in the context",
@@ -87,18 +86,16 @@ def main(argv=None):
     if not any(triplets.values()):
         raise UserError(nothing_to_compare(args, len(kept)))
     result = {**scores, "triplets": triplets, "measured_on": measured_on}
-    try:
+    with writing_to(args.out, "--out"):
         save_json(Path(args.out, "ABX_scores.json"), result)
         save_json(Path(args.out, "ABX_args.json"), vars(args))
-    except OSError as error:
-        raise UserError(f"{args.out}: can't be written to ({error.strerror})") from error
     show(scores, triplets, measured_on, args.out)
 
 
 def score_items(items, frames, args):
-    """The scores of items and their `Frames`, and the number of triplets for each.
+    """Scores and numbers of triplets of `items`, whose frames are the `Frames`.
 
-    Two dicts: "within" and "across" -> float, or None without a triplet; the same -> int.
+    Two dicts from "within" and "across": to a float (None without triplets), and to an int.
     """
     frames = frames.normalized().to(device_from(args.device))
     groups = group_items(items, args.max_size_group, args.seed)
@@ -118,9 +115,9 @@ def score_items(items, frames, args):
 
 
 def nothing_to_compare(args, n_items):
-    """The message where there is no triplet at all, with the ways out."""
+    """The message if there is no triplet at all, with the way out."""
     needs = "; ".join(f"{mode} speakers, {NO_TRIPLET[mode]}" for mode in MODES[args.mode])
-    wider = "; --context any takes phones together whatever is around them"
+    wider = "; --context any compares phones whatever their neighbours"
     return (
         f"{args.path_item_file}: no triplet among its {n_items} items with features: {needs}"
         f"{wider if args.context == 'within' else ''}"
@@ -141,15 +138,10 @@ def show(scores, triplets, measured_on, out):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the cure."""
+    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
     args = build_parser().parse_args(argv)
     if args.distance_mode == "euclidian":
         args.distance_mode = "euclidean"
-    for name, least in (("max_size_group", 2), ("max_x_across", 1), ("max_size_seq", 160)):
-        if vars(args).get(name, least) < least:
-            raise UserError(f"--{name} {vars(args)[name]}: at least {least}")
-    if not 0 < args.feature_size < math.inf:
-        raise UserError(f"--feature_size {args.feature_size}: seconds between frames, above 0")
     folder = args.path_audio_data if args.load == "from_checkpoint" else args.path_features
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such directory")
@@ -161,146 +153,91 @@ def parse_arguments(argv=None):
     return args
 
 
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
+
+
 def build_parser():
-    parser = CommandLine(
-        prog="ABX.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(prog="ABX.py", description=__doc__)
     commands = parser.add_subparsers(dest="load", required=True, metavar="COMMAND")
     model = commands.add_parser("from_checkpoint", help="score the features of a CPC model")
     add = model.add_argument
     add("path_checkpoint", help="checkpoint, or a run's directory for the newest in it")
-    add("path_item_file", help="item file: `file onset offset phone prev next speaker` a line")
-    add("path_audio_data", help="folder of the audio files; those in its folders count, too")
-    add_extension(model, ".wav", "end of the audio files' names")
+    add("path_item_file", help="item file, one item per line: `file onset offset phone prev next "
+        "speaker`")
+    add("path_audio_data", help="folder of the audio files; subfolders are included")
+    add_extension(add, ".wav")
     add("--get_encoded", action="store_true", help="score encoded frames instead of contexts")
-    add("--seq_norm", action="store_true", help="zero mean, unit variance over each chunk's time")
-    add(
-        "--max_size_seq",
-        type=int,
-        default=64000,
-        metavar="SAMPLES",
-        help="samples that go through the model at once (default: 64000, 4 s)",
-    )
-    add(
-        "--strict",
-        action="store_true",
-        help="let the last chunk of a file begin earlier instead of being shorter than the others",
-    )
+    add("--seq_norm", action="store_true",
+        help="normalise each chunk to zero mean and unit variance over time")
+    add("--max_size_seq", type=at_least(SAMPLES_PER_FRAME), default=64000, metavar="SAMPLES",
+        help="samples per chunk that goes through the model (default: 64000, 4 s)")
+    add("--strict", action="store_true",
+        help="start the last chunk of a file earlier instead of making it shorter")
     add_shared_flags(model)
     stored = commands.add_parser("from_pre_computed", help="score features in files")
-    stored.add_argument("path_features", help="folder of the features, a file for each audio file")
-    stored.add_argument("path_item_file", help="item file, as for from_checkpoint")
-    add_extension(stored, ".pt", f"end of the features' names, one of {' '.join(READERS)}")
+    add = stored.add_argument
+    add("path_features", help="folder of the features, one file for each audio file")
+    add("path_item_file", help="item file, as for from_checkpoint")
+    add_extension(add, ".pt", f"feature files, one of {' '.join(READERS)}")
     add_shared_flags(stored)
     return parser
 
 
-def add_extension(parser, default, what):
-    what = f"{what} (default: {default})"
-    parser.add_argument("--file_extension", default=default, metavar="EXT", help=what)
-
-
 def add_shared_flags(parser):
-    add_task_flags(parser.add_argument_group("what is compared"))
-    add_sampling_flags(parser.add_argument_group("what is drawn where there is much"))
-    add = parser.add_argument_group("how").add_argument
-    add(
-        "--fastabx",
-        action="store_true",
-        help="let the fastabx library compare (Python 3.12 or later; pip install fastabx)",
-    )
-    add(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one (default: auto)",
-    )
+    add_task_flags(parser.add_argument_group("what is compared").add_argument)
+    add_sampling_flags(parser.add_argument_group("sampling").add_argument)
+    add = parser.add_argument_group("computation and output").add_argument
+    add("--fastabx", action="store_true",
+        help="compare with the fastabx library (Python 3.12 or later; pip install fastabx)")
+    add_device(add)
     add("--cuda", dest="device", action="store_const", const="cuda", help="--device cuda")
-    add("--debug", action="store_true", help=f"only items of the first {DEBUG_FILES} files")
+    add("--debug", action="store_true", help=f"use only items of the first {DEBUG_FILES} files")
     add("--out", metavar="DIR", help="for the scores (default: beside checkpoint or features)")
 
 
-def add_task_flags(group):
-    add = group.add_argument
-    add(
-        "--mode",
-        default="all",
-        choices=list(MODES),
-        help="X by the speaker of A and B, by another, or both scores (default: all)",
-    )
-    add(
-        "--distance_mode",
-        default="cosine",
-        choices=[*FRAME_DISTANCES, "euclidian"],
-        help="between frames, each scaled to length 1 (default: cosine, the angle between them)",
-    )
-    add(
-        "--feature_size",
-        type=float,
-        default=0.01,
-        metavar="SECONDS",
-        help="from one frame of features to the next (default: 0.01)",
-    )
-    add(
-        "--slicing",
-        default="librilight",
-        choices=list(SLICINGS),
+def add_task_flags(add):
+    add("--mode", default="all", choices=list(MODES),
+        help="X by the same speaker as A and B, by another, or both scores")
+    add("--distance_mode", default="cosine", choices=[*FRAME_DISTANCES, "euclidian"],
+        help="between frames, each scaled to length 1 (default: cosine, the angle between them)")
+    add("--feature_size", type=above(0), default=0.01, metavar="SECONDS",
+        help="time from one frame of features to the next")
+    add("--slicing", default="librilight", choices=list(SLICINGS),
         help="; ".join(f"{name}: {rule}" for name, rule in SLICINGS.items())
-        + " (default: librilight, as the original program)",
-    )
-    add(
-        "--context",
-        default="within",
-        choices=list(CONTEXTS),
-        help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()) + " (default: within)",
-    )
+        + " (default: librilight, as in the original program)")
+    add("--context", default="within", choices=list(CONTEXTS),
+        help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()))
 
 
-def add_sampling_flags(group):
-    add = group.add_argument
-    add(
-        "--max_size_group",
-        type=int,
-        default=10,
-        metavar="N",
-        help="of more examples of a phone in one context by one speaker, N are drawn (default: 10)",
-    )
-    add(
-        "--max_x_across",
-        type=int,
-        default=5,
-        metavar="N",
-        help="of more other speakers that X may be by, N are drawn (default: 5)",
-    )
-    add("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+def add_sampling_flags(add):
+    add("--max_size_group", type=at_least(2), default=10, metavar="N",
+        help="examples of a phone in one context by one speaker; more are sampled")
+    add("--max_x_across", type=at_least(1), default=5, metavar="N",
+        help="speakers of X for each A; more are sampled")
+    add("--seed", type=int, default=0, help="of the sampling")
 
 
+# fmt: on
 # ----------------------------------------------------------------------------------- features
 
 
 def find_paths(args, items):
-    """The file of each name in `items` that has one: name -> path. Says which have none."""
+    """Name -> path of the files of `items`; prints the names that have no file."""
     root = args.path_audio_data if args.load == "from_checkpoint" else args.path_features
-    wanted, paths = dict.fromkeys(items.files), {}
-    for path in find_files(root, args.file_extension):
-        name = os.path.basename(path)[: -len(args.file_extension) or None]
-        if name in paths:
-            raise UserError(f"{root}: {name} could be {paths[name]} or {path}: leave one")
-        if name in wanted:
-            paths[name] = os.path.join(root, path)
+    wanted = dict.fromkeys(items.files)
+    paths = files_by_name(root, args.file_extension, wanted)
     missing = [name for name in wanted if name not in paths]
     if missing:
         print(
             f"{args.path_item_file}: {len(missing)} of {len(wanted)} files aren't in {root}, "
             f"their items are left out: {first_few(missing)}"
         )
-    return paths
+    return {name: os.path.join(root, path) for name, path in paths.items()}
 
 
 def source(args):
-    """What the features are, for the record."""
+    """The origin of the features, for the record."""
     if args.load == "from_pre_computed":
         return {"features": os.path.abspath(args.path_features), "layer": "as in these files"}
     return {
@@ -311,12 +248,12 @@ def source(args):
 
 
 def features_of_checkpoint(args, paths):
-    """A function from a name to the features (T, D) of that audio file, None without one."""
+    """A function: name -> features (T, D) of that audio file, None without one."""
     model, *_ = load_model([args.path_checkpoint])
     model.to(device_from(args.device))
     for part in model.modules():
         if isinstance(part, CPCAR):
-            part.keep_hidden = True  # from chunk to chunk; every file begins in the zero state
+            part.keep_hidden = True  # between chunks; every file begins in the zero state
 
     def features(name):
         if name not in paths:
@@ -334,7 +271,7 @@ def features_of_checkpoint(args, paths):
 
 
 def stored_features(args, paths):
-    """A function from a name to the features (T, D) in its file, None without one."""
+    """A function: name -> features (T, D) from its file, None without one."""
     extension = os.path.splitext(args.file_extension)[1] or args.file_extension
     if extension not in READERS:
         raise UserError(f"--file_extension {args.file_extension}: not one of {' '.join(READERS)}")
@@ -346,13 +283,13 @@ def stored_features(args, paths):
 
 
 def read_features(path, reader):
-    """Features (T, D) float32 of a file. Raises UserError, naming it, if it holds none."""
+    """Features (T, D) float32 from a file. Raises UserError, naming it, if it holds none."""
     try:
         features = torch.as_tensor(reader(path))
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: can't be read as features ({error})") from error
     if features.dim() == 3 and len(features) == 1:
-        features = features[0]  # a batch of one file, as models give it
+        features = features[0]  # a batch of one file, as models return it
     if features.dim() != 2:
         raise UserError(f"{path}: of shape {tuple(features.shape)}, not (frames, dimensions)")
     return features.float()

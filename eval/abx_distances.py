@@ -1,7 +1,7 @@
-"""Distances of all items of a group from all items of another, for a great many pairs of groups.
+"""Distances between all items of two groups, for many pairs of groups at once.
 
-The distances between frames are computed group by group, as one product of matrices for many
-pairs of groups of like sizes, the DTW item by item, for many pairs of items of like sizes.
+Distances between frames are computed by group, as one matrix product for many pairs of groups of
+similar size; DTW is computed by item, for many pairs of items of similar size.
 """
 
 import math
@@ -12,18 +12,18 @@ import torch
 from eval.dtw import FRAME_DISTANCES, dtw, normalize_with_singularity
 from utils.run.console import progress
 
-# Floats held at once: as many as make each step worth its overhead, and few enough for caches.
+# Floats held at once: enough to outweigh the overhead of a step, few enough to stay in caches.
 TABLE_FLOATS = {"cpu": 2**24, "cuda": 2**28}  # in tables of distances between frames
-STEP_FLOATS = {"cpu": 2**20, "cuda": 2**26}  # in a product of matrices, in a DTW
+STEP_FLOATS = {"cpu": 2**20, "cuda": 2**26}  # in one matrix product or DTW
 
 
-# ------------------------------------------------------------------------------- cutting up work
+# ------------------------------------------------------------------------------ dividing the work
 
 
 def rounds(weights, most, keys=None):
-    """Cut the positions of `weights` (N,) into runs, each of a total weight of about `most`.
+    """Split the positions of `weights` (N,) into runs with a total weight of about `most` each.
 
-    With `keys` (N,), ascending, each run has one key.
+    With `keys` (N,), ascending, all positions in a run have the same key.
     """
     which = weights.cumsum(0).div(most, rounding_mode="floor")
     if keys is not None:
@@ -40,7 +40,7 @@ def ranges(starts, sizes):
 
 
 def joint(*labels):
-    """One number (N,) for each combination of labels (N,), in the order of the combinations."""
+    """One integer (N,) for each combination of labels (N,), in lexicographic order."""
     key = labels[0]
     for label in labels[1:]:
         key = key * (label.max() + 1) + label
@@ -65,11 +65,11 @@ class Frames:
         return Frames(normalize_with_singularity(self.frames), self.starts, self.sizes)
 
     def of(self, items):
-        """The items with the numbers `items` (K,)."""
+        """The items with indices `items` (K,)."""
         return Frames(self.frames, self.starts[items], self.sizes[items])
 
     def packed(self):
-        """The same items, and nothing between them."""
+        """The same items, without gaps between them."""
         frames = self.frames[ranges(self.starts, self.sizes)[1]]
         return Frames(frames, self.sizes.cumsum(0) - self.sizes, self.sizes)
 
@@ -79,7 +79,7 @@ class Frames:
         return Frames(self.frames, starts, self.starts[last] + self.sizes[last] - starts)
 
     def padded(self):
-        """All items as one tensor `(I, longest, H)`: behind the end of an item, anything."""
+        """All items as one tensor `(I, longest, H)`; the padding is arbitrary."""
         within = torch.arange(int(self.sizes.max()), device=self.frames.device)
         index = (self.starts[:, None] + within).clamp_(max=len(self.frames) - 1)
         return self.frames.index_select(0, index.view(-1)).view(*index.shape, -1)
@@ -87,7 +87,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables of distances between frames, with their rows one after the other in `flat`.
+    """Tables of distances between frames, stored row by row in `flat`.
 
     Row i, column j of table k is `flat[starts[k] + i * widths[k] + j]`.
     """
@@ -97,9 +97,9 @@ class Tables:
     widths: torch.Tensor  # (K,) int64
 
     def cut(self, which, row, column, n, m):
-        """From each table `which` (P,), `n` rows and `m` columns from (row, column) on: (P, n, m).
+        """The `n` rows and `m` columns of tables `which` (P,) starting at (row, column): (P, n, m).
 
-        What lies outside of a table is arbitrary.
+        Entries outside a table are arbitrary.
         """
         start = self.starts[which] + row * self.widths[which] + column
         start = start[:, None] + torch.arange(n, device=start.device) * self.widths[which, None]
@@ -109,8 +109,8 @@ class Tables:
 
 
 def frame_tables(x, y, distance):
-    """Distances of all frames of item k of `x` from all frames of item k of `y`, as `Tables`."""
-    # Items of like sizes together: padding costs at most a fifth on either side.
+    """Distances between all frames of item k of `x` and item k of `y`, for all k, as `Tables`."""
+    # Items of similar size go together: padding costs at most a fifth on either side.
     like = joint(*((sizes.double().log2() * 4).ceil().long() for sizes in (x.sizes, y.sizes)))
     order = like.argsort(stable=True)
     floats = x.sizes * y.sizes + (x.sizes + y.sizes) * x.frames.shape[1]
@@ -124,7 +124,7 @@ def frame_tables(x, y, distance):
         widths[some] = tables.shape[2]
         used += tables.numel()
         pieces.append(tables.view(-1))
-    pieces.append(tables.new_zeros(int(widths.max())))  # so that a run from any float on exists
+    pieces.append(tables.new_zeros(int(widths.max())))  # so that a run starting at any float exists
     return Tables(torch.cat(pieces), starts, widths)
 
 
@@ -133,10 +133,10 @@ def frame_tables(x, y, distance):
 
 @dataclass(frozen=True)
 class Blocks:
-    """For pairs of groups, the distances of all items of one from all items of the other.
+    """Distances between all items of two groups, for K pairs of groups.
 
-    Block k is a table of `rows[k]` times `columns[k]` in `distances[starts[k]:]`. Where a group
-    meets itself the diagonal is infinite: no item is compared with itself.
+    Block k is a table of `rows[k]` by `columns[k]` in `distances[starts[k]:]`. If a group is paired
+    with itself, the diagonal is infinite: no item is compared with itself.
     """
 
     distances: torch.Tensor  # (sum of rows * columns,) float32
@@ -145,7 +145,7 @@ class Blocks:
     columns: torch.Tensor  # (K,) int64
 
     def padded(self, which, outside):
-        """The blocks `which` (C,) as one tensor (C, rows, columns), with `outside` around each."""
+        """The blocks `which` (C,) as one tensor (C, rows, columns), padded with `outside`."""
         rows, columns = self.rows[which, None, None], self.columns[which, None, None]
         i = torch.arange(int(rows.max()), device=rows.device)[:, None]
         j = torch.arange(int(columns.max()), device=rows.device)
@@ -157,9 +157,8 @@ class Blocks:
 def compare_groups(frames, x, n_x, y, n_y, distance):
     """The `Blocks` of K pairs of groups; all four are (K,).
 
-    Rows of block k are the items `x[k], x[k] + 1, ...`, `n_x[k]` of them; its columns are those
-    from `y[k]` on. `frames` are the packed `Frames` of all items, `distance` is a key of
-    FRAME_DISTANCES.
+    The rows of block k are the `n_x[k]` items `x[k], x[k] + 1, ...`, its columns the `n_y[k]` items
+    from `y[k]`. `frames`: packed `Frames` of all items; `distance`: a key of FRAME_DISTANCES.
     """
     sizes = n_x * n_y
     distances = frames.frames.new_full((int(sizes.sum()),), math.inf)
@@ -173,7 +172,7 @@ def compare_groups(frames, x, n_x, y, n_y, distance):
 
 
 def compare_some(blocks, some, frames, x, y, distance):
-    """Fill the blocks `some` (K,); `x` and `y` (K,) are the first items of rows and columns."""
+    """Fill blocks `some` (K,); `x` and `y` (K,) are the first items of their rows and columns."""
     n_x, n_y = blocks.rows[some], blocks.columns[some]
     rows, columns = frames.merged(x, n_x), frames.merged(y, n_y)
     tables = frame_tables(rows, columns, distance)
@@ -191,11 +190,11 @@ def compare_some(blocks, some, frames, x, y, distance):
 
 
 def warp(tables, which, x, x_origin, y, y_origin):
-    """DTW distances (P,) of the items `x` from the items `y`, given distances between frames.
+    """DTW distances (P,) between items `x` and `y`, given the distances between their frames.
 
     Row 0 and column 0 of table `which[p]` are the frames `x_origin[p]` and `y_origin[p]`.
     """
-    order = joint(x.sizes, y.sizes).argsort()  # like sizes: little padding
+    order = joint(x.sizes, y.sizes).argsort()  # similar sizes: little padding
     result = tables.flat.new_empty(len(which))
     row, column = x.starts - x_origin, y.starts - y_origin
     floats = (x.sizes + 1) * (y.sizes + 1)

@@ -1,7 +1,7 @@
-"""The same ABX task done by the fastabx library, as a check and where its speed is wanted.
+"""The same ABX task computed by the fastabx library, as a check or for its speed.
 
-https://pypi.org/project/fastabx, for Python 3.12 and later. It gets the very items, groups and
-cells that are compared here, so that its errors are those of `eval.abx_groups.cell_errors`.
+https://pypi.org/project/fastabx, for Python 3.12 and later. It is given the same items, groups and
+cells, so that its errors equal those of `eval.abx_groups.cell_errors`.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ METRICS = {"cosine": "angular", "euclidean": "euclidean"}
 
 
 def require_fastabx():
-    """Name and version of the library. Raises UserError, with the cure, where there is none."""
+    """Name and version of the library. Raises UserError, with the way out, if it is missing."""
     try:
         return f"fastabx {importlib.metadata.version('fastabx')}"
     except importlib.metadata.PackageNotFoundError:
@@ -26,13 +26,13 @@ def require_fastabx():
             else f"it needs Python 3.12 or later, and this is {python}"
         )
         raise UserError(
-            f"--fastabx: the library isn't installed ({cure}); without the flag, the same "
-            "scores are computed here"
+            f"--fastabx: the library isn't installed ({cure}); without the flag, the "
+            "same scores are computed here"
         ) from None
 
 
 def fastabx_errors(groups, cells, frames, distance):
-    """What `eval.abx_groups.cell_errors` computes: share of errors (C,) float64 of each cell."""
+    """The error of each cell, (C,) float64, as `eval.abx_groups.cell_errors` computes it."""
     import polars
     from fastabx import Dataset, Score, Task
     from fastabx.accessor import InMemoryAccessor
@@ -40,7 +40,7 @@ def fastabx_errors(groups, cells, frames, distance):
     ends = frames.starts + frames.sizes
     spans = dict(enumerate(zip(frames.starts.tolist(), ends.tolist(), strict=True)))
     accessor = InMemoryAccessor(spans, frames.frames, frames.frames.device)
-    accessor.is_normalized = distance == "cosine"  # these frames are, in the original's way
+    accessor.is_normalized = distance == "cosine"  # already done, as in the original program
     labels = polars.DataFrame({"item": range(len(spans))})
     members = [piece.tolist() for piece in groups.members.split(groups.sizes.tolist())]
     columns = {

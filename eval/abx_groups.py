@@ -1,9 +1,9 @@
-"""The ABX task: which items are compared with which, and how their comparisons make a score.
+"""The ABX task: which items are compared, and how the comparisons are averaged to a score.
 
 An item is a stretch of speech with a phone, a context (the phones around it) and a speaker. Items
-alike in all three form a group. In a triplet, A and X have the same phone, B another one; A and B
-have the same speaker, and all three the same context. The triplet is an error when X is nearer to
-B than to A, half an error when they are equally near. A cell is all triplets of three groups.
+that share all three form a group. In a triplet, A and X have the same phone and B another one; A
+and B have the same speaker, and all three the same context. A triplet is an error if X is nearer
+to B than to A, half an error in a tie. A cell consists of all triplets of three groups.
 
 Schatz et al. 2013, "Evaluating speech features with the minimal-pair ABX task"; Nguyen et al.
 2020, "The Zero Resource Speech Benchmark 2021".
@@ -17,7 +17,7 @@ import torch
 from eval.abx_distances import compare_groups, joint, ranges, rounds
 from utils.misc import generator_from
 
-ENTRIES_PER_ROUND = 2**22  # distances in the tables of the cells that are judged at once
+ENTRIES_PER_ROUND = 2**22  # distances in the tables of the cells that are evaluated at once
 
 
 # ------------------------------------------------------------------------------ groups and cells
@@ -25,9 +25,9 @@ ENTRIES_PER_ROUND = 2**22  # distances in the tables of the cells that are judge
 
 @dataclass(frozen=True)
 class Groups:
-    """Items of one context, speaker and phone each: group g is `members[starts[g]:][:sizes[g]]`."""
+    """Items grouped by context, speaker and phone; group g is `members[starts[g]:][:sizes[g]]`."""
 
-    members: torch.Tensor  # (I,) int64, numbers of items
+    members: torch.Tensor  # (I,) int64, indices of items
     starts: torch.Tensor  # (G,) int64
     sizes: torch.Tensor
     context: torch.Tensor
@@ -39,7 +39,7 @@ class Groups:
 
 
 def group_items(items, max_size, seed):
-    """The groups, of at most `max_size` items each: drawn at random where there are more."""
+    """The groups, of at most `max_size` items each; larger ones are subsampled."""
     keys, group = torch.unique(
         joint(items.context, items.speaker, items.phone), return_inverse=True
     )
@@ -54,16 +54,16 @@ def group_items(items, max_size, seed):
 
 
 def within_cells(groups):
-    """Cells (C, 3), numbers of the groups of A, B and X, all by one speaker: X is A's group."""
+    """Cells (C, 3): groups of A, B and X, all by one speaker. A and X have the same group."""
     a, b = pairs_of_phones(groups)
     several = groups.sizes[a] > 1  # A and X are two items
     return torch.stack([a, b, a], dim=1)[several]
 
 
 def across_cells(groups, max_x, seed):
-    """Cells (C, 3), numbers of the groups of A, B and X, where X is by another speaker.
+    """Cells (C, 3): groups of A, B and X, where X is by another speaker.
 
-    Where more than `max_x` other speakers have A's phone in A's context, that many are drawn.
+    If more than `max_x` other speakers have A's phone in A's context, `max_x` of them are drawn.
     """
     same = joint(groups.context, groups.phone)
     a, x = matching_pairs(same, same)
@@ -77,7 +77,7 @@ def across_cells(groups, max_x, seed):
 
 
 def pairs_of_phones(groups):
-    """All (A, B) of one context and speaker and two phones, as two tensors of groups' numbers."""
+    """All pairs of groups (A, B) with the same context and speaker, but two phones: two tensors."""
     same = joint(groups.context, groups.speaker)
     a, b = matching_pairs(same, same)
     return a[a != b], b[a != b]
@@ -104,10 +104,10 @@ def random_subset(owner, most, generator):
 
 
 def cell_errors(groups, cells, frames, distance):
-    """Share of errors (C,) float64 among the triplets of each cell.
+    """Fraction of errors (C,) float64 among the triplets of each cell.
 
-    `frames` are the normalised `Frames` of all items, on the device to compute on; `distance` is
-    a key of FRAME_DISTANCES.
+    `frames`: normalised `Frames` of all items, on the device to compute on; `distance`: a key of
+    FRAME_DISTANCES.
     """
     groups, cells = groups.to(frames.starts.device), cells.to(frames.starts.device)
     frames = frames.of(groups.members).packed()
@@ -124,7 +124,7 @@ def cell_errors(groups, cells, frames, distance):
     )
     errors = torch.empty(len(cells), dtype=torch.float64, device=cells.device)
     triplets = count_triplets(groups, cells)
-    order = joint(sizes[x], sizes[a], sizes[b]).argsort()  # like sizes: little padding
+    order = joint(sizes[x], sizes[a], sizes[b]).argsort()  # similar sizes: little padding
     for some in rounds((sizes[x] * (sizes[a] + sizes[b]))[order], ENTRIES_PER_ROUND):
         some = order[some]
         to_a, to_b = blocks.padded(with_a[some], math.inf), blocks.padded(with_b[some], -math.inf)
@@ -140,9 +140,9 @@ def count_triplets(groups, cells):
 
 
 def count_wins(to_a, to_b):
-    """For each cell, triplets where X is nearer to A than to B; equally near ones count half.
+    """The triplets of each cell in which X is nearer to A than to B; ties count half.
 
-    `to_a` (C, X, A) is infinite and `to_b` (C, X, B) minus infinite where there is no item.
+    `to_a` (C, X, A) is infinite and `to_b` (C, X, B) minus infinite outside the groups.
     Returns (C,) float64.
     """
     to_a, to_b = to_a.contiguous(), to_b.sort(dim=2).values
@@ -154,7 +154,7 @@ def count_wins(to_a, to_b):
 def mean_error(groups, cells, errors):
     """The score: errors averaged over contexts and X's speakers, speakers, then pairs of phones.
 
-    A float, or None where there is no cell.
+    A float, or None without cells.
     """
     if len(cells) == 0:
         return None

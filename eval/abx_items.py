@@ -1,4 +1,4 @@
-"""Stretches of speech that are compared: item files, and the frames of each item."""
+"""Items, the stretches of speech to compare: reading item files, and cutting out their frames."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from eval.abx_distances import Frames, ranges
+from utils.data.labels import read_text
 from utils.misc import UserError
 from utils.run.console import progress
 
@@ -18,7 +19,7 @@ SLICINGS = {
 
 @dataclass(frozen=True)
 class Items:
-    """Columns of one length: files' names, times in seconds, ids of phone, context, speaker."""
+    """Columns of equal length: file names, times in seconds, ids of phone, context, speaker."""
 
     files: tuple[str, ...]
     onset: torch.Tensor  # (I,) float64
@@ -31,7 +32,7 @@ class Items:
         return len(self.files)
 
     def select(self, kept):
-        """The items with the numbers `kept` (K,)."""
+        """The items with indices `kept` (K,)."""
         files = tuple(self.files[i] for i in kept.tolist())
         columns = (self.onset, self.offset, self.phone, self.context, self.speaker)
         return Items(files, *(column[kept] for column in columns))
@@ -43,19 +44,14 @@ class Items:
 
 
 def read_items(path, any_context=False):
-    """The items of a ZeroSpeech item file: a header, then seven columns a line.
+    """The items of a ZeroSpeech item file: a header line, then seven columns per line.
 
-    With `any_context`, all items count as having the same context. Raises UserError, naming the
-    file and the line, where the file is something else.
+    With `any_context`, all items get the same context. Raises UserError, naming the file and the
+    line, for anything else.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as an item file ({error})") from error
     rows = [
         item_row(f"{path}, line {number}", line)
-        for number, line in enumerate(lines[1:], 2)
+        for number, line in enumerate(read_text(path).splitlines()[1:], 2)
         if line.strip()
     ]
     if not rows:
@@ -72,7 +68,7 @@ def read_items(path, any_context=False):
 
 
 def item_row(where, line):
-    """One line of an item file: (file, onset, offset, phone, context, speaker)."""
+    """Parse a line of an item file: (file, onset, offset, phone, context, speaker)."""
     try:
         file, onset, offset, phone, previous_phone, next_phone, speaker = line.split()
         onset, offset = float(onset), float(offset)
@@ -84,16 +80,16 @@ def item_row(where, line):
 
 
 def ids(labels):
-    """Numbers from 0 by first appearance, (I,) int64."""
+    """Integer ids in order of first appearance, (I,) int64."""
     numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     return torch.tensor([numbers[label] for label in labels])
 
 
 def frame_span(onset, offset, n_frames, frame_rate, slicing="librilight"):
-    """First frame of each item and the one after its last, (I,) int64 each.
+    """First frame of each item and the end (one after the last), (I,) int64 each.
 
-    Frame i stands for the time (i + 0.5) / frame_rate. "librilight" is the rule of the original
-    program and of Libri-light, which loses the last frame; "centres" keeps it.
+    Frame i is centred at (i + 0.5) / frame_rate. "librilight" is the rule of the original program
+    and of Libri-light, which drops the last frame; "centres" keeps it.
     """
     first = (frame_rate * onset - 0.5).ceil().long().clamp(min=0)
     end = (frame_rate * offset - 0.5).floor().long() + (slicing == "centres")
@@ -103,9 +99,9 @@ def frame_span(onset, offset, n_frames, frame_rate, slicing="librilight"):
 def cut_items(items, features_of, frame_rate, slicing="librilight"):
     """Cut the items out of the features of their files.
 
-    `features_of(name)` gives a file's features `(T, H)`, or None where there is no such file;
-    `frame_rate` is in frames a second. Returns the items that have at least one frame and their
-    `Frames`. Raises UserError where that is none, where features aren't finite, or differ in H.
+    `features_of(name)` returns a file's features `(T, H)`, or None if there is no such file;
+    `frame_rate` is in Hz. Returns the items that have at least one frame, and their `Frames`.
+    Raises UserError if there is none, if features aren't finite, or if H differs between files.
     """
     numbers_of = {}
     for number, name in enumerate(items.files):

@@ -1,4 +1,4 @@
-"""Features of all audio files in a folder, a file for each, as for the Zero Speech challenge.
+"""Features of all audio files in a folder, one file each, as for the ZeroSpeech challenge.
 
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format npz --strict
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format pt --extension .flac
@@ -8,12 +8,12 @@
 
     npz   `features` (T, D) float32, `time` (T,) the middle of each frame and `totTime` (1,) the
           length of the file, both in seconds
-    npy   the features alone
-    pt    the same as a PyTorch tensor, which `eval/ABX.py from_pre_computed` reads
-    fea   text, a line for each frame: time and values, separated by blanks
+    npy   only the features
+    pt    only the features, as a PyTorch tensor that `eval/ABX.py from_pre_computed` reads
+    fea   text, one frame per line: time and values, separated by spaces
 
-`OUT.json`, beside the folder, keeps the flags. A call that was stopped goes on where it was when it
-is repeated.
+The flags are written to `OUT.json`, beside the folder. If a call is interrupted, the same call
+resumes it.
 """
 
 import os
@@ -32,16 +32,24 @@ from feature_loader import (
     load_model,
     load_phone_classifier,
 )
-from utils.data.listing import find_files
-from utils.files import atomic_path, load_json, remove_leftovers, save_json, save_tensors
+from utils.data.names import files_by_name
+from utils.files import (
+    atomic_path,
+    load_json,
+    remove_leftovers,
+    save_json,
+    save_tensors,
+    writing_to,
+)
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory
+from utils.run.shared_flags import add_device, check_same_flags
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
-DECISIVE = (  # flags that features depend on
+DECISIVE = (  # flags that the features depend on
     "pathCheckpoint", "addCriterion", "oneHot", "maxSizeSeq", "format", "strict", "getEncoded",
     "clusters", "seqNorm",
 )  # fmt: skip
@@ -57,7 +65,7 @@ def main(argv=None):
     remaining = {path: output for path, output in outputs.items() if not output.exists()}
     if len(remaining) < len(outputs):
         print(
-            f"{len(outputs) - len(remaining)} of {len(outputs)} files have their features already"
+            f"{len(outputs) - len(remaining)} of {len(outputs)} files already have their features"
         )
     failures = write_features(module, remaining, args)
     if failures:
@@ -71,16 +79,14 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the cure."""
+    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
     args = build_parser().parse_args(argv)
-    refuse_unavailable(args)
+    check_available(args)
     if args.oneHot and not args.addCriterion:
         raise UserError("--oneHot needs --addCriterion")
     for name in ("getEncoded", "clusters"):
         if args.addCriterion and getattr(args, name):
-            raise UserError(f"--addCriterion gives probabilities of phones: leave out --{name}")
-    if args.maxSizeSeq < SAMPLES_PER_FRAME:
-        raise UserError(f"--maxSizeSeq {args.maxSizeSeq}: at least {SAMPLES_PER_FRAME} samples")
+            raise UserError(f"--addCriterion writes phone probabilities: leave out --{name}")
     if not os.path.isdir(args.pathDB):
         raise UserError(f"{args.pathDB}: no such directory")
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
@@ -90,97 +96,69 @@ def parse_arguments(argv=None):
     return args
 
 
-def refuse_unavailable(args):
-    """The original's flags that have no meaning here, each with the reason."""
-    for given, reason in (
-        (
-            args.format == "af",
-            "--format af: files of the ArrayFire library, which nothing here reads or needs; npy "
-            "holds the same",
-        ),
-        (
-            args.dimReduction or args.centroidLimits,
-            "--dimReduction and --centroidLimits: the format of these files was never published; "
-            "write the features as npy and project them yourself",
-        ),
-        (
-            args.train_mode,
-            "--train_mode: with dropout and batch norm at work, the features of a file would "
-            "depend on chance; leave it out",
-        ),
-    ):
-        if given:
-            raise UserError(reason)
+def check_available(args):
+    """Refuse the original's flags that have no meaning here, each with the reason."""
+    if args.format == "af":
+        raise UserError(
+            "--format af: the ArrayFire library isn't supported; --format npy stores the same"
+        )
+    if args.dimReduction or args.centroidLimits:
+        raise UserError(
+            "--dimReduction and --centroidLimits: the format of their files was never published; "
+            "write the features as npy and project them yourself"
+        )
+    if args.train_mode:
+        raise UserError(
+            "--train_mode: with dropout and batch norm in training mode, features would depend on "
+            "chance; leave it out"
+        )
+
+
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
 
 
 def build_parser():
     parser = CommandLine(
-        prog="build_zeroSpeech_features.py", description="Features of all audio files of a folder."
+        prog="build_zeroSpeech_features.py", description="Features of all audio files in a folder."
     )
     add = parser.add_argument
-    add("pathDB", help="folder of the audio files; those in its folders count, too")
+    add("pathDB", help="folder of the audio files; subfolders are included")
     add("pathOut", help="folder to write the features to")
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
-    add(
-        "--extension",
-        "--file_extension",
-        default=".wav",
-        metavar="EXT",
-        help="end of the audio files' names (default: .wav)",
-    )
-    add(
-        "--format",
-        choices=["npz", "fea", "npy", "pt", "af"],
-        default="fea",
-        help="of the features' files; fea is text (default: fea)",
-    )
-    add_feature_flags(parser.add_argument_group("features"))
-    add_other_flags(parser.add_argument_group("machine, and flags that are refused"))
+    add("--extension", "--file_extension", default=".wav", metavar="EXT",
+        help="ending of the names of the audio files")
+    add("--format", choices=["npz", "fea", "npy", "pt", "af"], default="fea",
+        help="of the feature files; fea is text")
+    add_feature_flags(parser.add_argument_group("features").add_argument)
+    add_other_flags(parser.add_argument_group("machine, and unsupported flags").add_argument)
     return parser
 
 
-def add_feature_flags(group):
-    add = group.add_argument
+def add_feature_flags(add):
     add("--getEncoded", action="store_true", help="encoded frames instead of contexts")
-    add(
-        "--addCriterion",
-        action="store_true",
-        help="probabilities of phones, by the classifier in the checkpoint",
-    )
-    add("--oneHot", action="store_true", help="1 for the likeliest phone (needs --addCriterion)")
-    add(
-        "--clusters",
-        metavar="FILE",
-        help="squared distances to these centers: .npy, .txt, or .pt of a clustering",
-    )
-    add("--seqNorm", action="store_true", help="zero mean, unit variance over time (and --strict)")
-    add(
-        "--strict",
-        action="store_true",
-        help="let the last part of a file begin earlier instead of being shorter than the others",
-    )
-    add(
-        "--maxSizeSeq",
-        type=int,
-        default=64000,
-        metavar="SAMPLES",
-        help="samples that go through the model at once (default: 64000, 4 s)",
-    )
+    add("--addCriterion", action="store_true",
+        help="phone probabilities, by the classifier in the checkpoint")
+    add("--oneHot", action="store_true",
+        help="1 for the most probable phone, 0 for others (needs --addCriterion)")
+    add("--clusters", metavar="FILE",
+        help="squared distances to these centers: .npy, .txt, or .pt of a clustering")
+    add("--seqNorm", action="store_true",
+        help="zero mean and unit variance over time (implies --strict)")
+    add("--strict", action="store_true",
+        help="start the last chunk of a file earlier instead of making it shorter")
+    add("--maxSizeSeq", type=at_least(SAMPLES_PER_FRAME), default=64000, metavar="SAMPLES",
+        help="samples per chunk that goes through the model (default: 64000, 4 s)")
 
 
-def add_other_flags(group):
-    add = group.add_argument
-    add(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one (default: auto)",
-    )
+def add_other_flags(add):
+    add_device(add)
     add("--train_mode", action="store_true", help="refused: features would depend on chance")
     add("--dimReduction", metavar="FILE", help="refused: its format was never published")
-    add("--centroidLimits", nargs=2, type=int, metavar="N", help="refused with --dimReduction")
+    add("--centroidLimits", nargs=2, type=int, metavar="N", help="refused, as --dimReduction")
 
 
+# fmt: on
 # ----------------------------------------------------------------------------------- features
 
 
@@ -197,7 +175,7 @@ class ClusterDistances(FeatureModule):
 
 
 def build_module(args):
-    """What makes features of waveforms, as the flags say."""
+    """The module that computes features from waveforms, according to the flags."""
     model, *_ = load_model([args.pathCheckpoint])
     if args.addCriterion:
         classifier = load_phone_classifier(args.pathCheckpoint)
@@ -214,7 +192,7 @@ def build_module(args):
 
 
 def write_features(module, outputs, args):
-    """Write the features of each file. Returns a line for each that can't be used."""
+    """Write the features of each file. Returns a message for each that can't be used."""
     failures = []
     for path, output in progress(outputs.items(), what="features", unit=" files"):
         try:
@@ -228,10 +206,8 @@ def write_features(module, outputs, args):
         except UserError as error:
             failures.append(str(error))
             continue
-        try:
+        with writing_to(output):
             WRITERS[args.format](output, features[0])
-        except OSError as error:
-            raise UserError(f"{output}: can't be written ({error.strerror})") from error
     return failures
 
 
@@ -239,47 +215,29 @@ def write_features(module, outputs, args):
 
 
 def name_outputs(args):
-    """The output file of each audio file: path below `pathDB` -> Path.
-
-    Raises UserError if two would be the same.
-    """
-    outputs, taken = {}, {}
-    for path in find_files(args.pathDB, args.extension):
-        name = os.path.basename(path)[: -len(args.extension) or None]
-        if name in taken:
-            raise UserError(
-                f"{taken[name]} and {path} would both become {name}.{args.format}: "
-                "build the features of their folders separately"
-            )
-        taken[name] = path
-        outputs[path] = Path(args.pathOut, f"{name}.{args.format}")
-    return outputs
+    """The output file of each audio file: path below `pathDB` -> Path."""
+    paths = files_by_name(args.pathDB, args.extension)
+    return {path: Path(args.pathOut, f"{name}.{args.format}") for name, path in paths.items()}
 
 
 def record_of(args):
-    """The file beside the folder that keeps the flags."""
+    """The file of flags beside the folder."""
     return Path(f"{args.pathOut}.json")
 
 
 def open_folder(args):
-    """Make the folder and keep the flags beside it.
+    """Make the folder and write the flags beside it.
 
-    Raises UserError if it holds features that other flags made.
+    Raises UserError if it holds features made with other flags.
     """
     record = record_of(args)
-    before = load_json(record) if record.is_file() else {}
-    differing = [name for name in DECISIVE if before.get(name) != getattr(args, name)]
-    if before and differing and os.path.isdir(args.pathOut) and os.listdir(args.pathOut):
-        raise UserError(
-            f"{args.pathOut}: holds features made with another --{differing[0]} "
-            f"({before.get(differing[0])}): name another folder, or remove this one"
-        )
-    try:
+    stored = load_json(record) if record.is_file() else {}
+    if stored and os.path.isdir(args.pathOut) and os.listdir(args.pathOut):
+        check_same_flags(args.pathOut, stored, args, DECISIVE, "features")
+    with writing_to(args.pathOut):
         os.makedirs(args.pathOut, exist_ok=True)
         remove_leftovers(args.pathOut)
         save_json(record, vars(args))
-    except OSError as error:
-        raise UserError(f"{args.pathOut}: can't be written to ({error.strerror})") from error
 
 
 def frame_times(n_frames):

@@ -1,4 +1,4 @@
-"""Moving features towards the nearest of given centers, such as those of a k-means clustering."""
+"""Moving features towards the nearest of given centers, such as those of k-means clusters."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from utils.misc import UserError
 
 
 def squared_distances(points, centers, normalize=False):
-    """points (..., D), centers (k, D) -> (..., k); of their directions alone with `normalize`."""
+    """points (..., D), centers (k, D) -> (..., k); `normalize` scales both to unit length first."""
     if normalize:
         points, centers = F.normalize(points, dim=-1), F.normalize(centers, dim=-1)
     products = points @ centers.T
@@ -18,10 +18,10 @@ def squared_distances(points, centers, normalize=False):
 
 
 def push_to_nearest(points, centers, degree, normalize=False, push_normalized=False):
-    """Each point of (..., D) moved by the share `degree` of the way to the nearest of the centers.
+    """Move each point of (..., D) a fraction `degree` of the way to its nearest center.
 
-    normalize: the nearest by direction; push_normalized: points and centers are scaled to unit
-    length before they are moved, too.
+    normalize: find the nearest by direction; push_normalized: also scale points and centers to unit
+    length before the move.
     """
     nearest = squared_distances(points, centers, normalize).argmin(dim=-1)
     if push_normalized:
@@ -32,7 +32,7 @@ def push_to_nearest(points, centers, degree, normalize=False, push_normalized=Fa
 def read_centers(path, flag="--centerpushFile"):
     """Centers (k, D) from a .npy or .txt file, or a clustering checkpoint (`state_dict`, `Ck`).
 
-    Raises UserError, naming the flag that gave the file, if it doesn't hold any.
+    Raises UserError, naming `flag` and the file, if it holds no centers.
     """
     try:
         if path.endswith(".npy"):
@@ -43,9 +43,9 @@ def read_centers(path, flag="--centerpushFile"):
             centers = load_tensors(path)["state_dict"]["Ck"].squeeze(0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{flag} {path}: no centers in it ({error!r}); a .npy or .txt file of one "
-            "center a row is needed, or a .pt with state_dict.Ck"
+            f"{flag} {path}: holds no centers ({error!r}); give a .npy or .txt file with one "
+            "center per row, or a .pt with state_dict.Ck"
         ) from error
     if centers.dim() != 2:
-        raise UserError(f"{flag} {path}: {tuple(centers.shape)} isn't a row per center")
+        raise UserError(f"{flag} {path}: shape {tuple(centers.shape)} isn't one row per center")
     return centers.float()

@@ -1,13 +1,13 @@
-"""Phone recognition on whole utterances: how well features carry over to another language.
+"""Phone recognition on whole utterances: how well features transfer to another language.
 
     python eval/common_voices_eval.py train AUDIO PHONES CHECKPOINT.pt --freeze --output OUT
     python eval/common_voices_eval.py train AUDIO PHONES CHECKPOINT.pt --LSTM --output OUT
     python eval/common_voices_eval.py per OUT [--pathVal LIST]
 
-`train` learns to write down the phones of utterances by CTC, from the contexts of a frozen model
-or, without --freeze, together with the model; `per` measures the phone error rate (Riviere et al.,
-"Unsupervised pretraining transfers well across languages", 2020). PHONES has a line for each
-utterance: its name and the phones that are said in it, as numbers from 0.
+`train` trains a CTC phone recogniser on the contexts of a model, which is frozen with --freeze and
+fine-tuned otherwise; `per` measures the phone error rate (Riviere et al., "Unsupervised pretraining
+transfers well across languages", 2020). PHONES holds one utterance per line: its name and its
+phones, as integers from 0.
 
 OUT holds `args_training.json`, `logs_train.txt` and `checkpoint.pt` of the epoch with the lowest
 validation loss; `per` adds `args_validation_<name>.json` and `logs_per_<name>.txt`.
@@ -31,18 +31,19 @@ from eval.utterances import UtteranceSet, features_of
 from feature_loader import load_model, shortest_input
 from utils.data.corpus import read_utterance_list, scan_corpus, select_utterances
 from utils.data.labels import read_phone_labels
-from utils.files import load_json, load_tensors, save_json, save_tensors
+from utils.files import load_json, load_tensors, save_json, save_tensors, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
 from utils.run.checkpoint import load_weights, open_checkpoint
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.logs import percent
 from utils.run.machine import device_from, keep_freed_memory
+from utils.run.shared_flags import add_adam, add_device, add_extension, add_reading
 
-BEAM = 20  # phone sequences kept while outputs are decoded
-VALIDATION_SHARE = 0.1  # of the utterances, where there is no list of them
+BEAM = 20  # phone sequences kept in decoding
+VALIDATION_FRACTION = 0.1  # of the utterances, without a list
 N_DEBUG = {"training set": 1000, "validation set": 100}  # utterances with --debug
-PARALLEL = "module."  # in front of keys: the original keeps the state of data-parallel networks
+PARALLEL = "module."  # prefix of keys: the original saves the state of DataParallel
 
 
 @command
@@ -59,42 +60,24 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked, paths made absolute. Raises UserError with the flag and the cure."""
+    """The arguments, checked, with absolute paths. Raises UserError with the flag and the cure."""
     args = build_parser().parse_args(argv)
     for name in ("output", "pathDB", "pathPhone", "pathTrain", "pathVal"):
         if vars(args).get(name) is not None:
             setattr(args, name, os.path.abspath(vars(args)[name]))
-    for name in ("batchSize", "n_process_loader"):
-        refuse_if(getattr(args, name) < 1, f"--{name} {getattr(args, name)}: must be at least 1")
     if args.command == "train":
-        check_training(args)
-    else:
-        refuse_if(os.path.basename(args.name) != args.name, f"--name {args.name}: isn't a name")
+        if args.in_dim != 1:
+            raise UserError(
+                f"--in_dim {args.in_dim}: models take waveforms, which have one dimension; "
+                "precomputed features can't be used"
+            )
+        args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
+    elif os.path.basename(args.name) != args.name:
+        raise UserError(f"--name {args.name}: must be a name without folders")
     return args
 
 
-def check_training(args):
-    for name in ("nEpochs", "kernelSize"):
-        refuse_if(getattr(args, name) < 1, f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "epsilon"):
-        refuse_if(not getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be above 0")
-    for name in ("beta1", "beta2"):
-        value = getattr(args, name)
-        refuse_if(not 0 <= value < 1, f"--{name} {value}: must be in [0, 1)")
-    refuse_if(
-        args.in_dim != 1,
-        f"--in_dim {args.in_dim}: models take waveforms here, which have one dimension; "
-        "precomputed features can't be used",
-    )
-    args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
-
-
-def refuse_if(condition, message):
-    if condition:
-        raise UserError(message)
-
-
-# A flag in two lines reads better than in seven, hence:
+# A flag on two lines reads better than on seven, hence:
 # fmt: off
 
 
@@ -103,70 +86,57 @@ def build_parser():
         prog="common_voices_eval.py", description="Phone recognition on whole utterances."
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandLine)
-    training = commands.add_parser("train", help="learn to recognise phones")
-    add_training_flags(training)
-    add_machine_flags(training)
-    measuring = commands.add_parser("per", help="phone error rate of what was trained")
-    add_measuring_flags(measuring)
-    add_machine_flags(measuring)
+    training = commands.add_parser("train", help="train a phone recogniser")
+    add_training_flags(training.add_argument)
+    add_machine_flags(training.add_argument)
+    measuring = commands.add_parser("per", help="phone error rate of a trained recogniser")
+    add_measuring_flags(measuring.add_argument)
+    add_machine_flags(measuring.add_argument)
     return parser
 
 
-def add_training_flags(parser):
-    add = parser.add_argument
+def add_training_flags(add):
     add("pathDB", help="root of the audio")
-    add("pathPhone", help="phones of the utterances, `name phone phone ...` a line")
+    add("pathPhone", help="phones of the utterances, one per line: `name phone phone ...`")
     add("pathCheckpoint", help="CPC checkpoint, or a run's directory for the newest in it")
-    add("-o", "--output", default="out", metavar="DIR", help="where results go (default: out)")
+    add("-o", "--output", default="out", metavar="DIR", help="where results go")
     add("--pathTrain", metavar="FILE", help="names of the utterances to train on (default: all)")
     add("--pathVal", metavar="FILE", help="names of the utterances to validate on (default: a "
         "tenth is set aside)")
-    add("--file_extension", default=".mp3", metavar="EXT", help="end of the audio "
-        "files' names (default: .mp3)")
-    add("--freeze", action="store_true", help="train the classifier alone, not the model")
-    add("--no_pretraining", action="store_true", help="begin with random weights of the model")
+    add_extension(add, ".mp3")
+    add("--freeze", action="store_true", help="train only the classifier, not the model")
+    add("--no_pretraining", action="store_true", help="start from random weights of the model")
     add("--LSTM", action="store_true", help="an LSTM between the features and the classifier")
-    add("--seqNorm", action="store_true", help="features with zero mean and unit variance over "
-        "each utterance")
-    add("--dropout", action="store_true", help="drop half of the features while training")
-    add("--kernelSize", type=int, default=8, metavar="FRAMES", help="frames that an output sees; "
-        "there is an output for every half of that (default: 8)")
-    add("--loss_reduction", choices=["mean", "sum"], default="mean", help="loss of a batch; mean: "
-        "by phone and utterance (default: mean)")
-    add("--in_dim", type=int, default=1, help="refused but for 1: models take waveforms")
-    add("--nEpochs", type=int, default=30, metavar="N", help="epochs of training (default: 30)")
-    add("--lr", type=float, default=2e-4, help="Adam's learning rate (default: 2e-4)")
-    add("--beta1", type=float, default=0.9, help="Adam's beta 1 (default: 0.9)")
-    add("--beta2", type=float, default=0.999, help="Adam's beta 2 (default: 0.999)")
-    add("--epsilon", type=float, default=1e-8, help="Adam's epsilon (default: 1e-8)")
-    add("--random_seed", type=int, default=0, metavar="SEED", help="of everything "
-        "random (default: 0)")
+    add("--seqNorm", action="store_true",
+        help="normalise features to zero mean and unit variance over each utterance")
+    add("--dropout", action="store_true", help="drop half of the features in training")
+    add("--kernelSize", type=at_least(1), default=8, metavar="FRAMES", help="frames that each "
+        "output sees; outputs are spaced by half of that")
+    add("--loss_reduction", choices=["mean", "sum"], default="mean", help="of the loss of a batch; "
+        "mean: per phone and utterance")
+    add("--in_dim", type=int, default=1, help="only 1: models take waveforms")
+    add("--nEpochs", type=at_least(1), default=30, metavar="N", help="epochs")
+    add_adam(add, epsilon=1e-8)
 
 
-def add_measuring_flags(parser):
-    add = parser.add_argument
+def add_measuring_flags(add):
     add("output", help="the --output of training")
     add("--pathDB", metavar="DIR", help="root of the audio (default: as in training)")
     add("--pathPhone", metavar="FILE", help="phones of the utterances (default: as in training)")
-    add("--pathVal", metavar="FILE", help="names of the utterances (default: those that training "
-        "was validated on; with another --pathDB or --pathPhone, all)")
+    add("--pathVal", metavar="FILE", help="names of the utterances (default: the validation set of "
+        "training; with another --pathDB or --pathPhone, all)")
     add("--file_extension", metavar="EXT", help="of the audio files (default: as in training)")
-    add("--name", default="0", help="of this measurement, a part of its files' names (default: 0)")
+    add("--name", default="0", help="part of the names of the result files")
 
 
-def add_machine_flags(parser):
-    add = parser.add_argument
-    add("--batchSize", type=int, default=8, metavar="N", help="utterances in a batch (default: 8)")
-    add("--debug", action="store_true", help="use the first 1000 utterances for training, the "
-        "first 100 for validation")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one (default: auto)")
-    add("--n_process_loader", type=int, default=8, metavar="N", help="threads that decode audio "
-        "(default: 8)")
-    add("--max_bad_files", type=float, default=0.01, metavar="SHARE",
-        help="stop when more than this share of the files can't be decoded (default: 0.01)")
+def add_machine_flags(add):
+    add("--batchSize", type=at_least(1), default=8, metavar="N", help="utterances per batch")
+    add("--max_bad_files", type=float, default=0.01, metavar="FRACTION",
+        help="stop if more than this fraction of the files is undecodable")
     add("--ignore_cache", action="store_true",
-        help="list the audio files anew; needed when files were added or removed")
+        help="scan the audio files again; needed when files were added or removed")
+    add_reading(add)
+    add_device(add)
 
 
 # fmt: on
@@ -174,10 +144,10 @@ def add_machine_flags(parser):
 
 
 class CTCPhoneRecognizer(nn.Module):
-    """Phone sequences from features by CTC: a convolution, optionally an LSTM before it.
+    """CTC phone recogniser on features: a convolution, optionally after an LSTM.
 
-    Outputs are spaced by half of the kernel; the last class is the blank. None of them sees
-    anything of the padding after an utterance.
+    Outputs are spaced by half of the kernel; the last class is the blank. No output sees the
+    padding after an utterance.
     """
 
     def __init__(
@@ -186,7 +156,7 @@ class CTCPhoneRecognizer(nn.Module):
         super().__init__()
         self.blank = n_phones
         self.uses_lstm, self.seq_norm, self.dropout = lstm, seq_norm, dropout
-        self.conv1 = nn.LSTM(n_features, n_features, batch_first=True)  # in any case in the state
+        self.conv1 = nn.LSTM(n_features, n_features, batch_first=True)  # always in the state
         self.PhoneCriterionClassifier = nn.Conv1d(
             n_features, n_phones + 1, kernel_size, stride=max(1, kernel_size // 2)
         )
@@ -196,11 +166,11 @@ class CTCPhoneRecognizer(nn.Module):
         return self.PhoneCriterionClassifier.kernel_size[0]
 
     def n_outputs(self, n_frames):
-        """How many outputs there are for so many frames, (B,) int64."""
+        """The number of outputs for utterances of n_frames, (B,) int64."""
         return (n_frames - self.kernel_size) // self.PhoneCriterionClassifier.stride[0] + 1
 
     def forward(self, features, n_frames):
-        """features (B, S, D), of which n_frames (B,) count -> logits (B, S', n_phones + 1)."""
+        """features (B, S, D) with n_frames (B,) valid -> logits (B, S', n_phones + 1)."""
         if self.seq_norm:
             features = normalize_over_time(features, n_frames)
         if self.uses_lstm:
@@ -211,7 +181,10 @@ class CTCPhoneRecognizer(nn.Module):
         return self.PhoneCriterionClassifier(features).transpose(1, 2)
 
     def loss(self, batch, reduction):
-        """CTC loss of an `UtteranceBatch` of features, a scalar; 0 for too many phones."""
+        """CTC loss of an `UtteranceBatch` of features, a scalar.
+
+        Utterances with more phones than outputs count 0.
+        """
         return F.ctc_loss(
             self(batch.values, batch.n_frames).log_softmax(dim=2).transpose(0, 1),
             batch.phones,
@@ -224,9 +197,9 @@ class CTCPhoneRecognizer(nn.Module):
 
 
 def normalize_over_time(features, n_frames):
-    """(B, S, D) -> the same, zero mean and unit variance over the first n_frames (B,) of each row.
+    """Normalise (B, S, D) to zero mean and unit variance over the first n_frames (B,) of each row.
 
-    Frames after these become 0.
+    Later frames become 0.
     """
     counts = torch.arange(features.size(1), device=features.device) < n_frames[:, None]
     counts, n = counts[:, :, None], n_frames[:, None, None]
@@ -238,7 +211,7 @@ def normalize_over_time(features, n_frames):
 # -------------------------------------------------------------------------------- the audio
 
 
-def list_sequences(args):
+def list_utterances(args):
     """The corpus and the phones of its utterances."""
     corpus = scan_corpus(
         args.pathDB,
@@ -250,37 +223,35 @@ def list_sequences(args):
 
 
 def listed(corpus, path):
-    """The sequences named in a list; all, without one."""
+    """The utterances named in the list at `path`; all without one."""
     if not path:
         return list(corpus.utterances)
     return select_utterances(corpus.utterances, read_utterance_list(path), path)
 
 
-def choose_sequences(args, corpus, labels):
-    """The sequences to train and to validate on, two lists; always the same for the same flags."""
+def choose_utterances(args, corpus, labels):
+    """Two lists of utterances, for training and for validation; a function of the flags alone."""
     training = listed(corpus, args.pathTrain)
     if args.pathVal:
         validation = listed(corpus, args.pathVal)
         if args.pathTrain:
             return training, validation
     else:
-        labelled = [s for s in training if s.name in labels.labels]
-        refuse_if(
-            len(labelled) == 1,
-            "--pathVal is needed: one utterance can't be split into two sets",
-        )
+        labelled = [u for u in training if u.name in labels.labels]
+        if len(labelled) == 1:
+            raise UserError("--pathVal is needed: one utterance can't be split into two sets")
         generator = generator_from(args.random_seed, "validation set")
         order = torch.randperm(len(labelled), generator=generator).tolist()
-        validation = [labelled[i] for i in order[: math.ceil(VALIDATION_SHARE * len(labelled))]]
+        validation = [labelled[i] for i in order[: math.ceil(VALIDATION_FRACTION * len(labelled))]]
     chosen = set(validation)
-    return [s for s in training if s not in chosen], validation
+    return [u for u in training if u not in chosen], validation
 
 
-def build_set(args, corpus, sequences, labels, recognizer, model, title):
-    """An `UtteranceSet` of those that are long enough for an output. Says what it holds."""
+def build_set(args, corpus, chosen, labels, recognizer, model, title):
+    """An `UtteranceSet` of the chosen utterances that are long enough; prints a summary of it."""
     utterances = UtteranceSet(
         corpus,
-        sequences[: N_DEBUG[title]] if args.debug else sequences,
+        chosen[: N_DEBUG[title]] if args.debug else chosen,
         labels,
         max(SAMPLES_PER_FRAME * recognizer.kernel_size, shortest_input(model)),
         n_threads=args.n_process_loader,
@@ -292,22 +263,22 @@ def build_set(args, corpus, sequences, labels, recognizer, model, title):
 
 
 def check_pace(utterances, recognizer, labels_path):
-    """Refuse or count utterances that have more phones than CTC can write for their length."""
+    """Warn of utterances with more phones than CTC can output for their length; refuse if all."""
     n_outputs = recognizer.n_outputs(utterances.n_frames()).tolist()
     too_many = 0
     for utterance, available in zip(utterances.utterances, n_outputs, strict=True):
         repeats = int((utterance.phones[1:] == utterance.phones[:-1]).sum())
         too_many += len(utterance.phones) + repeats > available
-    refuse_if(
-        too_many == len(utterances),
-        f"{labels_path}: every utterance of the {utterances.title} has more phones than the "
-        f"classifier has outputs. A phone goes there once for each time it is said, not for each "
-        "frame; a smaller --kernelSize gives more outputs",
-    )
+    if too_many == len(utterances):
+        raise UserError(
+            f"{labels_path}: every utterance of the {utterances.title} has more phones than the "
+            "classifier has outputs. List a phone once for each time it is spoken, not for each "
+            "frame; a smaller --kernelSize gives more outputs"
+        )
     if too_many:
         print(
             f"{utterances.title}: {too_many} of {len(utterances)} utterances have more phones than "
-            "the classifier has outputs and count 0 in the loss; a smaller --kernelSize gives more"
+            "the classifier has outputs, so their loss is 0; a smaller --kernelSize gives more"
         )
 
 
@@ -315,10 +286,10 @@ def check_pace(utterances, recognizer, labels_path):
 
 
 def train(args):
-    """Train a classifier, and the model unless it is frozen; keep the best epoch."""
+    """Train a classifier, and the model unless it is frozen; save the best epoch."""
     torch.manual_seed(args.random_seed)
     device = device_from(args.device)
-    corpus, labels = list_sequences(args)
+    corpus, labels = list_utterances(args)
     model, *_ = load_model([args.pathCheckpoint], load_weights=not args.no_pretraining)
     recognizer = CTCPhoneRecognizer(
         model.dim_context,
@@ -329,20 +300,17 @@ def train(args):
         dropout=args.dropout,
     )
     sets = []
-    chosen = choose_sequences(args, corpus, labels)
-    for sequences, title in zip(chosen, N_DEBUG, strict=True):
-        sets.append(build_set(args, corpus, sequences, labels, recognizer, model, title))
+    for chosen, title in zip(choose_utterances(args, corpus, labels), N_DEBUG, strict=True):
+        sets.append(build_set(args, corpus, chosen, labels, recognizer, model, title))
         check_pace(sets[-1], recognizer, args.pathPhone)
-    try:
+    with writing_to(args.output, "--output"):
         Path(args.output).mkdir(parents=True, exist_ok=True)
         save_json(Path(args.output, "args_training.json"), vars(args))
         run_epochs(args, sets, model.to(device), recognizer.to(device), device)
-    except OSError as error:
-        raise UserError(f"{args.output}: can't be written to ({error.strerror})") from error
 
 
 def run_epochs(args, sets, model, recognizer, device):
-    """The loop over epochs; writes the log and the best epoch's checkpoint."""
+    """The loop over epochs; writes the log and the checkpoint of the best epoch."""
     model.requires_grad_(not args.freeze).eval()
     training, validation = (
         features_of(utterances, model, device, args.batchSize, frozen=args.freeze)
@@ -379,9 +347,9 @@ def run_epochs(args, sets, model, recognizer, device):
 
 
 def mean_loss(what, batches, total, recognizer, args, optimizer=None):
-    """One pass, with an optimiser a training pass: the mean over utterances of the loss.
+    """The mean loss per utterance of one pass; with an optimiser, of a training pass.
 
-    Raises UserError if that isn't a finite number.
+    Raises UserError if it isn't a finite number.
     """
     summed, n_utterances = 0.0, 0
     with (
@@ -399,7 +367,8 @@ def mean_loss(what, batches, total, recognizer, args, optimizer=None):
             n_utterances += size
             bar.update(size)
     mean = float(summed) / n_utterances
-    refuse_if(not math.isfinite(mean), f"{what}: the loss isn't a finite number; lower --lr")
+    if not math.isfinite(mean):
+        raise UserError(f"{what}: the loss isn't a finite number; lower --lr")
     return mean
 
 
@@ -416,17 +385,17 @@ def save_best(args, recognizer, model, loss):
 
 
 def measure_error_rate(args):
-    """The phone error rate of what `train` left in a directory: printed, and written there."""
+    """Print and write the phone error rate of the recogniser that `train` left in a directory."""
     device = device_from(args.device)
     trained = trained_arguments(args)
     model, recognizer = load_trained(Path(args.output, "checkpoint.pt"), trained)
-    corpus, labels = list_sequences(trained)
+    corpus, labels = list_utterances(trained)
     if args.pathVal or args.pathDB or args.pathPhone:
-        sequences = listed(corpus, args.pathVal)
+        chosen = listed(corpus, args.pathVal)
     else:
-        _, sequences = choose_sequences(trained, corpus, labels)
+        _, chosen = choose_utterances(trained, corpus, labels)
     title = "validation set"
-    utterances = build_set(args, corpus, sequences, labels, recognizer, model, title)
+    utterances = build_set(args, corpus, chosen, labels, recognizer, model, title)
     features = features_of(
         utterances, model.to(device).eval(), device, args.batchSize, frozen=False
     )
@@ -444,23 +413,23 @@ def measure_error_rate(args):
 
 
 def trained_arguments(args):
-    """The flags of training, with those replaced that were given now."""
+    """The flags of training, overridden by those of this command line."""
     path = Path(args.output, "args_training.json")
-    refuse_if(
-        not path.is_file(),
-        f"{args.output}: nothing was trained there (no {path.name}); `train` comes first",
-    )
+    if not path.is_file():
+        raise UserError(
+            f"{args.output}: nothing was trained there (no {path.name}); run `train` first"
+        )
     stored = load_json(path)
     needed = {"pathDB", "pathPhone", "pathCheckpoint"}
     if not isinstance(stored, dict) or not needed <= stored.keys():
-        raise UserError(f"{path}: isn't what `train` wrote: it lacks {', '.join(sorted(needed))}")
+        raise UserError(f"{path}: not written by `train`: it lacks {', '.join(sorted(needed))}")
     defaults = vars(build_parser().parse_args(["train", "-", "-", "-"]))
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**{**defaults, **stored, **given})
+    explicit = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**defaults, **stored, **explicit})
 
 
 def load_trained(path, trained):
-    """The model and the classifier in a checkpoint that `train` wrote."""
+    """The model and the classifier in a checkpoint of `train`."""
     state = load_tensors(path)
     try:
         weights, classifier = (
@@ -499,11 +468,9 @@ def write_results(args, trained, summary, results):
     lines = [
         f"{path}  {percent(rate)}  {' '.join(map(str, phones))}" for rate, path, phones in results
     ]
-    try:
+    with writing_to(args.output):
         save_json(Path(args.output, f"args_validation_{args.name}.json"), vars(trained))
         Path(args.output, f"logs_per_{args.name}.txt").write_text("\n".join([summary, *lines, ""]))
-    except OSError as error:
-        raise UserError(f"{args.output}: can't be written to ({error.strerror})") from error
 
 
 if __name__ == "__main__":

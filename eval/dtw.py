@@ -1,22 +1,22 @@
-"""Distances between stretches of speech: between frames, then by dynamic time warping (DTW).
+"""Distances between frames, and between stretches of speech by dynamic time warping (DTW).
 
-Everything works on a great many pairs at once, on CPU or GPU. The DTW goes along the
-anti-diagonals of all tables together (the cells of one don't depend on each other), so the number
-of steps depends on the length of the stretches and not on the number of pairs.
+All functions process many pairs at once, on CPU or GPU. DTW sweeps the anti-diagonals of all tables
+together (cells on one anti-diagonal are independent), so the number of steps depends on the length
+of the stretches and not on the number of pairs.
 """
 
 import math
 
 import torch
 
-NULL_FRAME, OTHER_FRAME = -2e12, 1e-12  # the coordinate added to frames of zeros, to all others
+NULL_FRAME, OTHER_FRAME = -2e12, 1e-12  # coordinate added to zero frames, to others
 
 
 def normalize_with_singularity(frames):
-    """Frames of length 1 with one more coordinate, which keeps null frames away from all others.
+    """Scale frames to length 1 and add a coordinate that keeps zero frames apart from all others.
 
-    `frames` is `(..., H)`, the result `(..., H + 1)`. A frame of zeros has no direction: here its
-    angle to any other frame is the largest there is, and that to another null frame is zero.
+    `frames` is `(..., H)`, the result `(..., H + 1)`. A frame of zeros has no direction: its angle
+    to any other frame becomes the largest possible, and to another zero frame 0.
     """
     norm = frames.norm(dim=-1, keepdim=True)
     null = norm == 0
@@ -31,7 +31,7 @@ def cosine_distance(x, y):
 
 def euclidean_distance(x, y):
     """Euclidean distance between frames: `(P, N, H)` and `(P, M, H)` give `(P, N, M)`."""
-    # By differences: through dot products, near frames would be at a distance of rounding errors.
+    # Not by dot products: the distance between near frames would be a rounding error.
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -39,12 +39,11 @@ FRAME_DISTANCES = {"cosine": cosine_distance, "euclidean": euclidean_distance}
 
 
 def dtw(distances, sizes_x, sizes_y):
-    """Cost of the cheapest warping path over the path's length, for each of P pairs.
+    """Cost of the cheapest warping path divided by its length, for each of P pairs: `(P,)`.
 
-    `distances` is `(P, N, M)`, between the frames of each pair; `sizes_x` and `sizes_y`, `(P,)`,
-    say how many rows and columns count. Returns `(P,)`. A path takes steps down, to the right or
-    both at once. Where cells before a cell have equal costs, the path comes from the diagonal one
-    first, then from the left: on this depends its length, and nothing else.
+    `distances` `(P, N, M)`: between the frames of each pair; `sizes_x` and `sizes_y` `(P,)`: valid
+    rows and columns. A path steps down, right or diagonally. Ties between predecessors go to the
+    diagonal one first, then to the left one; this affects only the length of the path.
     """
     n_pairs, n, m = distances.shape
     cost, length = (distances.new_empty(n + 1, m + 1, n_pairs) for _ in range(2))
@@ -60,8 +59,8 @@ def dtw(distances, sizes_x, sizes_y):
             return antidiagonal(table, row - up, column - left, count)
 
         above, beside, corner = cells(cost, 1, 0), cells(cost, 0, 1), cells(cost, 1, 1)
-        # Floats and `lerp` choose exactly between whole numbers, and on a CPU they take a third of
-        # the time of booleans and `where`.
+        # `lerp` with a weight of 0.0 or 1.0 selects between integers exactly, and on a CPU takes a
+        # third of the time of `where` with booleans.
         from_left = torch.le(beside, above, out=torch.empty_like(above))
         steps = torch.lerp(cells(length, 1, 0), cells(length, 0, 1), from_left)
         cheapest = torch.minimum(above, beside)
@@ -74,7 +73,7 @@ def dtw(distances, sizes_x, sizes_y):
 
 
 def antidiagonal(table, row, column, count):
-    """View `(count, P)` of a table `(N, M, P)`: from one cell on down to the left."""
+    """View `(count, P)` of a table `(N, M, P)`: from a cell down to the left."""
     down, right, one = table.stride()
     first = table.storage_offset() + row * down + column * right
     return table.as_strided((count, table.shape[2]), (down - right, one), first)

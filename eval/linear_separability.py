@@ -1,17 +1,17 @@
-"""Linear separability: how well a small classifier tells phones or speakers from frozen features.
+"""Linear separability: phone or speaker accuracy of a small classifier on frozen features.
 
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
         --pathCheckpoint OUT/speakers                                            # speakers
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
         --pathCheckpoint OUT/phones --pathPhone LABELS [--CTC]                   # phones
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST ONE.pt OTHER.pt ...
-                                                 # on the features of both models, side by side
+                                                 # on the concatenated features of both models
 
-Each probe has a directory of its own; the same probe again replaces its results there.
+Each probe needs its own directory; repeating a probe replaces its results there.
 
-What is left when speakers are taken out (Chorowski et al. 2021, arXiv:2106.11603): first
-`--mode speakers_factorized`, then `--mode phonemes_nullspace` or `speakers_nullspace` with the
-checkpoint that it wrote as `--path_speakers_factorized`.
+To probe features from which speaker information has been removed (Chorowski et al. 2021,
+arXiv:2106.11603), run `--mode speakers_factorized` first, then `--mode phonemes_nullspace` or
+`speakers_nullspace` with the checkpoint it wrote as `--path_speakers_factorized`.
 """
 
 import os
@@ -39,12 +39,19 @@ from utils.data.labels import read_phone_labels
 from utils.files import check_writable, load_json, load_tensors, save_json
 from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.run.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.flags import stored_arguments
 from utils.run.machine import device_from, keep_freed_memory
+from utils.run.shared_flags import (
+    add_adam,
+    add_device,
+    add_extension,
+    add_reading,
+    check_same_flags,
+)
 
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
-DECISIVE = (  # flags that say what is measured; the others say how the classifier is trained
+DECISIVE = (  # flags that define what is measured; the others define the training
     "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
     "pathVal",
 )  # fmt: skip
@@ -82,11 +89,13 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the cure."""
+    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
     args = build_parser().parse_args(argv)
-    check_numbers(args)
+    if args.size_window is not None:
+        check_window(args.size_window)
     check_task(args)
-    settle_device(args)
+    check_mode(args)
+    args.device, args.nGPU = find_device(args)
     check_writable(args.pathCheckpoint, f"--pathCheckpoint {args.pathCheckpoint}: results")
     args.load = [os.path.abspath(path) for path in args.load]
     args.pathVal = os.path.abspath(args.pathVal)
@@ -96,231 +105,130 @@ def parse_arguments(argv=None):
     return args
 
 
-def refuse_first(rules):
-    """Raise UserError with the first message whose condition holds."""
-    for condition, message in rules:
-        if condition:
-            raise UserError(message)
-
-
-def check_numbers(args):
-    at_least_1 = ("n_epoch", "batchSizeGPU", "linsep_net_layers", "dim_inter", "n_process_loader")
-    for name in (*at_least_1, "max_size_loaded"):
-        value = getattr(args, name)
-        refuse_first([(value < 1, f"--{name} {value}: must be at least 1")])
-    for name in ("beta1", "beta2"):
-        value = getattr(args, name)
-        refuse_first([(not 0 <= value < 1, f"--{name} {value}: must be in [0, 1)")])
-    if args.size_window is not None:
-        check_window(args.size_window)
-    refuse_first(
-        [
-            (not args.lr > 0, f"--lr {args.lr}: must be above 0"),
-            (not args.epsilon > 0, f"--epsilon {args.epsilon}: must be above 0"),
-        ]
-    )
-
-
 def check_window(n_samples):
-    unusable = n_samples < 1 or n_samples % SAMPLES_PER_FRAME
-    message = f"--size_window {n_samples}: must be a multiple of {SAMPLES_PER_FRAME}"
-    refuse_first([(unusable, message)])
+    if n_samples < 1 or n_samples % SAMPLES_PER_FRAME:
+        raise UserError(f"--size_window {n_samples}: must be a multiple of {SAMPLES_PER_FRAME}")
 
 
 def check_task(args):
+    if args.model != "cpc" or args.path_fairseq:
+        raise UserError(
+            "--model and --path_fairseq: only CPC checkpoints can be loaded, not fairseq models; "
+            "leave both flags out"
+        )
+    if args.CTC and not args.pathPhone:
+        raise UserError("--CTC needs --pathPhone FILE")
+    if args.CTC and args.get_encoded:
+        raise UserError("--get_encoded can't be used with --CTC, which reads phones from contexts")
+    if bool(args.centerpushFile) != (args.centerpushDeg is not None):
+        raise UserError("--centerpushFile and --centerpushDeg need each other")
+
+
+def check_mode(args):
     nullspace = args.mode.endswith("_nullspace")
-    refuse_first(
-        [
-            (
-                args.model != "cpc" or args.path_fairseq,
-                "--model and --path_fairseq: fairseq models can't be loaded here, only CPC "
-                "checkpoints; leave both out",
-            ),
-            (args.CTC and not args.pathPhone, "--CTC needs --pathPhone FILE"),
-            (
-                args.CTC and args.get_encoded,
-                "--get_encoded can't be used with --CTC: phones by CTC are read from the contexts",
-            ),
-            (
-                args.mode.startswith("speakers") and args.pathPhone,
-                f"--mode {args.mode} is about speakers, --pathPhone about phones: leave one out",
-            ),
-            (
-                args.mode == "phonemes_nullspace" and not args.pathPhone,
-                "--mode phonemes_nullspace needs --pathPhone FILE",
-            ),
-            (
-                nullspace and not args.path_speakers_factorized,
-                f"--mode {args.mode} needs --path_speakers_factorized FILE, a checkpoint that "
-                "--mode speakers_factorized wrote",
-            ),
-            (
-                args.path_speakers_factorized and not nullspace,
-                "--path_speakers_factorized needs --mode phonemes_nullspace or speakers_nullspace",
-            ),
-            (
-                args.mode == "speakers_factorized" and args.linsep_net_layers > 1,
-                "--mode speakers_factorized has two layers: leave out --linsep_net_layers",
-            ),
-            (
-                bool(args.centerpushFile) != (args.centerpushDeg is not None),
-                "--centerpushFile and --centerpushDeg need each other",
-            ),
-        ]
-    )
+    if args.mode.startswith("speakers") and args.pathPhone:
+        raise UserError(
+            f"--mode {args.mode} is about speakers, --pathPhone about phones: leave one out"
+        )
+    if args.mode == "phonemes_nullspace" and not args.pathPhone:
+        raise UserError("--mode phonemes_nullspace needs --pathPhone FILE")
+    if nullspace and not args.path_speakers_factorized:
+        raise UserError(
+            f"--mode {args.mode} needs --path_speakers_factorized FILE, a checkpoint written with "
+            "--mode speakers_factorized"
+        )
+    if args.path_speakers_factorized and not nullspace:
+        raise UserError(
+            "--path_speakers_factorized needs --mode phonemes_nullspace or speakers_nullspace"
+        )
+    if args.mode == "speakers_factorized" and args.linsep_net_layers > 1:
+        raise UserError(
+            "--mode speakers_factorized always has two layers: leave out --linsep_net_layers"
+        )
 
 
-def settle_device(args):
-    """Turn `auto` into what there is, and -1 into the number of GPUs."""
-    args.device = device_from(args.device).type
-    n_devices = torch.cuda.device_count() if args.device == "cuda" else 1
-    refuse_first(
-        [
-            (args.nGPU == 0 or args.nGPU < -1, f"--nGPU {args.nGPU}: -1 (all) or a number from 1"),
-            (
-                args.nGPU > n_devices,
-                f"--nGPU {args.nGPU}: more than the {n_devices} there are here",
-            ),
-        ]
-    )
-    if args.nGPU == -1:
-        args.nGPU = n_devices
+def find_device(args):
+    """The type of the device, with `auto` resolved, and the number of GPUs, with -1 resolved."""
+    device = device_from(args.device).type
+    n_devices = torch.cuda.device_count() if device == "cuda" else 1
+    if args.nGPU == 0 or args.nGPU < -1:
+        raise UserError(f"--nGPU {args.nGPU}: must be -1 (all) or at least 1")
+    if args.nGPU > n_devices:
+        raise UserError(f"--nGPU {args.nGPU}: this machine has {n_devices}")
+    return device, n_devices if args.nGPU == -1 else args.nGPU
+
+
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
 
 
 def build_parser():
     parser = CommandLine(
         prog="linear_separability.py",
-        description="How well a small classifier tells phones (with --pathPhone) or speakers from "
-        "the features of a model.",
+        description="How well a linear classifier recognises phones (with --pathPhone) or speakers "
+        "from the features of a model.",
     )
     add = parser.add_argument
     add("pathDB", help="root of the audio")
-    add("pathTrain", help="list of the training sequences")
-    add("pathVal", help="list of the validation sequences")
+    add("pathTrain", help="list of the training utterances")
+    add("pathVal", help="list of the validation utterances")
     add("load", nargs="+", help="checkpoint; the features of several are concatenated")
-    add_task_flags(parser.add_argument_group("task"))
-    add_training_flags(parser.add_argument_group("training"))
-    add_data_flags(parser.add_argument_group("data and machine"))
+    add_task_flags(parser.add_argument_group("task").add_argument)
+    add_training_flags(parser.add_argument_group("training").add_argument)
+    add_data_flags(parser.add_argument_group("data and machine").add_argument)
     return parser
 
 
-def add_task_flags(group):
-    add = group.add_argument
+def add_task_flags(add):
     add("--pathPhone", metavar="FILE", help="phone labels, for the phone task (default: speakers)")
-    add("--CTC", action="store_true", help="phones by CTC; reports phone error rate")
+    add("--CTC", action="store_true", help="phones by CTC; reports the phone error rate")
     add("--get_encoded", action="store_true", help="encoded frames instead of contexts")
-    add(
-        "--gru_level",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="only the first N layers of the AR network (default: all)",
-    )
-    add(
-        "--mode",
-        choices=MODES,
-        default="phonemes",
-        help="phonemes, speakers: a plain classifier; speakers_factorized: through a "
-        "bottleneck of --dim_inter; ..._nullspace: without the directions that such a bottleneck "
-        "found (phones or speakers is decided by --pathPhone)",
-    )
-    add(
-        "--path_speakers_factorized",
-        metavar="FILE",
-        help="checkpoint that a probe with --mode speakers_factorized wrote",
-    )
-    add(
-        "--dim_inter",
-        type=int,
-        default=128,
-        metavar="D",
-        help="size of the bottleneck (default: 128)",
-    )
-    add(
-        "--centerpushFile",
-        metavar="FILE",
-        help="centers (.npy, .txt, or .pt of a clustering) that features are moved to",
-    )
-    add("--centerpushDeg", type=float, metavar="SHARE", help="how far: 0 not at all, 1 all the way")
+    add("--gru_level", type=int, default=-1, metavar="N",
+        help="only the first N layers of the AR network (default: all)")
+    add("--mode", choices=MODES, default="phonemes",
+        help="phonemes, speakers: a plain classifier; speakers_factorized: through a bottleneck of "
+        "--dim_inter; ..._nullspace: features without the directions that such a bottleneck found "
+        "(--pathPhone decides between phones and speakers)")
+    add("--path_speakers_factorized", metavar="FILE",
+        help="checkpoint of a probe with --mode speakers_factorized")
+    add("--dim_inter", type=at_least(1), default=128, metavar="D", help="size of the bottleneck")
+    add("--centerpushFile", metavar="FILE",
+        help="centers (.npy, .txt, or .pt of a clustering) to move the features towards")
+    add("--centerpushDeg", type=float, metavar="FRACTION",
+        help="how far to move them: 0 not at all, 1 all the way")
     add("--model", default="cpc", help="only cpc")
     add("--path_fairseq", metavar="DIR", help="not supported")
 
 
-def add_training_flags(group):
-    add = group.add_argument
-    add(
-        "--pathCheckpoint",
-        default="out",
-        metavar="DIR",
-        help="where the results go, a directory for each probe (default: out)",
-    )
-    add("--n_epoch", type=int, default=10, metavar="N", help="epochs (default: 10)")
-    add(
-        "--save_step",
-        type=int,
-        default=-1,
-        metavar="EPOCHS",
-        help="epochs between checkpoints (default: one at the end)",
-    )
-    add("--batchSizeGPU", type=int, default=8, metavar="WINDOWS", help="windows in a batch")
-    add("--linsep_net_layers", type=int, default=1, metavar="N", help="layers of the classifier")
-    add("--lr", type=float, default=2e-4, help="learning rate")
-    add("--beta1", type=float, default=0.9, help="Adam's beta 1")
-    add("--beta2", type=float, default=0.999, help="Adam's beta 2")
-    add("--epsilon", type=float, default=2e-8, help="Adam's epsilon")
-    add("--unfrozen", action="store_true", help="train the model, too")
-    add(
-        "--no_pretraining",
-        action="store_true",
-        help="random weights: what an untrained model gives",
-    )
-    add("--random_seed", type=int, default=0, help="seed of everything random")
+def add_training_flags(add):
+    add("--pathCheckpoint", default="out", metavar="DIR",
+        help="directory for the results, one for each probe")
+    add("--n_epoch", type=at_least(1), default=10, metavar="N", help="epochs")
+    add("--save_step", type=int, default=-1, metavar="EPOCHS",
+        help="epochs between checkpoints (default: one at the end)")
+    add("--batchSizeGPU", type=at_least(1), default=8, metavar="WINDOWS", help="windows per batch")
+    add("--linsep_net_layers", type=at_least(1), default=1, metavar="N",
+        help="layers of the classifier")
+    add_adam(add, epsilon=2e-8)
+    add("--unfrozen", action="store_true", help="train the model as well")
+    add("--no_pretraining", action="store_true", help="random weights, for comparison")
 
 
-def add_data_flags(group):
-    add = group.add_argument
-    add(
-        "--file_extension",
-        default=".flac",
-        metavar="EXT",
-        help="end of the audio files' names (default: .flac)",
-    )
-    add(
-        "--size_window",
-        type=int,
-        metavar="SAMPLES",
-        help="a multiple of 160 (default: --sizeWindow of the run that the first checkpoint is of, "
-        "20480 where it isn't known)",
-    )
-    add("--ignore_cache", action="store_true", help="list the audio files anew")
-    add(
-        "--max_size_loaded",
-        type=int,
-        default=4_000_000_000,
-        metavar="SAMPLES",
-        help="training audio held in memory at once, 2 bytes a sample (default: 4000000000)",
-    )
-    add(
-        "--n_process_loader",
-        type=int,
-        default=8,
-        metavar="N",
-        help="threads that decode audio (default: 8)",
-    )
-    add("--debug", action="store_true", help="1000 training and 100 validation sequences only")
-    add(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda"],
-        help="auto: CUDA where there is one (default: auto)",
-    )
-    add(
-        "--nGPU",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="multiplies the batch (default: all GPUs); one device does the work",
-    )
+def add_data_flags(add):
+    add_extension(add, ".flac")
+    add("--size_window", type=int, metavar="SAMPLES",
+        help="a multiple of 160 (default: --sizeWindow of the run of the first checkpoint, 20480 "
+        "if unknown)")
+    add("--ignore_cache", action="store_true", help="scan the audio files again")
+    add("--max_size_loaded", type=at_least(1), default=4_000_000_000, metavar="SAMPLES",
+        help="training audio held in memory at once, 2 bytes per sample (default: 4000000000)")
+    add_reading(add)
+    add_device(add)
+    add("--nGPU", type=int, default=-1, metavar="N",
+        help="multiplies the batch size (default: all GPUs); one device does the work")
+
+
+# fmt: on
 
 
 # ------------------------------------------------------------------------------ data and model
@@ -343,10 +251,10 @@ def build_sets(args):
         ("training set", args.pathTrain, 1000),
         ("validation set", args.pathVal, 100),
     ):
-        sequences = select_utterances(corpus.utterances, read_utterance_list(path), path)
+        utterances = select_utterances(corpus.utterances, read_utterance_list(path), path)
         audio = AudioDataset(
             corpus,
-            sequences[:n_debug] if args.debug else sequences,
+            utterances[:n_debug] if args.debug else utterances,
             args.size_window,
             phone_labels=labels,
             labelled_only=labels is not None,
@@ -359,8 +267,10 @@ def build_sets(args):
 
 
 def open_checkpoints(args):
-    """The `Checkpoint`s to be probed. Says which, and takes the window from the first if no flag
-    sets it."""
+    """The `Checkpoint`s to probe, which it prints.
+
+    Without --size_window, the windows are those of the first one's run.
+    """
     checkpoints = [open_checkpoint(path) for path in args.load]
     if args.size_window is None:
         first = checkpoints[0]
@@ -374,9 +284,9 @@ def open_checkpoints(args):
 
 
 def build_model(args, checkpoints):
-    """The model to be probed, in the null-space modes without the directions of speakers.
+    """The model to probe, projected to the null space of speakers in the null-space modes.
 
-    Returns it and the architecture flags (dicts) of each single model in it.
+    Returns it and the architecture flags (dicts) of each model concatenated in it.
     """
     model, *_ = load_model(
         checkpoints, gru_level=args.gru_level, load_weights=not args.no_pretraining
@@ -388,9 +298,9 @@ def build_model(args, checkpoints):
 
 
 def speaker_null_space(path):
-    """Basis (D, D - dim_inter) of what the factorised speaker classifier in `path` doesn't see.
+    """Basis (D, D - dim_inter) of the features that the factorised classifier in `path` ignores.
 
-    Raises UserError if the file holds no such classifier, or it sees everything.
+    Raises UserError if the file holds no such classifier, or if it ignores nothing.
     """
     state = load_tensors(path)
     criterion = state.get("cpcCriterion") if isinstance(state, dict) else None
@@ -403,7 +313,7 @@ def speaker_null_space(path):
     if basis.shape[1] == 0:
         raise UserError(
             f"--path_speakers_factorized {path}: its bottleneck of {weight.shape[0]} dimensions "
-            f"leaves nothing of {weight.shape[1]}; train one with a smaller --dim_inter"
+            f"leaves none of {weight.shape[1]}; train one with a smaller --dim_inter"
         )
     return basis
 
@@ -417,7 +327,7 @@ def null_space(matrix):
 
 
 def center_push(args, model, device):
-    """The function that moves features as --centerpushFile says; None without."""
+    """The function that moves features towards --centerpushFile; None without that flag."""
     if not args.centerpushFile:
         return None
     centers = read_centers(args.centerpushFile).to(device)
@@ -452,27 +362,23 @@ def options_of(args):
 
 
 def check_directory(directory, args):
-    """Raise UserError if the directory holds results that these would not be a repetition of."""
+    """Raise UserError unless the directory is free or holds results of the same probe."""
     record = directory / "checkpoint_args.json"
     if not record.is_file() and not saved_checkpoints(directory):
         return
-    before = load_json(record)
-    if "dim_inter" not in before:
+    stored = load_json(record)
+    if "dim_inter" not in stored:
         raise UserError(
             f"--pathCheckpoint {directory}: holds the checkpoints of a training run; name another "
             "directory for the results"
         )
-    differing = [name for name in DECISIVE if before.get(name) != getattr(args, name)]
-    if differing:
-        raise UserError(
-            f"--pathCheckpoint {directory}: holds the results of a probe with another "
-            f"{differing[0]} ({before.get(differing[0])}): name another directory, or remove this "
-            "one"
-        )
+    check_same_flags(
+        f"--pathCheckpoint {directory}", stored, args, DECISIVE, "the results of a probe"
+    )
 
 
 def save_epoch(args, probe, architectures, epoch):
-    """Write a checkpoint, which `load_model` reads like that of a training run, when it is due."""
+    """Write a checkpoint if one is due; `load_model` reads it like that of a training run."""
     last = epoch == args.n_epoch - 1
     if not last and (epoch == 0 or epoch % args.save_step):
         return

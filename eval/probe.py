@@ -1,7 +1,7 @@
 """Probes: a small classifier of phones or speakers, trained on the features of a model.
 
-`run_probe` is what a training run calls; eval/linear_separability.py is the command line for a
-finished model. Features of a frozen model are computed once and kept where memory allows.
+Training runs call `run_probe`; eval/linear_separability.py is the command for a finished model. The
+features of a frozen model are computed once and stored if they fit in memory.
 """
 
 import copy
@@ -20,24 +20,22 @@ from criterion.classification import (
     SpeakerDoubleCriterion,
 )
 from criterion.seq_alignment import best_label_sequences, collapse_label_chain, phone_error_rate
-from dataset import BatchLoader
+from eval.probe_features import StoredWindowFeatures, WindowFeatures, storage_for
 from utils.data.labels import symbols_beside
-from utils.files import remove_leftovers, save_json, save_tensors
-from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, seed_from
+from utils.files import remove_leftovers, save_json, save_tensors, writing_to
+from utils.misc import SAMPLES_PER_FRAME, counted, seed_from
 from utils.report.plot_confusion import draw_confusion
 from utils.run.console import progress
 from utils.run.logs import RunningMeans, append_epoch, percent
-from utils.run.machine import available_memory
 
-BEAM = 20  # label sequences kept while CTC outputs are decoded; 100 would take four times as long
-MEMORY_SHARE = 0.5  # of the free memory may be filled with features
-MOST_CONFUSABLE = 1000  # classes; for more than that confusions aren't counted
-UNTRAINED_BATCH = 64  # windows in a batch of stored features where nothing is trained
+BEAM = 20  # label sequences kept in CTC decoding; 100 would take four times as long
+MAX_CONFUSION_CLASSES = 1000  # with more classes, confusions aren't counted
+VALIDATION_BATCH = 64  # windows in a batch of stored features
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How a probe is trained, and on what of the model."""
+    """How a probe is trained, and on which features of the model."""
 
     n_epochs: int = 10
     batch_size: int = 8  # windows
@@ -46,18 +44,18 @@ class ProbeOptions:
     beta2: float = 0.999
     epsilon: float = 2e-8
     n_layers: int = 1
-    ctc: bool = False  # phones: their order counts, not their frames
-    get_encoded: bool = False  # probe the encoded frames instead of the contexts
-    n_inner: int = 0  # speakers: through a bottleneck of so many dimensions (0: none)
-    unfrozen: bool = False  # train the model, too
+    ctc: bool = False  # phones: recognise their sequence instead of labelling frames
+    get_encoded: bool = False  # features: encoded frames instead of contexts
+    n_inner: int = 0  # speakers: dimensions of a bottleneck (0: none)
+    unfrozen: bool = False  # train the model as well
     logging_step: int = 1  # epochs between writes of the log
     seed: int = 0
-    cpc_epoch: int | None = None  # the epoch of the training run that the model comes from
-    max_stored_bytes: int | None = None  # of features; None: what memory allows
+    cpc_epoch: int | None = None  # the epoch of the training run, if the model is of one
+    max_stored_bytes: int | None = None  # of features; None: as memory allows
 
     @classmethod
     def of_training_run(cls, args, task, cpc_epoch):
-        """The options that the --linsep_... flags of train.py ask for."""
+        """The options set by the --linsep_... flags of train.py."""
         phone = task == "phone"
         return cls(
             n_epochs=args.linsep_n_epoch,
@@ -76,25 +74,25 @@ class ProbeOptions:
 
 
 class ProbeResult(NamedTuple):
-    """What a probe found. `score` is the validation accuracy of its best epoch, or with CTC the
-    phone error rate (`score_name` is "acc" or "per"); `train_accuracy` is None with CTC.
-    `baseline` is the score of always naming the class that is commonest in training."""
+    """The result of a probe. `metric` is the validation accuracy of its best epoch, or with CTC the
+    phone error rate (`metric_name` is "acc" or "per"); `train_accuracy` is None with CTC.
+    `baseline` is the metric of always predicting the majority class of the training set."""
 
     task: str
-    score_name: str
+    metric_name: str
     epochs_trained: int
     best_epoch: int
-    score: float
+    metric: float
     train_accuracy: float | None
     baseline: float
     measured_on: dict
 
     def logged(self):
-        """What goes into the log of a training run."""
+        """The values for the log of a training run."""
         values = {
             "num_epoch_trained": self.epochs_trained,
-            f"best_val_{self.score_name}": [self.score],
-            f"baseline_val_{self.score_name}": [self.baseline],
+            f"best_val_{self.metric_name}": [self.metric],
+            f"baseline_val_{self.metric_name}": [self.baseline],
         }
         if self.train_accuracy is not None:
             values["best_train_acc"] = [self.train_accuracy]
@@ -113,14 +111,14 @@ def run_probe(
     checkpoint_dir=None,
     device="cpu",
 ):
-    """Probe a model as it is now, and write what is found. Returns a ProbeResult.
+    """Probe a model in its present state, and write the results. Returns a ProbeResult.
 
-    task: "phone" or "speaker"; both AudioDatasets have the labels for it. `logs.json`, and
-    `confusion.png` for phones, go to `<logs_dir>/<CPC epoch>/<task>/`; the best epoch's
-    classifier, with the model it belongs to, to `<checkpoint_dir>/<CPC epoch>/<task>/`.
+    task: "phone" or "speaker"; both AudioDatasets must have its labels. `logs.json`, and for phones
+    `confusion.png`, are written to `<logs_dir>/<CPC epoch>/<task>/`; the best epoch's classifier
+    and the model it belongs to go to `<checkpoint_dir>/<CPC epoch>/<task>/`.
 
-    Nothing is drawn from the global random generators. The model's weights stay as they are, its
-    mode and kept hidden state don't: `model.preserved_state` puts those back.
+    The global random generators aren't used. The model's weights don't change; its mode and hidden
+    state do: `model.preserved_state` restores these.
     """
     place = Path(str(options.cpc_epoch), task)
     log = Path(logs_dir, place, "logs.json")
@@ -132,22 +130,18 @@ def run_probe(
         if epoch > 0 and epoch % options.logging_step == 0:
             save_json(log, probe.logs)
 
-    try:
+    with writing_to(logs_dir, "--linsep_logs_dir"):
         result = probe.run(write_log)
         save_json(log, probe.logs)
         probe.draw_confusion(log.with_name("confusion.png"))
-        if checkpoint_dir:
+    if checkpoint_dir:
+        with writing_to(checkpoint_dir, "--linsep_checkpoint_dir"):
             save_best_classifier(probe, Path(checkpoint_dir, place))
-    except OSError as error:
-        raise UserError(
-            f"{logs_dir}: the results of the {probe.name} can't be written "
-            f"({error.strerror or error}: {error.filename})"
-        ) from error
     return result
 
 
 def save_best_classifier(probe, directory):
-    """Save the best epoch's classifier; one left by an earlier run of the same probe goes."""
+    """Save the best epoch's classifier, and delete that of an earlier run of the same probe."""
     start, end = f"{probe.task}_classif_best-epoch", f"-cpc_epoch{probe.options.cpc_epoch}.pt"
     path = directory / f"{start}{probe.best.epoch}{end}"
     state = {
@@ -160,96 +154,11 @@ def save_best_classifier(probe, directory):
         other.unlink()
 
 
-# ----------------------------------------------------------------------------------- features
-
-
-class FreshFeatures:
-    """The windows of a set as batches (features, label), computed anew in every pass.
-
-    Features are (B, S, D); for speakers (B, 1, D), the last frame, which is all that is needed.
-    Labels are (B, S) phones or (B,) speakers. In training the order is random, and gradients
-    flow if the probe trains the model, too.
-    """
-
-    def __init__(self, probe, dataset, *, training):
-        self.probe, self.n_windows = probe, dataset.n_windows
-        self.trains_model = training and probe.options.unfrozen
-        sampling = "uniform" if training else "sequential"
-        self.loader = BatchLoader(
-            dataset,
-            probe.options.batch_size,
-            sampling,
-            seed=seed_from(*probe.seed("windows")),
-            training=training,
-        )
-
-    def batches(self, epoch):
-        self.probe.model.train(self.trains_model)
-        for _, batch in self.loader.epoch(epoch):
-            with torch.set_grad_enabled(self.trains_model):
-                features, label = self._features(batch.to(self.probe.device))
-            yield features, label
-
-    def _features(self, batch):
-        probe = self.probe
-        context, encoded = probe.model(batch.waveform, batch.continues)
-        features = encoded if probe.options.get_encoded else context
-        if probe.task == "speaker":
-            features = features[:, -1:]
-        if probe.transform:
-            features = probe.transform(features)
-        return features, batch.speaker if probe.task == "speaker" else batch.phone
-
-
-class StoredFeatures:
-    """Those of `source`, computed once and kept on the device `storage`.
-
-    In training `order_seed` (a tuple) and the epoch give each epoch its own random order.
-    """
-
-    def __init__(self, source, storage, batch_size, order_seed=None):
-        self.features, self.labels = collect(source, storage)
-        self.device, self.batch_size, self.order_seed = source.probe.device, batch_size, order_seed
-
-    def batches(self, epoch):
-        order = torch.arange(len(self.features))
-        if self.order_seed:
-            generator = generator_from(*self.order_seed, epoch)
-            order = torch.randperm(len(order), generator=generator)
-        for chosen in order.to(self.features.device).split(self.batch_size):
-            yield self.features[chosen].to(self.device), self.labels[chosen].to(self.device)
-
-
-def collect(source, storage):
-    """All features and labels of one pass through `source`: two tensors on `storage`."""
-    stored, filled, n_windows = None, 0, source.n_windows
-    with progress(what=f"{source.probe.name}: features", unit=" windows", total=n_windows) as bar:
-        for batch in source.batches(0):
-            n_rows = len(batch[0])
-            if stored is None:  # memory for all is taken at once: growing would need it twice
-                stored = [x.new_empty((n_windows, *x.shape[1:]), device=storage) for x in batch]
-            for whole, part in zip(stored, batch, strict=True):
-                whole[filled : filled + n_rows] = part
-            filled += n_rows
-            bar.update(n_rows)
-    return [whole[:filled] for whole in stored]
-
-
-def storage_for(n_bytes, device, limit=None):
-    """Where so many bytes of features can be kept: the device, the host, or nowhere (None)."""
-    if limit is not None:
-        return device if n_bytes <= limit else None
-    for place in dict.fromkeys([device, torch.device("cpu")]):
-        if n_bytes <= MEMORY_SHARE * available_memory(place):
-            return place
-    return None
-
-
 # ----------------------------------------------------------------------------------- training
 
 
 class PassSummary:
-    """What one pass through a set comes to. Sums stay on the device until they are read."""
+    """Sums over one pass through a set; they stay on the device until they are read."""
 
     def __init__(self, n_classes):
         self.n_classes = n_classes
@@ -274,11 +183,11 @@ class PassSummary:
 
 
 class ValidationSummary(PassSummary):
-    """Besides: the confusions of phones, or with CTC the phone sequences."""
+    """Also collects the confusions of phones, or with CTC the phone sequences."""
 
     def __init__(self, n_classes):
         super().__init__(n_classes)
-        self.confusion = None  # [true, named]
+        self.confusion = None  # [true, predicted]
         self.hypotheses, self.references = [], []
 
     def add_confusion(self, logits, label):
@@ -300,10 +209,10 @@ class ValidationSummary(PassSummary):
 
 
 class BestEpoch(NamedTuple):
-    """The state of everything after the best epoch of a probe."""
+    """The metric and all states after the best epoch of a probe."""
 
     epoch: int
-    score: float
+    metric: float
     train_accuracy: float | None  # None with CTC
     confusion: torch.Tensor | None
     classifier: dict
@@ -312,7 +221,7 @@ class BestEpoch(NamedTuple):
 
 
 class Probe:
-    """A classifier on the features of a model, and its training.
+    """A classifier of the features of a model, and its training.
 
     After each epoch `logs` holds lists over the epochs, with the keys of `checkpoint_logs.json`,
     and `best` the best epoch so far. `transform` is applied to the features, (B, S, D).
@@ -335,7 +244,7 @@ class Probe:
         self.n_features = model.dim_encoded if options.get_encoded else model.dim_context
         in_run = "" if options.cpc_epoch is None else f" of CPC epoch {options.cpc_epoch}"
         self.name = f"{task} probe{in_run}"
-        self.score_name = "per" if options.ctc else "acc"
+        self.metric_name = "per" if options.ctc else "acc"
         self.criterion = self._build_classifier().to(self.device)
         trained = [self.criterion, model] if options.unfrozen else [self.criterion]
         self.optimizer = torch.optim.Adam(
@@ -371,17 +280,17 @@ class Probe:
                 training = self._train(train_source.batches(epoch))
                 validation = self._validate(validation_source.batches(epoch))
                 if epoch == 0:
-                    self._note_what_is_measured(training, validation)
+                    self._describe_sets(training, validation)
                 self._log(epoch, training, validation)
-                bar.set_postfix_str(self._score_text(self.best.score))
+                bar.set_postfix_str(self._metric_text(self.best.metric))
                 bar.update()
                 after_epoch(epoch)
         return self._conclude()
 
     def _feature_source(self, dataset, *, training):
-        """The features of a set: stored if the model is frozen and they fit, else fresh."""
+        """The features of a set: stored if the model is frozen and they fit in memory."""
         options = self.options
-        build = functools.partial(FreshFeatures, self, dataset)
+        build = functools.partial(WindowFeatures, self, dataset)
         if options.unfrozen:
             return build(training=training)
         frames = 1 if self.task == "speaker" else dataset.size_window // SAMPLES_PER_FRAME
@@ -390,12 +299,12 @@ class Probe:
         if storage is None:
             print(
                 f"{self.name}: the features of the {dataset.title}, {n_bytes / 1e9:.1f} GB, don't "
-                "fit in memory; they are computed anew in every epoch"
+                "fit in memory; they are recomputed in every epoch"
             )
             return build(training=training)
-        batch_size = options.batch_size if training else UNTRAINED_BATCH
+        batch_size = options.batch_size if training else VALIDATION_BATCH
         order_seed = self.seed("order") if training else None
-        return StoredFeatures(build(training=False), storage, batch_size, order_seed)
+        return StoredWindowFeatures(build(training=False), storage, batch_size, order_seed)
 
     def _train(self, batches):
         summary = PassSummary(self.n_classes)
@@ -417,7 +326,7 @@ class Probe:
             summary.add(*self.criterion.loss_and_accuracy(logits, label), label)
             if self.options.ctc:
                 summary.add_sequences(logits, label, self.criterion.blank)
-            elif self.task == "phone" and self.n_classes <= MOST_CONFUSABLE:
+            elif self.task == "phone" and self.n_classes <= MAX_CONFUSION_CLASSES:
                 summary.add_confusion(logits, label)
         return summary
 
@@ -429,18 +338,18 @@ class Probe:
             "locLoss_val": [validation.loss],
         }
         if self.options.ctc:
-            score, train_accuracy = validation.error_rate, None
-            better = self.best is None or score < self.best.score
-            values["PER_val"] = [score]
+            metric, train_accuracy = validation.error_rate, None
+            better = self.best is None or metric < self.best.metric
+            values["PER_val"] = [metric]
         else:
-            score, train_accuracy = validation.accuracy, training.accuracy
-            better = self.best is None or score > self.best.score
-            values |= {"locAcc_train": [train_accuracy], "locAcc_val": [score]}
+            metric, train_accuracy = validation.accuracy, training.accuracy
+            better = self.best is None or metric > self.best.metric
+            values |= {"locAcc_train": [train_accuracy], "locAcc_val": [metric]}
         append_epoch(self.logs, epoch, values)
         if better:
             self.best = BestEpoch(
                 epoch,
-                score,
+                metric,
                 train_accuracy,
                 validation.confusion,
                 copy.deepcopy(self.criterion.state_dict()),
@@ -449,46 +358,46 @@ class Probe:
             )
 
     def _model_state(self):
-        """The model's state; a copy only if it will go on changing."""
+        """The model's state; copied only if training will change it."""
         state = self.model.state_dict()
         return copy.deepcopy(state) if self.options.unfrozen else state
 
-    # ------------------------------------------------------------------- what was found, in words
+    # ------------------------------------------------------------------------------- results
 
-    def _note_what_is_measured(self, training, validation):
-        """Note and say on what the probe is trained and tested, and what guessing would score."""
+    def _describe_sets(self, training, validation):
+        """Record and print the sets of the probe, and find its majority-class baseline."""
         seen_in_training = training.class_counts > 0
         unseen = validation.class_counts[~seen_in_training]
-        commonest = int(training.class_counts.argmax())
+        majority_class = int(training.class_counts.argmax())
         if self.options.ctc:
-            guesses = [[commonest]] * len(validation.references)
+            guesses = [[majority_class]] * len(validation.references)
             self.baseline = phone_error_rate(guesses, validation.references)
         else:
-            self.baseline = int(validation.class_counts[commonest]) / validation.n_frames
+            self.baseline = int(validation.class_counts[majority_class]) / validation.n_frames
         self.measured_on = {
             "layer": "encoded" if self.options.get_encoded else "context",
             "dimensions": self.n_features,
-            "training": self._set_in_numbers(self.train_set, training),
-            "validation": self._set_in_numbers(self.validation_set, validation),
+            "training": self._set_sizes(self.train_set, training),
+            "validation": self._set_sizes(self.validation_set, validation),
             "classes_only_in_validation": int(unseen.count_nonzero()),
             "share_only_in_validation": int(unseen.sum()) / validation.n_frames,
             "files_without_labels": self.train_set.n_unlabelled + self.validation_set.n_unlabelled,
         }
         print("\n".join(self._description()), flush=True)
 
-    def _set_in_numbers(self, dataset, summary):
+    def _set_sizes(self, dataset, summary):
         return {
             "windows": summary.means.windows,
             "frames": summary.n_frames,
-            "speakers": len({sequence.speaker for sequence in dataset.utterances}),
+            "speakers": len({utterance.speaker for utterance in dataset.utterances}),
             "classes": int(summary.class_counts.count_nonzero()),
         }
 
     def _description(self):
-        options, found = self.options, self.measured_on
-        n_unseen = found["classes_only_in_validation"]
+        options, measured_on = self.options, self.measured_on
+        n_unseen = measured_on["classes_only_in_validation"]
         yield (
-            f"{self.name}: {found['layer']} features, {found['dimensions']} dimensions"
+            f"{self.name}: {measured_on['layer']} features, {measured_on['dimensions']} dimensions"
             + (", the last frame of each window" if self.task == "speaker" else "")
             + (", by CTC" if options.ctc else "")
         )
@@ -499,7 +408,7 @@ class Probe:
             f"{counted(options.batch_size, 'window')}, learning rate {options.learning_rate:g}"
         )
         for name in ("training", "validation"):
-            part = found[name]
+            part = measured_on[name]
             yield (
                 f"  {name}: {counted(part['windows'], 'window')}, "
                 f"{counted(part['frames'], 'frame')} of {counted(part['speakers'], 'speaker')}, "
@@ -508,39 +417,39 @@ class Probe:
         if n_unseen:
             yield (
                 f"  only in validation, so never recognised: {counted(n_unseen, self.task)}, "
-                f"{percent(found['share_only_in_validation'])} of its frames"
+                f"{percent(measured_on['share_only_in_validation'])} of its frames"
             )
-        if found["files_without_labels"]:
-            files = counted(found["files_without_labels"], "file")
-            yield f"  left out for lack of phone labels: {files}"
+        if measured_on["files_without_labels"]:
+            files = counted(measured_on["files_without_labels"], "file")
+            yield f"  left out, without phone labels: {files}"
 
-    def _score_text(self, score):
-        return f"{'phone error rate' if self.options.ctc else 'accuracy'} {percent(score)}"
+    def _metric_text(self, metric):
+        return f"{'phone error rate' if self.options.ctc else 'accuracy'} {percent(metric)}"
 
     def _conclude(self):
-        """Complete the logs by what was found in all, say it, and return it."""
+        """Add the result to the logs, print it, and return it."""
         best, n_epochs = self.best, self.options.n_epochs
         training = "" if self.options.ctc else f" (training {percent(best.train_accuracy)})"
         print(
-            f"{self.name}: {self._score_text(best.score)}{training} in epoch {best.epoch} (of 0 to "
-            f"{n_epochs - 1}); always the commonest {self.task} of the training set: "
+            f"{self.name}: {self._metric_text(best.metric)}{training} in epoch {best.epoch} (of 0 "
+            f"to {n_epochs - 1}); majority {self.task} of the training set: "
             f"{percent(self.baseline)}",
             flush=True,
         )
         result = ProbeResult(
             self.task,
-            self.score_name,
+            self.metric_name,
             n_epochs,
             best.epoch,
-            best.score,
+            best.metric,
             best.train_accuracy,
             self.baseline,
             self.measured_on,
         )
         self.logs |= {
             "best_epoch": best.epoch,
-            f"best_val_{self.score_name}": best.score,
-            f"baseline_val_{self.score_name}": self.baseline,
+            f"best_val_{self.metric_name}": best.metric,
+            f"baseline_val_{self.metric_name}": self.baseline,
             "measured_on": self.measured_on,
         }
         if best.train_accuracy is not None:
@@ -550,20 +459,20 @@ class Probe:
         return result
 
     def draw_confusion(self, path):
-        """Draw which phones the best classifier takes for which, if it names single frames.
+        """Draw the confusion matrix of the best classifier, if it labels single frames.
 
-        If it doesn't, a picture that another probe left there goes.
+        Otherwise delete the picture that another probe may have left at `path`.
         """
         if self.best.confusion is None:
             path.unlink(missing_ok=True)
             return
-        title = f"{self.name}: {self._score_text(self.best.score)}"
+        title = f"{self.name}: {self._metric_text(self.best.metric)}"
         symbols = symbols_beside(self.validation_set.phone_labels.path, self.n_classes)
         draw_confusion(self.best.confusion.cpu(), path, title, symbols)
 
 
 def accuracy_by_class(confusion):
-    """{class: {"accuracy", "frames"}} of the classes that occur; confusion: [true, named]."""
+    """{class: {"accuracy", "frames"}} of the classes that occur; confusion: [true, predicted]."""
     frames = confusion.sum(dim=1)
     right = confusion.diag()
     return {

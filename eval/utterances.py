@@ -1,6 +1,6 @@
-"""Whole utterances and their phone sequences: what phones are recognised from and compared with.
+"""Whole utterances with their phone sequences, for phone recognition.
 
-Nothing is cut into windows here: the utterances of a batch are padded to the longest.
+Utterances aren't cut into windows: those of a batch are padded to the longest.
 """
 
 import os
@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from dataset import AudioDataset
-from eval.probe import storage_for
+from eval.probe_features import storage_for
 from feature_loader import load_waveform, longest_input
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.console import progress
 
 
 class Utterance(NamedTuple):
-    """An audio file and the phones that are said in it."""
+    """An audio file and the phones spoken in it."""
 
     path: str  # relative to the root of the database
-    samples: int  # as its header says
+    samples: int  # according to its header
     phones: torch.Tensor  # (n,) int64
 
 
 class UtteranceBatch(NamedTuple):
-    """Utterances, padded with zeros; `values` are waveforms (B, 1, L) or features (B, S, D)."""
+    """Utterances padded with zeros; `values` are waveforms (B, 1, L) or features (B, S, D)."""
 
     values: torch.Tensor
     n_frames: torch.Tensor  # (B,) int64
@@ -41,7 +41,7 @@ class UtteranceBatch(NamedTuple):
 
 
 def collate(utterances, values, n_frames):
-    """A batch of utterances, of which each has `values` (L,) or (T, D)."""
+    """A batch of utterances; `values` has a tensor (L,) or (T, D) for each."""
     return UtteranceBatch(
         pad_sequence(values, batch_first=True),
         torch.tensor(n_frames),
@@ -51,10 +51,10 @@ def collate(utterances, values, n_frames):
     )
 
 
-def cut_in_batches(lengths, batch_size, generator=None):
-    """Batches, as index tensors, of items that are about equally long: little is padded.
+def cut_into_batches(lengths, batch_size, generator=None):
+    """Batches, as index tensors, of items of similar length, so that there is little padding.
 
-    lengths: (n,). With a generator they are random: every call gives others.
+    lengths: (n,). With a generator the batches are random and differ from call to call.
     """
     lengths = lengths.double()
     if generator is None:
@@ -68,31 +68,31 @@ def cut_in_batches(lengths, batch_size, generator=None):
 
 
 class UtteranceSet:
-    """The sequences of a corpus that have phones, can be decoded, and aren't too short.
+    """The utterances of a corpus that have phones, can be decoded, and aren't too short.
 
-    labels: `PhoneLabels` that hold the phones of whole utterances; shortest: samples. Files that
-    can't be used are named and left out. Raises UserError if they are too many or all.
+    labels: `PhoneLabels` with the phone sequence of each utterance; shortest: in samples. Unusable
+    files are listed and left out. Raises UserError if they are too many, or all.
     """
 
-    def __init__(self, corpus, sequences, labels, shortest, *, n_threads, max_bad_files, title):
+    def __init__(self, corpus, candidates, labels, shortest, *, n_threads, max_bad_files, title):
         self.root, self.title = corpus.root, title
         self.shortest, self.n_threads = shortest, n_threads
-        labelled = [s for s in sequences if s.name in labels.labels]
+        labelled = [c for c in candidates if c.name in labels.labels]
         if not labelled:
-            names = first_few(s.name for s in sequences)
+            names = first_few(c.name for c in candidates)
             raise UserError(f"{labels.path}: has phones for none of the {title}, e.g. {names}")
-        # What of it is used here: the checks of headers, and the count of bad files.
+        # Used only to check headers and to count bad files.
         self.files = AudioDataset(
             corpus, labelled, SAMPLES_PER_FRAME, max_bad_files=max_bad_files, title=title
         )
         usable = self.files.utterances
         self.utterances = [
-            Utterance(s.path, s.samples, torch.from_numpy(labels.labels[s.name]).long())
-            for s in usable
-            if s.samples >= shortest
+            Utterance(u.path, u.samples, torch.from_numpy(labels.labels[u.name]).long())
+            for u in usable
+            if u.samples >= shortest
         ]
         self.left_out = {
-            "have no phones": len(sequences) - len(labelled),
+            "have no phones": len(candidates) - len(labelled),
             f"are shorter than {shortest} samples": len(usable) - len(self.utterances),
         }
         if not self.utterances:
@@ -108,12 +108,12 @@ class UtteranceSet:
         return "; ".join([f"{self.title}: {len(self)} utterances, {hours:.2f} h", *left_out])
 
     def n_frames(self):
-        """Frames of each utterance, (n,), as far as headers can be trusted."""
+        """Frames of each utterance, (n,), according to the headers."""
         return torch.tensor([u.samples for u in self.utterances]) // SAMPLES_PER_FRAME
 
     def batches(self, batch_size, generator=None):
-        """Batches of waveforms, the longest first, or with a generator in random order."""
-        cuts = cut_in_batches(self.n_frames(), batch_size, generator)
+        """Batches of waveforms, longest first, or with a generator in random order."""
+        cuts = cut_into_batches(self.n_frames(), batch_size, generator)
         chosen = [[self.utterances[i] for i in cut.tolist()] for cut in cuts]
         for utterances, waveforms in self._decode(chosen):
             problems = {
@@ -133,7 +133,7 @@ class UtteranceSet:
         self.utterances = [u for u in self.utterances if u.path not in problems]
 
     def _decode(self, batches):
-        """Each batch with its waveforms (L,), of which the next are decoded meanwhile."""
+        """Yield each batch with its waveforms (L,), while those of the next one are decoded."""
         ahead = deque()
         with ThreadPoolExecutor(self.n_threads) as pool:
             for batch in batches:
@@ -145,7 +145,7 @@ class UtteranceSet:
                 yield utterances, [future.result() for future in decoding]
 
     def _waveform(self, utterance):
-        """Its samples (L,), or why it can't be used."""
+        """Its samples (L,), or a text: the reason that it can't be used."""
         path = os.path.join(self.root, utterance.path)
         try:
             waveform = load_waveform(path)[0]
@@ -160,7 +160,7 @@ class UtteranceSet:
 def encode(model, waveform):
     """Contexts (B, S, D) of waveforms (B, 1, L); every row begins in the zero state.
 
-    What is longer than a transformer can take is cut into stretches of that length.
+    Waveforms too long for a transformer are cut into pieces of its maximum length.
     """
     n_rows, _, n_samples = waveform.shape
     size = longest_input(model)
@@ -171,8 +171,8 @@ def encode(model, waveform):
     return context.reshape(n_rows, -1, context.size(2))[:, : n_samples // SAMPLES_PER_FRAME]
 
 
-class FreshFeatures:
-    """A model's features of a set of utterances, computed anew in every pass."""
+class UtteranceFeatures:
+    """A model's features of a set of utterances, recomputed in every pass."""
 
     def __init__(self, utterances, model, device):
         self.utterances, self.model, self.device = utterances, model, device
@@ -183,8 +183,8 @@ class FreshFeatures:
             yield batch._replace(values=encode(self.model, batch.values))
 
 
-class StoredFeatures:
-    """Those of `source`, computed once and kept on the device `storage`."""
+class StoredUtteranceFeatures:
+    """The features of `source`, computed once and kept on the device `storage`."""
 
     def __init__(self, source, batch_size, storage):
         self.device, self.features, self.utterances = source.device, [], []
@@ -201,7 +201,7 @@ class StoredFeatures:
 
     def batches(self, batch_size, generator=None):
         lengths = torch.tensor([len(features) for features in self.features])
-        for cut in cut_in_batches(lengths, batch_size, generator):
+        for cut in cut_into_batches(lengths, batch_size, generator):
             chosen = cut.tolist()
             batch = collate(
                 [self.utterances[i] for i in chosen],
@@ -212,8 +212,8 @@ class StoredFeatures:
 
 
 def features_of(utterances, model, device, batch_size, *, frozen):
-    """The features of an `UtteranceSet`: stored where they won't change and memory allows."""
-    fresh = FreshFeatures(utterances, model, device)
+    """The features of an `UtteranceSet`: stored if the model is frozen and they fit in memory."""
+    computed = UtteranceFeatures(utterances, model, device)
     n_bytes = 4 * model.dim_context * int(utterances.n_frames().sum())
     storage = storage_for(n_bytes, device) if frozen else None
-    return StoredFeatures(fresh, batch_size, storage) if storage else fresh
+    return StoredUtteranceFeatures(computed, batch_size, storage) if storage else computed

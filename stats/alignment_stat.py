@@ -1,4 +1,4 @@
-"""How CPC-CTC shares out the frames among its predictions."""
+"""How CPC-CTC distributes the frames among its predictions."""
 
 import torch
 
@@ -9,15 +9,15 @@ from utils.capture import prediction_names
 
 
 class AlignmentOccupancyStat(Stat):
-    """How many of the matched frames each prediction of CPC-CTC takes.
+    """The number of matched frames that are aligned to each prediction of CPC-CTC.
 
-    A window of M matched frames is aligned to the predictions, in their order; an occupancy of
-    about one frame each means that CPC-CTC does what plain CPC would. Logged: `frames_<name>`, the
-    mean number of frames that a prediction takes; `self_loop` and `skipped_frames`, the shares of
-    frames that the self loop and the learned blank take (0 without them); `skipped_predictions`,
-    the share of the other predictions that take no frame, which the most likely prediction of each
-    frame may well leave (it is no path), and `--CPCCTCSkipBeg` and `--CPCCTCSkipEnd` favour.
-    The picture shows the means, and where in the matched window each prediction is.
+    The M frames matched from an anchor are aligned to the predictions in their order; an occupancy
+    of about one frame each means that CPC-CTC behaves as plain CPC. Logged: `frames_<name>`, the
+    mean number of frames of a prediction; `self_loop` and `skipped_frames`, the fractions of frames
+    aligned to the self loop and to the learned blank (0 without them); `skipped_predictions`, the
+    fraction of the other predictions without a frame. The latter is common if the alignment is the
+    most likely prediction of each frame (not a path), or with `--CPCCTCSkipBeg` or
+    `--CPCCTCSkipEnd`. The picture shows the means, and the predictions of each matched frame.
 
     The value: {"windows": number of alignments, "frames": (M, P) counts, "used": (P,) counts}.
     """
@@ -46,7 +46,7 @@ class AlignmentOccupancyStat(Stat):
         }
 
     def _n_predictions(self):
-        """P, as far as the flags of the run tell."""
+        """P according to the flags of the run; less without flags."""
         extra = ("CPCCTCLearnBlank", "CPCCTCSelfLoop")
         return self.flags.get("nPredicts", 0) + sum(bool(self.flags.get(flag)) for flag in extra)
 
@@ -61,30 +61,30 @@ class AlignmentOccupancyStat(Stat):
     def logStat(self, statValue, epochNr):
         windows, frames = statValue["windows"], statValue["frames"].double()
         names = prediction_names(frames.shape[1], self.flags)
-        share = dict(zip(names, (frames.sum(0) / frames.sum()).tolist(), strict=True))
+        fractions = dict(zip(names, (frames.sum(0) / frames.sum()).tolist(), strict=True))
         mean_frames = frames.sum(0) / windows
         predictions = [p for p, name in enumerate(names) if name not in ("blank", "self")]
         skipped = 1 - statValue["used"][predictions].double().mean() / windows
         figure = self._draw(names, mean_frames.numpy(), (frames / windows).numpy(), epochNr)
         save_picture(self.directory, f"{self.getStatName()}_{epochNr}", figure)
         return {
-            "self_loop": share.get("self", 0.0),
-            "skipped_frames": share.get("blank", 0.0),
+            "self_loop": fractions.get("self", 0.0),
+            "skipped_frames": fractions.get("blank", 0.0),
             "skipped_predictions": skipped.item(),
             **{f"frames_{name}": n for name, n in zip(names, mean_frames.tolist(), strict=True)},
         }
 
-    def _draw(self, names, mean_frames, shares, epoch):
-        figure = new_figure(f"Frames that each prediction takes, epoch {epoch}", width=11)
+    def _draw(self, names, mean_frames, fractions, epoch):
+        figure = new_figure(f"Frames aligned to each prediction, epoch {epoch}", width=11)
         bars, image = figure.subplots(1, 2)
         drawn = bars.bar(names, mean_frames, color="tab:blue")
         bars.bar_label(drawn, fmt="%.2f", fontsize="small")
-        bars.set(xlabel="prediction", ylabel="frames in a matched window, mean")
-        matrix = image.imshow(shares.T, aspect="auto", origin="lower", vmin=0, vmax=1)
+        bars.set(xlabel="prediction", ylabel="mean frames per anchor")
+        matrix = image.imshow(fractions.T, aspect="auto", origin="lower", vmin=0, vmax=1)
         image.set_yticks(range(len(names)), names)
-        image.set_xticks(range(len(shares)), range(1, len(shares) + 1))
-        image.set(xlabel="matched frame (10 ms each, after the current one)", ylabel="prediction")
-        figure.colorbar(matrix, label="share of windows")
+        image.set_xticks(range(len(fractions)), range(1, len(fractions) + 1))
+        image.set(xlabel="matched frame (10 ms each, after the anchor)", ylabel="prediction")
+        figure.colorbar(matrix, label="fraction of anchors")
         return figure
 
 

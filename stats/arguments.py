@@ -1,4 +1,4 @@
-"""Checks of the arguments in a stat's spec: they run before anything is loaded."""
+"""Checks of the arguments of stats; they run before anything is loaded."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ def choice(value, choices, what):
 
 
 def positive_number(value, what):
-    """The number that the text `value` stands for, which must be above zero."""
+    """The text `value` as a number, which must be above 0."""
     try:
         number = float(value)
     except ValueError:
@@ -28,7 +28,7 @@ def positive_number(value, what):
 
 
 def picture_directory(value):
-    """The directory `value` names, checked as far as can be without making it."""
+    """The directory named by `value`; raises UserError if it can't be written."""
     if not value:
         raise UserError("--captureSetStats: the directory for pictures is empty")
     check_writable(value, f"--captureSetStats: {value}: pictures")

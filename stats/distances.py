@@ -1,20 +1,20 @@
-"""How far each frame is from the one before it."""
+"""Distances between consecutive frames."""
 
 import torch
 
-# For each name whether a larger value says that the frames differ more.
+# Name -> whether a larger value means a larger difference.
 METRICS = {"cosine": True, "euclid": True, "euclidsq": True, "coscorr": False}
 
 
 def frame_distances(frames, metric):
-    """Compare each frame with the one before it: `frames` (B, S, D) -> (B, S - 1) float32.
+    """Compare consecutive frames: `frames` (B, S, D) -> (B, S - 1) float32.
 
     cosine    1 - cos(u, v)
     coscorr   |cos(u, v)|
     euclidsq  |u|^2 + |v|^2 - 2 u.v    (rounding can leave it slightly below zero)
     euclid    square root of that
 
-    NaN where it is undefined: the cosine of a frame of zeros, the root of a negative number.
+    NaN where undefined: the cosine of a frame of zeros, the root of a negative number.
     """
     frames = frames.float()
     product = (frames[:, 1:] * frames[:, :-1]).sum(-1)

@@ -1,8 +1,8 @@
-"""The interface of a stat: a figure, or a picture, of what is captured from a model.
+"""The interface of a stat: numbers and pictures computed from what is captured of a model.
 
 A stat sees the captured tensors batch by batch (`utils.capture` lists their names and shapes),
-boils each batch down to a small value, and turns the sum of them into logged numbers. This is a
-whole one, which says how long the context vectors are:
+reduces each batch to a small value, and turns the sum of these into logged numbers. A complete
+example, the mean length of the context vectors:
 
     from stats.empty_stat import Stat
 
@@ -26,9 +26,9 @@ whole one, which says how long the context vectors are:
         def logStat(self, statValue, epochNr):
             return {"mean": statValue["sum"] / statValue["frames"]}
 
-With a line in the register of `stats.stats_utils`, `--captureSetStats length:ctx_repr` computes it
-and `length_ctx_repr_mean` appears in the logs. The methods keep the names that they have in the
-original program, so that stats written for it need only a new import.
+With an entry in the registry of `stats.stats_utils`, `--captureSetStats length:ctx_repr` runs it
+and `length_ctx_repr_mean` appears in the logs. The methods keep their names from the original
+program, so that stats written for it need only a new import.
 """
 
 from collections.abc import Mapping
@@ -37,38 +37,37 @@ from typing import ClassVar
 
 
 class Stat:
-    """What every stat provides; its constructor takes the arguments of its spec, as strings.
+    """Base class of stats; the constructor takes the arguments of a stat's spec, as strings.
 
-    A constructor raises `UserError` for an argument that it can't accept: it runs before any data
-    is loaded.
+    It runs before any data is loaded and raises `UserError` for an argument that it can't accept.
     """
 
-    # Names of the arguments, for the messages about a wrong spec: `name:ARGUMENT,ARGUMENT`.
+    # Names of the arguments, for messages: `name:ARGUMENT,ARGUMENT`. A DIRECTORY comes last.
     arguments: ClassVar[tuple[str, ...]] = ()
 
-    # Names of the captured tensors it reads: the program computes these even if they aren't saved.
+    # Names of the captured tensors it reads; they are computed even if they aren't saved.
     needs: frozenset[str] = frozenset()
 
-    # All flags of the run, once it is known (`StatsCollector` sets them).
+    # All flags of the run (`StatsCollector` sets them).
     flags: Mapping[str, object] = MappingProxyType({})
 
     def getStatName(self):
-        """A name that no other stat of the run has; it begins the names of the logged values."""
+        """The name of the stat, unique in the run; a prefix of the names of its logged values."""
         raise NotImplementedError
 
     def computeForBatch(self, batch):
         """The value of one batch.
 
         `batch` maps names to tensors on the model's device, without gradients, with a row for each
-        window. The value is made of plain numbers, CPU tensors and dicts, since it also travels
-        between processes, and its size must not depend on the number of windows.
+        window. The value consists of plain numbers, CPU tensors and dicts, since it is also sent
+        between processes; its size must not depend on the number of windows.
         """
         raise NotImplementedError
 
     def mergeStatResults(self, prev, current):
-        """The value of two sets of windows from their values; may change and return `prev`."""
+        """The value of two sets of windows together, from their values; may modify `prev`."""
         raise NotImplementedError
 
     def logStat(self, statValue, epochNr):
-        """What is logged of the whole set, as a dict name -> number; also writes any pictures."""
+        """The numbers to log for the whole set, a dict name -> number; also writes any pictures."""
         raise NotImplementedError

@@ -11,30 +11,31 @@ from utils.data.labels import symbols_beside
 
 
 class PhoneSimilarityStat(Stat):
-    """Mean cosine similarity of two frames, for each pair of phone classes, as a matrix.
+    """Mean cosine similarity of two frames for each pair of phone classes, a matrix.
 
-    All pairs of frames of the whole set count (but none with itself), also neighbours from one
-    phone: the mean over the pairs of two classes is the product of the classes' mean unit vectors,
-    so it takes one pass and no pairs. Frames of zeros have no direction and are left out.
+    All pairs of different frames in the set count, even neighbours within a phone: the mean over
+    the pairs of two classes is the product of the classes' mean unit vectors, so one pass suffices
+    and pairs aren't enumerated. Frames of zeros have no direction and are left out.
 
-    Logged: `within`, the mean similarity within a class, `between`, that of two classes, each
-    class or pair of classes counting once. What separates phones has a `within` well above it.
+    Logged: `within`, the mean similarity within a class, and `between`, that of two classes, each
+    class or pair of classes counting once. Features that separate phones have a `within` well above
+    `between`.
 
     The value: {"count": (n,), "sum": (n, D) of the unit vectors}, float64, for n classes.
     """
 
     arguments = ("REPR", "DIRECTORY")
 
-    def __init__(self, reprType, directory):
-        self.reprType = choice(reprType, REPRESENTATIONS, "representation")
+    def __init__(self, representation, directory):
+        self.representation = choice(representation, REPRESENTATIONS, "representation")
         self.directory = picture_directory(directory)
-        self.needs = frozenset({reprType, "phone_align"})
+        self.needs = frozenset({representation, "phone_align"})
 
     def getStatName(self):
-        return f"phoneSim_{self.reprType}"
+        return f"phoneSim_{self.representation}"
 
     def computeForBatch(self, batch):
-        frames = batch[self.reprType].flatten(0, 1).double()
+        frames = batch[self.representation].flatten(0, 1).double()
         phones = batch["phone_align"].flatten()
         norms = torch.linalg.vector_norm(frames, dim=-1, keepdim=True)
         usable = (norms > 0) & norms.isfinite()
@@ -64,17 +65,17 @@ class PhoneSimilarityStat(Stat):
 
     def _draw(self, similarity, logged, epoch):
         figure = new_figure(
-            f"Similarity of phones, {self.reprType}, epoch {epoch}: "
+            f"Similarity of phones, {self.representation}, epoch {epoch}: "
             f"within {logged['within']:.3f}, between {logged['between']:.3f}",
             width=8,
             height=7,
         )
         axes = figure.subplots()
-        axes.set_facecolor("0.85")  # classes that were not heard
+        axes.set_facecolor("0.85")  # classes that don't occur
         matrix = axes.imshow(similarity.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
         classes = range(0, len(similarity), 1 + len(similarity) // 50)
         symbols = symbols_beside(self.flags.get("path_phone_data"), len(similarity))
-        names = [symbols.get(number, str(number)) for number in classes]
+        names = [symbols.get(id_, str(id_)) for id_ in classes]
         axes.set_xticks(classes, names, rotation=90, fontsize="small")
         axes.set_yticks(classes, names, fontsize="small")
         axes.set(xlabel="phone", ylabel="phone")
@@ -85,12 +86,12 @@ class PhoneSimilarityStat(Stat):
 def class_similarity(count, total):
     """Mean cosine similarity over all pairs of different frames of two classes: (n, n).
 
-    From the number of frames (n,) and the sum of their unit vectors (n, D) of each class. NaN where
-    there is no pair.
+    Computed from the number of frames (n,) and the sum of their unit vectors (n, D) of each class.
+    NaN where there is no pair.
     """
     products = total @ total.T
     pairs = torch.outer(count, count)
-    products.diagonal().sub_(count)  # a frame with itself: similarity 1, and no pair
+    products.diagonal().sub_(count)  # a frame with itself: similarity 1, but not a pair
     pairs.diagonal().sub_(count)
     return torch.where(pairs > 0, products / pairs, math.nan)
 

@@ -1,29 +1,23 @@
-"""Figures of stats, drawn with matplotlib's objects alone: no window, nothing kept by pyplot."""
+"""Figures of stats, made without pyplot: it would open windows and keep figures in memory."""
 
 from matplotlib.figure import Figure
 
-from utils.files import remove_leftovers
-from utils.misc import UserError
+from utils.files import remove_leftovers, writing_to
 from utils.report.plots import save_figure
 
 
 def new_figure(title, width=8.0, height=4.5):
-    """An empty figure of that size in inches, with a heading."""
+    """An empty figure with a heading; width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title)
     return figure
 
 
 def save_picture(directory, name, figure):
-    """Write `<directory>/<name>.png`; the directory is made if it isn't there.
+    """Write `<directory>/<name>.png`, creating the directory if needed.
 
-    A run that was killed while it drew draws again when it goes on: its leftovers go then.
+    A run that was killed here draws the picture again after resuming, and then deletes leftovers.
     """
     remove_leftovers(directory)
-    try:
+    with writing_to(directory, "--captureSetStats"):
         save_figure(figure, directory / f"{name}.png")
-    except OSError as error:
-        raise UserError(
-            f"{directory}: the picture of a stat can't be written there "
-            f"({error.strerror or error}); name another directory in --captureSetStats"
-        ) from error

@@ -1,4 +1,4 @@
-"""How much the representation changes from frame to frame, as a histogram."""
+"""Histogram of the change of a representation between consecutive frames."""
 
 import math
 from collections import Counter
@@ -12,27 +12,27 @@ from stats.pictures import new_figure, save_picture
 
 
 class ReprDiffStat(Stat):
-    """Histogram of the distances between neighbouring frames, in bins of width `step`.
+    """Histogram of the distances between consecutive frames, in bins of width `step`.
 
     Its value is {"hist": {left edge of a bin: count}, "sum": number of distances}. Undefined
-    distances (see `frame_distances`) are not counted. Logged: the mean of the left edges, as in
-    the original program, so about half a step under the mean distance.
+    distances (see `frame_distances`) aren't counted. Logged: the mean of the left edges, as in the
+    original program, so about half a step below the mean distance.
     """
 
     arguments = ("METRIC", "REPR", "STEP", "DIRECTORY")
 
-    def __init__(self, metric, reprType, step, directory):
+    def __init__(self, metric, representation, step, directory):
         self.metric = choice(metric, METRICS, "metric")
-        self.reprType = choice(reprType, REPRESENTATIONS, "representation")
+        self.representation = choice(representation, REPRESENTATIONS, "representation")
         self.step = positive_number(step, "the step of reprDiff")
         self.directory = picture_directory(directory)
-        self.needs = frozenset({reprType})
+        self.needs = frozenset({representation})
 
     def getStatName(self):
-        return f"reprDiff_{self.reprType}_{self.metric}_by{self.step}"
+        return f"reprDiff_{self.representation}_{self.metric}_by{self.step}"
 
     def computeForBatch(self, batch):
-        bins = (frame_distances(batch[self.reprType], self.metric) / self.step).floor()
+        bins = (frame_distances(batch[self.representation], self.metric) / self.step).floor()
         bins, counts = (part.tolist() for part in torch.unique(bins, return_counts=True))
         pairs = zip(bins, counts, strict=True)
         hist = {int(bin_) * self.step: count for bin_, count in pairs if math.isfinite(bin_)}
@@ -54,7 +54,7 @@ class ReprDiffStat(Stat):
         return {"mean": mean}
 
     def _draw(self, hist, mean, epoch):
-        figure = new_figure(f"Change from frame to frame, {self.reprType}, epoch {epoch}")
+        figure = new_figure(f"Change between frames, {self.representation}, epoch {epoch}")
         axes = figure.subplots()
         axes.bar(list(hist), list(hist.values()), width=self.step, align="edge", color="tab:blue")
         axes.axvline(mean, color="tab:red", label=f"mean {mean:.3g}")

@@ -1,4 +1,4 @@
-"""Feeds batches to the stats of a run and collects what they say."""
+"""Feeds batches to the stats of a run and collects their values."""
 
 import torch
 
@@ -8,9 +8,9 @@ from utils.misc import UserError
 class StatsCollector:
     """All stats of a run: `zeroStats`, then `batchUpdate` for each batch, then `logStats`.
 
-    `flags` (a dict) are those of the run, passed on to the stats. `needs` holds the names of the
-    captured tensors that a batch must have. In several processes each feeds its own batches; one
-    of them then takes in the `values` of the others by `merge`, and logs.
+    `flags` (a dict) are those of the run, for the stats. `needs` is the set of captured tensors
+    that a batch must have. With several processes, each feeds its own batches; one of them then
+    merges the `values` of the others into its own, and logs.
     """
 
     def __init__(self, stats=(), flags=None):
@@ -23,10 +23,10 @@ class StatsCollector:
         return len(self.stats)
 
     def registerStat(self, stat):
-        """Add a stat. Raises UserError if there is one of that name."""
+        """Add a stat. Raises UserError if its name is taken."""
         name = stat.getStatName()
         if name in self.stats:
-            raise UserError(f"--captureSetStats: {name} is asked for twice")
+            raise UserError(f"--captureSetStats: {name} is listed twice")
         stat.flags = self.flags
         self.stats[name] = stat
         self.needs |= stat.needs
@@ -42,20 +42,20 @@ class StatsCollector:
 
     @torch.no_grad()
     def batchUpdate(self, batch):
-        """Take in a batch: a dict name -> tensor, with a row for each window."""
+        """Add a batch: a dict name -> tensor, with a row for each window."""
         self.merge({name: stat.computeForBatch(batch) for name, stat in self.stats.items()})
 
     def merge(self, values):
-        """Take in the `values` of another collector."""
+        """Add the `values` of another collector."""
         for name, value in values.items():
             if name in self.values:
                 value = self.stats[name].mergeStatResults(self.values[name], value)
             self.values[name] = value
 
     def logStats(self, epoch):
-        """Draw the pictures; the logged values of all stats, as a dict `<stat>_<name>` -> number.
+        """Draw the pictures; returns the values of all stats, a dict `<stat>_<name>` -> number.
 
-        A stat that has seen no batch, or has nothing to say, is left out.
+        Stats without a batch or without values are left out.
         """
         return {
             f"{name}_{key}": logged

@@ -1,4 +1,4 @@
-"""The register of stats, and how `--captureSetStats` asks for them."""
+"""The registry of stats, and building them from `--captureSetStats`."""
 
 import os
 import re
@@ -10,8 +10,9 @@ from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
 from utils.misc import UserError
 from utils.run.flags import capturable_names
+from utils.stat_specs import split_specs
 
-# A new stat is a class with the interface of `stats.empty_stat.Stat`, and a line here.
+# A new stat is a class with the interface of `stats.empty_stat.Stat`, and an entry here.
 STATS = {
     "reprDiff": ReprDiffStat,
     "boundaries": BoundaryStat,
@@ -19,7 +20,7 @@ STATS = {
     "phoneSim": PhoneSimilarityStat,
 }
 
-# What a run must have for a captured tensor to exist, where not every run has it.
+# The flag that a run needs to have a captured tensor that not every run has.
 _FLAG_FOR = {
     "phone_align": "--path_phone_data",
     "cpcctc_align": "--CPCCTC",
@@ -35,27 +36,21 @@ def build_stats(args):
 
 
 def parse_stats(specs):
-    """The stats asked for by `name:argument,argument_name:argument,...`, in a list.
+    """The list of stats specified by `name:argument,argument_name:argument,...`.
 
-    Stats are split only at an underscore that a registered name and a colon follow, since
-    arguments (`ctx_repr`, a directory) may have underscores as well. Raises UserError, saying what
-    there is, for an unknown name, a wrong number of arguments, or one that the stat refuses.
+    Raises UserError, listing the choices, for an unknown name, a wrong number of arguments, or an
+    argument that the stat refuses.
     """
-    return [_parse_one(spec) for spec in _split(specs)]
-
-
-def _split(specs):
-    names = "|".join(map(re.escape, STATS))
-    return re.split(rf"_(?=(?:{names}):)", specs)
+    return [_parse_one(spec) for spec in split_specs(specs)]
 
 
 def with_absolute_directories(specs):
-    """The same specs, so that they mean the same directories from every working directory.
+    """The specs with absolute directories, so that they don't depend on the working directory.
 
-    Where the path of the working directory has a sign of this little language in it, or a spec is
-    wrong, it stays as it is.
+    Wrong specs don't change; nor does anything if the working directory's path has a comma or a
+    colon, which specs can't hold.
     """
-    absolute = "_".join(map(_with_absolute_directory, _split(specs)))
+    absolute = "_".join(map(_with_absolute_directory, split_specs(specs)))
     return specs if re.search("[,:]", os.getcwd()) else absolute
 
 
@@ -69,20 +64,9 @@ def _with_absolute_directory(spec):
     return f"{name}:{','.join(values)}"
 
 
-def picture_directories(specs):
-    """The directories in the specs, each once; none of a spec that is wrong."""
-    directories = []
-    for spec in _split(specs):
-        name, _, arguments = spec.partition(":")
-        names = STATS[name].arguments if name in STATS else ()
-        pairs = zip(names, arguments.split(","), strict=False)
-        directories += [value for key, value in pairs if key == "DIRECTORY" and value]
-    return list(dict.fromkeys(directories))
-
-
 def _parse_one(spec):
     name, _, arguments = spec.partition(":")
-    misplaced = re.search(r"([^_,/]*):", arguments)  # the name of a stat that isn't registered
+    misplaced = re.search(r"([^_,/]*):", arguments)  # it should have begun another spec
     if name not in STATS or misplaced:
         raise UserError(
             f"--captureSetStats: no stat {misplaced[1] if misplaced else name!r} (in {spec!r}); "
@@ -98,15 +82,12 @@ def _parse_one(spec):
 
 
 def usage(*names):
-    """How these stats are written (all of them, if none is named), for messages and help."""
+    """The syntax of these stats (of all, without names), for messages and help."""
     return ", ".join(f"{name}:{','.join(STATS[name].arguments)}" for name in names or STATS)
 
 
 def check_needs(stats, available):
-    """Raise UserError if a stat needs a captured tensor that the run can't compute.
-
-    `available`: names of those that it can.
-    """
+    """Raise UserError if a stat needs a captured tensor that isn't among those `available`."""
     for stat in stats:
         for missing in sorted(stat.needs - set(available)):
             raise UserError(

@@ -13,7 +13,7 @@ import torch
 
 from eval import common_voices_eval
 from eval.common_voices_eval import CTCPhoneRecognizer, normalize_over_time
-from eval.utterances import FreshFeatures, StoredFeatures, cut_in_batches, encode
+from eval.utterances import StoredUtteranceFeatures, UtteranceFeatures, cut_into_batches, encode
 from feature_loader import load_model
 from model import build_model
 from tests.helpers import ROOT, assert_close
@@ -154,16 +154,16 @@ def test_training_that_cannot_work_is_refused(speech, tmp_path, capsys, words, r
 def test_labels_of_frames_are_not_taken_for_phones(speech, tmp_path, capsys):
     arguments = ("train", speech / "audio", speech / "frames.txt", speech / "run")
     assert recognise(*arguments, *QUICK, "-o", tmp_path) == 2
-    assert "once for each time it is said, not for each frame" in capsys.readouterr().err
+    assert "once for each time it is spoken, not for each frame" in capsys.readouterr().err
 
 
 def test_measuring_needs_something_trained(speech, tmp_path, capsys):
     assert recognise("per", tmp_path) == 2
     error = capsys.readouterr().err
-    assert "nothing was trained there (no args_training.json); `train` comes first" in error
+    assert "nothing was trained there (no args_training.json); run `train` first" in error
     (tmp_path / "args_training.json").write_text("{}")
     assert recognise("per", tmp_path) == 2
-    assert "isn't what `train` wrote" in capsys.readouterr().err
+    assert "not written by `train`" in capsys.readouterr().err
     assert recognise() == 2
     assert "command" in capsys.readouterr().err
 
@@ -252,13 +252,13 @@ def test_normalisation_over_the_frames_that_count():
 def test_batches_hold_every_item_once_and_little_padding(seed):
     lengths = torch.randint(10, 1000, (103,))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    batches = cut_in_batches(lengths, 8, generator)
+    batches = cut_into_batches(lengths, 8, generator)
     assert sorted(torch.cat(batches).tolist()) == list(range(103))
     assert [len(batch) for batch in batches].count(8) == 12
     padded = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
     assert padded < 1.25 * lengths.sum()
     if generator:
-        others = cut_in_batches(lengths, 8, generator)
+        others = cut_into_batches(lengths, 8, generator)
         assert not all(map(torch.equal, batches, others))
 
 
@@ -283,18 +283,18 @@ def test_encoding_begins_every_utterance_in_the_zero_state():
     assert torch.equal(encode(model, waveform), encode(model, waveform))
 
 
-def test_stored_features_are_those_computed_anew(speech):
+def test_stored_features_are_the_recomputed_ones(speech):
     args = common_voices_eval.parse_arguments(
         ["train", *map(str, (speech / "audio", speech / "phones.txt", speech / "run")), *QUICK]
     )
-    corpus, labels = common_voices_eval.list_sequences(args)
+    corpus, labels = common_voices_eval.list_utterances(args)
     model, *_ = load_model([speech / "run"])
     recogniser = CTCPhoneRecognizer(16, labels.n_phones)
     utterances = common_voices_eval.build_set(
         args, corpus, list(corpus.utterances), labels, recogniser, model.eval(), "training set"
     )
-    fresh = FreshFeatures(utterances, model, torch.device("cpu"))
-    stored = StoredFeatures(fresh, 2, torch.device("cpu"))
+    fresh = UtteranceFeatures(utterances, model, torch.device("cpu"))
+    stored = StoredUtteranceFeatures(fresh, 2, torch.device("cpu"))
 
     def by_path(source, batch_size):
         return {

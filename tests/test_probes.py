@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import eval.probe
+import eval.probe_features
 from dataset import AudioDataset
 from eval.center_push import push_to_nearest, read_centers, squared_distances
 from eval.linear_separability import main, null_space, parse_arguments
-from eval.probe import Probe, ProbeOptions, accuracy_by_class, run_probe, storage_for
+from eval.probe import Probe, ProbeOptions, accuracy_by_class, run_probe
+from eval.probe_features import storage_for
 from feature_loader import load_model
 from model import build_model
 from tests.helpers import ROOT, assert_close, ends_refused, golden_cases
@@ -100,14 +102,14 @@ def phone_probe(corpus, labels):
 
 def test_phones_that_differ_are_told_apart(phone_probe):
     result = phone_probe().run()
-    assert result.score > 0.9
+    assert result.metric > 0.9
     assert result.baseline < 0.4
-    assert result.score_name == "acc"
+    assert result.metric_name == "acc"
 
 
 def test_speakers_that_differ_are_told_apart(corpus):
     result = Probe("speaker", SpectralModel(), *make_sets(corpus), 3, options(n_epochs=30)).run()
-    assert result.score > result.baseline + 0.1
+    assert result.metric > result.baseline + 0.1
     assert result.measured_on["training"]["frames"] == result.measured_on["training"]["windows"]
 
 
@@ -115,11 +117,11 @@ def test_ctc_reports_the_phone_error_rate_and_goes_by_it(phone_probe):
     probe = phone_probe(ctc=True, n_epochs=12)
     result = probe.run()
     rates = [rate for (rate,) in probe.logs["PER_val"]]
-    assert result.score == min(rates) == rates[result.best_epoch]
-    assert result.score < 0.5 < result.baseline
+    assert result.metric == min(rates) == rates[result.best_epoch]
+    assert result.metric < 0.5 < result.baseline
     assert result.logged() == {
         "phone_num_epoch_trained": 12,
-        "phone_best_val_per": [result.score],
+        "phone_best_val_per": [result.metric],
         "phone_baseline_val_per": [result.baseline],
     }
 
@@ -128,13 +130,13 @@ def test_the_best_epoch_has_the_highest_accuracy(phone_probe):
     probe = phone_probe(learning_rate=3.0)  # so large that accuracy goes up and down
     result = probe.run()
     accuracies = [accuracy for (accuracy,) in probe.logs["locAcc_val"]]
-    assert result.score == max(accuracies) == accuracies[result.best_epoch]
+    assert result.metric == max(accuracies) == accuracies[result.best_epoch]
     assert result.train_accuracy == probe.logs["locAcc_train"][result.best_epoch][0]
     assert accuracies != sorted(accuracies)
 
 
 def windows_and_labels(probe, dataset):
-    source = eval.probe.FreshFeatures(probe, dataset, training=False)
+    source = eval.probe_features.WindowFeatures(probe, dataset, training=False)
     features, label = zip(*source.batches(0), strict=True)
     return torch.cat(features), torch.cat(label)
 
@@ -148,17 +150,17 @@ def test_accuracies_are_means_over_all_frames(phone_probe, batch_size, max_store
     assert len(label) % 7  # so that the last batch is smaller
     probe.criterion.load_state_dict(probe.best.classifier)
     right = probe.criterion.logits(features).argmax(2) == label
-    assert result.score == pytest.approx(right.double().mean().item())
+    assert result.metric == pytest.approx(right.double().mean().item())
     assert all(0 <= a <= 1 for key in ("locAcc_train", "locAcc_val") for (a,) in probe.logs[key])
 
 
-def test_the_baseline_always_names_the_commonest_phone_of_training(phone_probe):
+def test_the_baseline_is_the_majority_phone_of_training(phone_probe):
     probe = phone_probe(n_epochs=1)
     result = probe.run()
     _, train_label = windows_and_labels(probe, probe.train_set)
     _, label = windows_and_labels(probe, probe.validation_set)
-    commonest = train_label.flatten().mode().values
-    assert result.baseline == pytest.approx((label == commonest).double().mean().item())
+    majority = train_label.flatten().mode().values
+    assert result.baseline == pytest.approx((label == majority).double().mean().item())
 
 
 def test_accuracies_of_single_phones(phone_probe):
@@ -168,7 +170,7 @@ def test_accuracies_of_single_phones(phone_probe):
     frames = sum(part["frames"] for part in by_class.values())
     right = sum(part["accuracy"] * part["frames"] for part in by_class.values())
     assert frames == probe.measured_on["validation"]["frames"]
-    assert right / frames == pytest.approx(probe.best.score)
+    assert right / frames == pytest.approx(probe.best.metric)
     confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
     assert accuracy_by_class(confusion) == {
         "0": {"accuracy": 0.75, "frames": 4},
@@ -193,7 +195,7 @@ def test_says_what_it_measured(phone_probe, capsys):
     assert "encoded features, 40 dimensions" in output
     settings = "classifier: 1 layer, trained for \\d+ epochs? on batches of \\d+ windows, "
     assert re.search(rf"{settings}learning rate 0\.\d+\n", output)
-    assert "always the commonest phone" in output
+    assert "majority phone of the training set" in output
 
 
 def test_classes_only_in_validation_are_counted(corpus, capsys):
@@ -201,7 +203,7 @@ def test_classes_only_in_validation_are_counted(corpus, capsys):
     result = Probe("speaker", SpectralModel(), *sets, 3, FAST).run()
     assert result.measured_on["classes_only_in_validation"] == 1
     assert result.measured_on["share_only_in_validation"] == 1
-    assert result.score == result.baseline == 0
+    assert result.metric == result.baseline == 0
     assert "never recognised: 1 speaker, 100.0 %" in capsys.readouterr().out
 
 
@@ -210,7 +212,7 @@ def test_files_without_labels_are_left_out_and_counted(corpus, labels, capsys):
     sets = make_sets(corpus, labels._replace(labels=kept))
     result = Probe("phone", SpectralModel(), *sets, labels.n_phones, FAST).run()
     assert result.measured_on["files_without_labels"] == 3
-    assert "left out for lack of phone labels: 3 files" in capsys.readouterr().out
+    assert "left out, without phone labels: 3 files" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- features, randomness
@@ -232,7 +234,7 @@ def test_stored_features_are_the_fresh_ones(corpus, labels, task):
     for dataset, training in zip(sets, (True, False), strict=True):
         fresh, fresh_label = windows_and_labels(probe, dataset)
         stored = probe._feature_source(dataset, training=training)
-        assert isinstance(stored, eval.probe.StoredFeatures)
+        assert isinstance(stored, eval.probe_features.StoredWindowFeatures)
         features, label = map(torch.cat, zip(*stored.batches(3), strict=True))
         if training:
             assert not torch.equal(features, fresh)
@@ -253,7 +255,7 @@ def test_only_the_last_frame_is_kept_for_speakers(corpus):
 def test_features_go_where_there_is_room(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     free = {cpu: 1000, cuda: 100}
-    monkeypatch.setattr(eval.probe, "available_memory", free.get)
+    monkeypatch.setattr(eval.probe_features, "available_memory", free.get)
     assert storage_for(50, cuda) == cuda
     assert storage_for(51, cuda) == cpu
     assert storage_for(501, cuda) is None
@@ -317,7 +319,7 @@ def test_files_of_a_probe_in_training(corpus, labels, tmp_path):
     assert logs["epoch"] == list(range(6))
     for key in ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val"):
         assert [len(values) for values in logs[key]] == [1] * 6
-    assert logs["best_val_acc"] == result.score
+    assert logs["best_val_acc"] == result.metric
     assert logs["measured_on"] == result.measured_on
     assert (tmp_path / "logs/4/phone/confusion.png").stat().st_size > 1000
 

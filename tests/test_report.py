@@ -28,7 +28,7 @@ from utils.data.labels import read_phone_labels
 from utils.files import save_json
 from utils.misc import SAMPLE_RATE, UserError
 from utils.report import line_chart, pictures, plot_capture, summary
-from utils.report.elements import MOST_ROWS
+from utils.report.elements import MAX_ROWS
 from utils.report.line_chart import Line, draw_lines, thinned, ticks
 from utils.report.markup import Markup, join, printable, tag
 from utils.report.page import REPORT, RunReport
@@ -119,7 +119,7 @@ def test_a_whole_capture_has_all_panels(tmp_path):
     assert labels.count("time (s)") == 2
     assert labels.count("matched frame after it") == 1
     assert labels.count("prediction") == 1
-    assert len(axes_of(figure)) == 1 + 2 + 1 + plot_capture.POSITIONS
+    assert len(axes_of(figure)) == 1 + 2 + 1 + plot_capture.N_ANCHORS
 
 
 def test_similarity_shows_the_phones_as_blocks(tmp_path):
@@ -139,7 +139,7 @@ def test_phones_are_written_with_their_symbols(tmp_path):
 
 def test_log_scores_carry_the_alignment_and_the_phones(tmp_path):
     capture = write_capture(tmp_path)
-    matrices = axes_of(panels(capture, position=27))[-plot_capture.POSITIONS :]
+    matrices = axes_of(panels(capture, position=27))[-plot_capture.N_ANCHORS :]
     for at, axes in enumerate(matrices, 27):
         scores = np.asarray(axes.images[0].get_array())
         path = axes.lines[0]
@@ -239,7 +239,7 @@ def test_missing_audio_is_said_or_refused(tmp_path, capsys):
         plot_capture.main([str(capture), "--pathDB", str(tmp_path / "elsewhere")])
     (capture / "index.json").unlink()
     plot_capture.main([str(capture), "--windows", "0"])
-    with ends_refused(capsys, r"has no index\.json, so no audio"):
+    with ends_refused(capsys, r"has no index\.json, so the audio"):
         plot_capture.main([str(capture), "--pathDB", str(tmp_path)])
 
 
@@ -250,7 +250,7 @@ def test_missing_audio_is_said_or_refused(tmp_path, capsys):
         (["--position", "51"], "--position 51: must be 0 to 50"),
         (["--position", "-1"], "--position -1: must be"),
         (["--phones", "none.txt"], r"none\.txt: can't be read"),
-        (["--out", "/dev/null/x"], "/dev/null/x: pictures can't be written.*--out"),
+        (["--out", "/dev/null/x"], "/dev/null/x: can't be written.*--out"),
     ],
 )
 def test_wrong_flags_are_refused(words, said, tmp_path, capsys):
@@ -466,10 +466,12 @@ def draw_picture(path, color="red"):
     return path.read_bytes()
 
 
-def report_of(args, logs, command=("python", "train.py"), sets=(), labels=None, stats=None):
+def report_of(
+    args, logs, command=("python", "train.py"), sets=(), labels=None, stats=None, **of_criterion
+):
     """Write the report as after every epoch of the logs; its text."""
     defaults = build_parser().parse_args([])
-    report = RunReport(args, defaults, list(command), sets, labels, stats)
+    report = RunReport(args, defaults, list(command), sets, labels, stats, **of_criterion)
     for epoch in logs["epoch"][:-1]:
         report.record.add(epoch, speed(epoch), report.command)
     report.write(logs, speed(logs["epoch"][-1]))
@@ -509,10 +511,10 @@ def test_each_prediction_step_has_a_line_and_a_column(tmp_path):
     assert "by prediction step" not in alone
 
 
-def test_probes_stand_beside_what_guessing_would_score(tmp_path):
+def test_probes_stand_beside_the_majority_baseline(tmp_path):
     read = Page(report_of(arguments(tmp_path), invented_logs(9)))
     assert ["8 (best)", "30.8 %", "40.0 %", "12.5 %"] in read.rows
-    assert "always the commonest phone" in read.text
+    assert "majority phone" in read.text
     assert "Speaker probe: phone error rate (%)" in read.text
     assert ["0 (best)", "50.0 %"] in read.rows
 
@@ -535,7 +537,7 @@ def test_stats_stand_together_and_numbered_values_share_a_chart(tmp_path):
         ({"captureSetStats": None}, "This run has no stats"),
         ({"pathCaptureDS": None}, "This run captures nothing"),
         ({"pathCaptureSave": None}, "Only stats are computed"),
-        ({}, "None so far: they come every 5 epochs."),
+        ({}, "None so far: there is a capture every 5 epochs."),
     ],
 )
 def test_what_is_absent_is_said_with_the_reason(tmp_path, flags, words):
@@ -568,7 +570,7 @@ def test_a_run_that_was_just_begun_is_shown(tmp_path):
     assert "0 of 40 epochs done." in text
     assert "validation loss 5.5 before training" in text
     assert "validation accuracy 1.0 % before training" in text
-    assert text.count("No epoch is done yet.") == 2
+    assert text.count("No epoch is finished yet.") == 2
     assert "The run was started with: train.py new" in text
     assert "training set" in text
     assert "X1" in text
@@ -612,7 +614,8 @@ def test_the_best_epoch_by_ctc_is_that_of_the_lowest_loss(tmp_path):
     logs = invented_logs(3)
     logs |= {"locLoss_val": [[3.0], [2.0], [4.0]], "locAcc_val": [[0.0]] * 3}
     logs |= {"locLoss_train": [[3.0]] * 3, "locAcc_train": [[0.0]] * 3}
-    read = Page(report_of(arguments(tmp_path, supervised=True, CTC=True), logs))
+    of_criterion = {"step_name": None, "has_accuracy": False}
+    read = Page(report_of(arguments(tmp_path), logs, **of_criterion))
     assert [row[0] for row in read.rows[-3:]] == ["0", "1 (best)", "2"]
     assert "best 2, epoch 1" in read.text
     assert "validation accuracy" not in read.text
@@ -648,7 +651,7 @@ def test_a_long_run_shows_its_first_best_and_latest_epochs(tmp_path):
     content = report_of(arguments(tmp_path), logs)
     assert len(content) < 600_000
     read = Page(content)
-    table = read.rows[-(MOST_ROWS + 4) :]  # two rows of dots among them
+    table = read.rows[-(MAX_ROWS + 4) :]  # two rows of dots among them
     names = [row[0] for row in table]
     dots = "\N{MIDLINE HORIZONTAL ELLIPSIS}"
     assert names == ["0", dots, "77 (best)", dots, *map(str, range(288, 300))]
@@ -733,14 +736,14 @@ def test_pictures_that_are_too_large_or_broken_are_named(tmp_path, monkeypatch):
     Path(args.linsep_logs_dir, "8", "phone", "confusion.png").write_bytes(b"torn")
     content = report_of(args, invented_logs(11), stats=stats)
     assert embedded(content) == [contents["stat 10"]]
-    assert "It is no PNG file." in content
+    assert "Not a PNG file." in content
 
 
 def test_a_capture_is_drawn_when_it_is_made_and_shown_until_the_next(tmp_path):
     args = arguments(tmp_path)
     capture = Path(args.pathCaptureSave, "10")
     write_capture(capture)
-    drawn = [capture / "pictures" / f"window_{i:05d}.png" for i in range(pictures.MOST_WINDOWS)]
+    drawn = [capture / "pictures" / f"window_{i:05d}.png" for i in range(pictures.MAX_WINDOWS)]
     before = report_of(args, invented_logs(13))
     assert embedded(before) == []  # epoch 12 draws nothing of epoch 10
     assert "It has no pictures" in before
@@ -883,7 +886,7 @@ def test_a_long_line_is_thinned_out_and_keeps_its_peaks():
     points[1234] = (1234, 99.0)
     points[4321] = (4321, -99.0)
     kept = thinned(points)
-    assert len(kept) <= 2 * line_chart.MOST_BUCKETS
+    assert len(kept) <= 2 * line_chart.MAX_BUCKETS
     assert kept == sorted(set(kept))
     assert set(kept) <= set(points)
     assert {points[1234], points[4321]} <= set(kept)
@@ -1047,7 +1050,7 @@ def test_a_summary_compares_with_random_weights_alone(reported_run, tmp_path, ca
         summary.main(words)
     save_json(tmp_path / "checkpoint_args.json", {**flags, "no_pretraining": True})
     summary.main(words)
-    assert re.search(r"speakers told apart by a linear probe +25\.0 %", capsys.readouterr().out)
+    assert re.search(r"speaker accuracy of a linear probe +25\.0 %", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("by_ctc", "shown"), [(False, True), (True, False)])
@@ -1059,7 +1062,7 @@ def test_a_summary_has_accuracies_only_where_they_mean_anything(by_ctc, shown, t
     said = capsys.readouterr().out
     assert re.search(r"validation loss +5\.500 +3\.767\n", said)
     assert ("validation accuracy" in said) == shown
-    assert "phones told apart by a linear probe" in said
+    assert "phone accuracy of a linear probe" in said
 
 
 def test_a_summary_of_no_run_is_refused(tmp_path, capsys):

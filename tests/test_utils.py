@@ -1142,10 +1142,10 @@ def test_two_processes_write_one_capture(tmp_path):
 
 def test_an_unwritable_directory_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"/file/3: the capture can't be written.*pathCaptureSave"):
+    with pytest.raises(UserError, match=r"/file/3: can't be written.*pathCaptureSave"):
         CaptureWriter(tmp_path / "file" / "3", ["ctx_repr"], epoch=3)
     (tmp_path / "9").write_text("")
-    with pytest.raises(UserError, match=r"/9: the capture can't be written"):
+    with pytest.raises(UserError, match=r"/9: can't be written"):
         CaptureWriter(tmp_path / "9", ["ctx_repr"], epoch=9)
 
 
@@ -1167,7 +1167,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     process.join()
     assert process.exitcode == 0
     message = said.get()
-    assert message.startswith(f"{tmp_path / '0'}: the capture can't be written there (")
+    assert message.startswith(f"{tmp_path / '0'}: can't be written (")
     assert "File too large" in message
     assert files(tmp_path) == []  # no part of a file is left
 

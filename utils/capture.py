@@ -1,22 +1,21 @@
-"""The files of a capture: how they are written, and how they are read back.
+"""Writing the files of a capture, and reading them back.
 
-    <directory>/<name>/<name>_batch<first>-<last>.pt   one CPU tensor; its rows are these windows
-    <directory>/index.json                             where each window came from, and with what
-                                                       model and flags it was captured
+    <directory>/<name>/<name>_batch<first>-<last>.pt   one CPU tensor with a row for each window
+    <directory>/index.json                             the origin of each window, and the model and
+                                                       flags it was captured with
 
-`directory` is that of one epoch, `<pathCaptureSave>/<epoch>`. With B windows in a batch, S frames
-in a window, M matched frames, W = S - M positions predicted from, and P predictions:
+`directory` belongs to one epoch: `<pathCaptureSave>/<epoch>`. With B windows in a batch, S frames
+in a window, M matched frames, W = S - M anchors (the frames predicted from) and P predictions:
 
     conv_repr          (B, S, E)     float32   output of the encoder
     ctx_repr           (B, S, A)     float32   output of the autoregressive network
     speaker_align      (B,)          int64     speaker
     phone_align        (B, S)        int64     phone label of each frame
-    pred               (B, W, E, P)  float32   predictions; P is ordered as `prediction_names` says
-    cpcctc_align       (B, W, M)     int64     which prediction each matched frame is aligned to
+    pred               (B, W, E, P)  float32   predictions, in the order of `prediction_names`
+    cpcctc_align       (B, W, M)     int64     the prediction that each matched frame is aligned to
     cpcctc_log_scores  (B, W, M, P)  float32   log-score of each matched frame under each prediction
 """
 
-import contextlib
 import os
 import re
 from bisect import bisect_right
@@ -25,7 +24,14 @@ from typing import NamedTuple
 
 import torch
 
-from utils.files import load_json, load_tensors, remove_leftovers, save_json, save_tensors
+from utils.files import (
+    load_json,
+    load_tensors,
+    remove_leftovers,
+    save_json,
+    save_tensors,
+    writing_to,
+)
 from utils.misc import UserError
 
 INDEX = "index.json"
@@ -35,8 +41,8 @@ _FILE_NAME = re.compile(r"(?P<name>.+)_batch(?P<first>\d+)-(?P<last>\d+)\.pt")
 def prediction_names(n_predictions, flags):
     """Names of the P predictions in the order of the criterion: blank, self loop, 1, 2, ...
 
-    `flags` are those of the run (a dict). Where they don't tell (a capture of the original has no
-    index) the extra ones can't be told apart: all are numbered from 0, with a `#` in front.
+    flags: a dict of the run's flags. Without them (the original's captures have no index) the
+    extra predictions can't be identified: all are numbered from 0, with a `#` in front.
     """
     if "CPCCTCSelfLoop" not in flags:
         return [f"#{p}" for p in range(n_predictions)]
@@ -46,16 +52,16 @@ def prediction_names(n_predictions, flags):
 
 
 class CaptureWriter:
-    """Writes the capture of one epoch; used as a context manager, or ended by `close`.
+    """Writes the capture of one epoch; a context manager, or finished by calling `close`.
 
-    A capture replaces the one that was in its directory, so that a reader never meets windows of
-    two captures: `removed` says how many files that took. Each tensor is written at once and then
-    forgotten; only the places of the windows are kept, for the index that `close` writes.
+    A capture replaces an earlier one in its directory, so that the windows of two captures never
+    mix; `removed` is the number of files deleted for this. Tensors are written immediately and not
+    kept in memory; only the locations of the windows are, for the index that `close` writes.
 
-    Several processes may write different windows: one makes the writer and hands copies of it to
-    the others. In the end it takes over their `windows`, and closes.
+    Several processes may write different windows: one creates the writer and hands copies of it to
+    the others. At the end it collects their `windows` and closes.
 
-    Raises UserError, naming the directory, if that can't be written or the disk is full.
+    Raises UserError, naming the directory, if it can't be written or the disk is full.
     """
 
     def __init__(self, directory, what, *, epoch, checkpoint=None, flags=None):
@@ -67,7 +73,7 @@ class CaptureWriter:
             "what": list(self.what),
             "flags": dict(flags or {}),
         }
-        with self._explained_errors():
+        with self._writing():
             self.removed = _remove_capture(self.directory)
             for name in self.what:
                 (self.directory / name).mkdir(parents=True, exist_ok=True)
@@ -75,14 +81,14 @@ class CaptureWriter:
     def write(self, first, tensors, locations):
         """Write one batch: windows `first`, `first + 1`, ..., as many as there are locations.
 
-        `tensors` maps names to tensors with a row for each window; those that aren't to be
-        captured are passed over. `locations` holds (file, offset in samples) of each window.
+        tensors: name -> tensor with a row for each window; names that aren't captured are ignored
+        locations: (file, offset in samples) of each window
         """
         last = first + len(locations) - 1
         for name in self.what:
             if len(tensors[name]) != len(locations):
                 raise ValueError(f"{name}: {len(tensors[name])} rows, {len(locations)} locations")
-            with self._explained_errors():
+            with self._writing():
                 path = self.directory / name / f"{name}_batch{first}-{last}.pt"
                 save_tensors(path, _as_stored(tensors[name]))
         self.windows += [
@@ -91,9 +97,9 @@ class CaptureWriter:
         ]
 
     def close(self):
-        """Write the index of all windows, in order."""
+        """Write the index of all windows, in ascending order."""
         windows = sorted(self.windows, key=lambda entry: entry["window"])
-        with self._explained_errors():
+        with self._writing():
             save_json(self.directory / INDEX, {**self._header, "windows": windows})
 
     def __enter__(self):
@@ -103,39 +109,31 @@ class CaptureWriter:
         if error is None:
             self.close()
 
-    @contextlib.contextmanager
-    def _explained_errors(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.directory}: the capture can't be written there "
-                f"({error.strerror or error}); free some space, or name another directory with "
-                f"--pathCaptureSave"
-            ) from error
+    def _writing(self):
+        return writing_to(self.directory, "--pathCaptureSave")
 
 
 def refuse_to_lose(directory, what):
-    """Raise UserError if the capture in `directory` holds more than one of `what` would."""
+    """Raise UserError if the capture in `directory` holds names that aren't among `what`."""
     held = {name for name, *_ in _capture_files(directory)} if directory.is_dir() else set()
     lost = sorted(held - set(what))
     if lost:
         raise UserError(
-            f"{directory}: holds a capture of {', '.join(lost)}, which this one would remove; "
+            f"{directory}: holds a capture of {', '.join(lost)}, which this one would delete; "
             "capture these as well, or name another directory with --pathCaptureSave"
         )
 
 
 def _as_stored(tensor):
-    """As a CPU tensor of the type to be stored, with a storage that holds nothing else."""
+    """A CPU tensor of the stored type, with a storage that holds nothing else."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
     stored = tensor.detach().to("cpu", dtype).contiguous()
     whole = stored.untyped_storage().nbytes() == stored.nbytes
-    return stored if whole else stored.clone()  # a view would be saved with all that it views
+    return stored if whole else stored.clone()  # a view would be saved with its whole storage
 
 
 def _capture_files(directory):
-    """(name, first, last, path) of each file of a capture: nothing outside `directory`."""
+    """Yield (name, first, last, path) for each file of the capture in `directory`."""
     for folder in sorted(directory.iterdir()):
         if folder.is_symlink() or not folder.is_dir():
             continue
@@ -146,12 +144,12 @@ def _capture_files(directory):
 
 
 def _remove_capture(directory):
-    """Remove the capture that is in `directory`, and nothing else; says how many files it had."""
+    """Delete the capture in `directory`, and nothing else; returns the number of its files."""
     if not directory.exists():
         return 0
     (directory / INDEX).unlink(missing_ok=True)
     files = [path for *_, path in _capture_files(directory)]
-    for path in (*files, *directory.glob("pictures/window_*.png")):  # of the windows in them
+    for path in (*files, *directory.glob("pictures/window_*.png")):  # drawn from these files
         path.unlink()
     for folder in (directory, *directory.iterdir()):
         if not folder.is_symlink():
@@ -160,9 +158,9 @@ def _remove_capture(directory):
 
 
 class CapturedWindow(NamedTuple):
-    """All that was captured of one window, and where it begins (None: no index tells).
+    """Everything captured of one window, and where it begins (None without an index).
 
-    A window may go on into the next file, which is that of the next window.
+    A window may continue into the next file: the one that the next window begins in.
     """
 
     window: int
@@ -174,13 +172,13 @@ class CapturedWindow(NamedTuple):
 class CaptureReader:
     """Reads a capture, this program's or the original's (which has no index).
 
-    Iterating yields one batch after the other, in order of windows, as a dict name -> tensor; its
-    length is the number of batches. `names` restricts it to some of what was captured. The
-    attributes: `names`, `ranges` (first and last window of each batch), `n_windows`, and from the
-    index `epoch`, `checkpoint` and `flags` (None, None and {} without one).
+    Iterating yields batches, in the order of windows, as dicts name -> tensor; `len` is the number
+    of batches. `names` selects some of the captured names. Attributes: `names`, `ranges` (first
+    and last window of each batch), `n_windows`, and from the index `epoch`, `checkpoint` and
+    `flags` (None, None and {} without one).
 
-    Raises UserError if there is no capture, a name in it is missing, or a file is missing or
-    damaged, and names it.
+    Raises UserError, naming what is wrong, if there is no capture, one of `names` wasn't captured,
+    or a file is missing or damaged.
     """
 
     def __init__(self, directory, names=None):
@@ -205,13 +203,13 @@ class CaptureReader:
             self.flags = dict(index.get("flags", {}))
             self.epoch, self.checkpoint = index.get("epoch"), index.get("checkpoint")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: no index of a capture ({error!r})") from error
+            raise UserError(f"{path}: isn't the index of a capture ({error!r})") from error
         held = {window for first, last in self.ranges for window in range(first, last + 1)}
         lost = sorted(self._locations.keys() - held)
         if lost:
             raise UserError(
                 f"{self.directory}: the files of window {lost[0]} and {len(lost) - 1} others are "
-                f"missing, which {INDEX} lists; capture again"
+                f"missing, though {INDEX} lists them; capture again"
             )
 
     def __len__(self):
@@ -221,7 +219,7 @@ class CaptureReader:
         return map(self._batch, self.ranges)
 
     def window(self, window):
-        """The `CapturedWindow` with this number."""
+        """The `CapturedWindow` with index `window`."""
         at = bisect_right(self.ranges, (window, float("inf"))) - 1
         if at < 0 or window > self.ranges[at][1]:
             raise UserError(
@@ -233,7 +231,7 @@ class CaptureReader:
         return CapturedWindow(window, tensors, *self.location(window))
 
     def location(self, window):
-        """(file, offset in samples) where a window begins; (None, None) if no index tells."""
+        """(file, offset in samples) where a window begins; (None, None) without an index."""
         return self._locations.get(window, (None, None))
 
     def _batch(self, windows):
@@ -251,7 +249,7 @@ class CaptureReader:
 
 
 def _find_capture(directory):
-    """Name -> {(first, last): path} of all that was captured into `directory`."""
+    """Name -> {(first, last): path} of everything captured into `directory`."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
     found = {}
@@ -265,17 +263,19 @@ def _find_capture(directory):
 
 
 def _common_ranges(directory, paths):
-    """The sorted windows ranges, which must be the same for all names and not overlap."""
+    """The sorted ranges of windows, which must be the same for all names and not overlap."""
     ranges = sorted({windows for files in paths.values() for windows in files})
     for before, after in zip(ranges, ranges[1:], strict=False):
         if after[0] <= before[1]:
             raise UserError(
-                f"{directory}: files of two captures, with windows {before[0]}-{before[1]} and "
-                f"{after[0]}-{after[1]}; remove those of one"
+                f"{directory}: holds files of two captures, with windows {before[0]}-{before[1]} "
+                f"and {after[0]}-{after[1]}; delete those of one"
             )
     for name, files in paths.items():
         for first, last in ranges:
             if (first, last) not in files:
                 missing = directory / name / f"{name}_batch{first}-{last}.pt"
-                raise UserError(f"{missing}: missing, others of its capture exist; capture again")
+                raise UserError(
+                    f"{missing}: missing, while others of its capture exist; capture again"
+                )
     return ranges

@@ -1,4 +1,4 @@
-"""Reading and writing files so that each is complete or absent, and none can run code."""
+"""Files that are written completely or not at all, and that can't run code when they are read."""
 
 import argparse
 import contextlib
@@ -16,15 +16,15 @@ from torch.serialization import safe_globals
 
 from utils.misc import UserError
 
-TEMPORARY_PREFIX = ".writing-"  # leftovers of killed runs are recognised by it
+TEMPORARY_PREFIX = ".writing-"  # marks temporary files, so that those of killed runs can be found
 
 
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
 
-    Whatever happens, a reader finds the old file, the new one or none, never a part of one. If
-    the body raises, the temporary file is removed and `path` is left as it was.
+    Readers see the old file or the new one, never a partial one. If the body raises, the temporary
+    file is removed and `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def atomic_path(path):
     )
     os.close(handle)
     try:
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; others read results too
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; results are not
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -50,11 +50,27 @@ def _umask():
     return mask
 
 
-def check_writable(directory, what):
-    """Raise UserError if nothing can be written in `directory`, before work is lost to that.
+@contextlib.contextmanager
+def writing_to(path, flag=None, errors=OSError):
+    """Turn an OSError of the block into a UserError that names `path` and the way out.
 
-    It is judged as far as can be without making the directory: by what there is of its path.
-    `what` begins the message: the flag and what would be written.
+    flag: the flag that names another place, if there is one; errors: exceptions to catch
+    """
+    try:
+        yield
+    except errors as error:
+        reason = getattr(error, "strerror", None) or error
+        other = f"name another place with {flag}" if flag else "name another place"
+        raise UserError(
+            f"{path}: can't be written ({reason}); free some space, or {other}"
+        ) from error
+
+
+def check_writable(directory, what):
+    """Raise UserError if nothing can be written in `directory`, before any work is lost.
+
+    The directory isn't created: the check looks at its nearest existing parent. `what` begins the
+    message: the flag and the files to be written.
     """
     existing = Path(directory).absolute()
     while not existing.exists() and existing != existing.parent:
@@ -73,13 +89,13 @@ def remove_leftovers(directory):
 
 
 def check_regular(path):
-    """Raise OSError for a folder, or for a pipe or device, which reading might never end."""
+    """Raise OSError for a folder, a pipe or a device: reading one of these might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("not a regular file")
 
 
 def lines_of(path):
-    """The lines of a text file, whatever their ends, without a byte order mark."""
+    """Yield the lines of a text file, with any line ending and without a byte order mark."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             yield from file
@@ -88,26 +104,26 @@ def lines_of(path):
 
 
 def write_lines(path, lines):
-    """Write lines of text, given without their ends, atomically."""
-    encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # any name of a file
+    """Write lines of text atomically; `lines` come without line endings."""
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape"}  # any file name
     with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def refuse_to_replace(path, lines, what):
-    """Raise UserError if `path` is there and holds anything but these lines.
+    """Raise UserError if `path` exists and holds anything but these lines.
 
-    what: what would be lost, for the message. The command that calls this has a flag --force.
+    what: the content that would be lost, for the message. The calling command has a flag --force.
     """
     if os.path.lexists(path) and not _holds(path, lines):
         raise UserError(
-            f"{path}: is there already, with other {what}; name another folder, or replace it "
-            "with --force"
+            f"{path}: already exists, with other {what}; name another folder, or replace it with "
+            "--force"
         )
 
 
 def _holds(path, lines):
-    """Whether a file can be read and has these lines."""
+    """Whether a file can be read and holds exactly these lines."""
     try:
         check_regular(path)
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -120,7 +136,7 @@ def _holds(path, lines):
 def save_json(path, value):
     """Write `value` as indented JSON, atomically.
 
-    File names that are no UTF-8 hold lone surrogates in Python; written as `\\udcff` they are JSON.
+    Python holds file names that aren't UTF-8 with lone surrogates; `\\udcff` is their JSON form.
     """
     encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
     with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
@@ -143,7 +159,7 @@ def save_tensors(path, value):
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(value, file)
-        except RuntimeError as error:  # how torch reports any trouble while it writes
+        except RuntimeError as error:  # torch reports every write error this way
             reason = error.__context__
             if isinstance(reason, OSError):
                 raise OSError(reason.errno, reason.strerror, str(path)) from error
@@ -153,25 +169,25 @@ def save_tensors(path, value):
 def load_tensors(path, device="cpu"):
     """`torch.load` of tensors and plain containers only: nothing in the file can run code.
 
-    An argparse.Namespace is such a container, and how many programs keep their flags.
+    argparse.Namespace is allowed too: many programs store their flags as one.
     Raises UserError, naming the file, if it is missing, damaged, or holds anything else.
     """
     try:
         check_regular(path)
         with warnings.catch_warnings(), safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about odd pickles: what can't be read is said below
+            warnings.simplefilter("ignore")  # about odd pickles: unreadable ones raise below
             value = torch.load(path, map_location=device, weights_only=True)
         _check_sums(path)
         return value
     except pickle.UnpicklingError as error:
         if not _is_pickled(path):
             raise UserError(
-                f"{path}: can't be loaded, it is no checkpoint: damaged or no PyTorch file"
+                f"{path}: can't be loaded, it isn't a checkpoint: damaged or no PyTorch file"
             ) from error
         raise UserError(
-            f"{path}: refused, since it isn't a file of plain tensors: loading it could run code"
+            f"{path}: refused, since it holds more than plain tensors: loading it could run code"
         ) from error
-    except Exception as error:  # damaged bytes raise anything, struct.error among it
+    except Exception as error:  # damaged bytes can raise anything, even struct.error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: can't be loaded, it is damaged or no PyTorch file ({reason})"
@@ -179,15 +195,15 @@ def load_tensors(path, device="cpu"):
 
 
 def _is_pickled(path):
-    """Whether a file begins as what `torch.save` or pickle writes."""
+    """Whether a file looks like one of `torch.save` or pickle."""
     with open(path, "rb") as file:
         return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
 
 
 def _check_sums(path):
-    """Raise BadZipFile where the archive isn't what was written: `torch.load` doesn't look.
+    """Raise BadZipFile if a checksum of the archive is wrong: `torch.load` doesn't check them.
 
-    Bits that change on a disk or on the way would be weights that are a little wrong.
+    A bit flipped on disk or in transit would otherwise become a slightly wrong weight.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

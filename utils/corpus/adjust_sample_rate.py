@@ -5,12 +5,11 @@
 
 Converts every file below AUDIO, at any rate and in any format that libsndfile reads (WAV, FLAC,
 Ogg, Opus, MP3 and more), to 16-bit files in the same folders below OUT. With LABELS.txt, only files
-whose name without extension is the first word of one of its lines. What is there already isn't
-converted again, so a call that was stopped goes on where it was when it is repeated. Files that
-can't be read are named in the end, and the exit status is then 2.
+whose name without extension is the first word of one of its lines. Files that exist already aren't
+converted again, so repeating an interrupted call resumes it. Unreadable files are listed at the
+end; the exit status is then 2.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -22,34 +21,37 @@ import soundfile
 import torch
 
 from utils.data.audio import open_audio, read_header, reason
+from utils.data.labels import read_text
 from utils.data.listing import find_files
+from utils.data.names import name_of
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
 from utils.misc import SAMPLE_RATE, UserError, first_few
 from utils.run.command import CommandLine, at_least, command
+from utils.run.shared_flags import add_extension
 
-BLOCK, MARGIN = 60, 1  # seconds that are resampled at once, and before and after them
-CONVERTED, THERE = "converted", "there already"
+BLOCK, MARGIN = 60, 1  # seconds resampled at once, and additional ones at both ends
+CONVERTED, EXISTING = "converted", "exists already"
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    from utils.torchaudio_import import torchaudio  # here: it takes a second to import
+    from utils.torchaudio_import import torchaudio  # takes a second to import
 
     def convert(path):
         return path, convert_file(args, path, torchaudio.functional.resample)
 
-    torch.set_num_threads(1)  # files side by side are faster than threads on each
+    torch.set_num_threads(1)  # files in parallel are faster than threads on each
     paths = chosen_files(args)
     for folder in {os.path.dirname(target_of(args, path)) for path in paths}:
         remove_leftovers(folder)
     results = Workers(convert, paths, args.n_threads).results("converting", " files")
     outcomes = [outcome for _, outcome in results]
-    n_converted, n_there = outcomes.count(CONVERTED), outcomes.count(THERE)
-    print(f"{n_converted} files converted, {n_there} were there already: {args.path_out}")
+    n_converted, n_existing = outcomes.count(CONVERTED), outcomes.count(EXISTING)
+    print(f"{n_converted} files converted, {n_existing} existed already: {args.path_out}")
     failures = [
-        f"{path}: {outcome}" for path, outcome in results if outcome not in (CONVERTED, THERE)
+        f"{path}: {outcome}" for path, outcome in results if outcome not in (CONVERTED, EXISTING)
     ]
     if failures:
         raise UserError(
@@ -57,69 +59,54 @@ def main(argv=None):
         )
 
 
-def parse_arguments(argv):
-    parser = CommandLine(
-        prog="adjust_sample_rate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
+
+
+def build_parser():
+    parser = CommandLine(prog="adjust_sample_rate.py", description=__doc__)
     add = parser.add_argument
-    add("path_db", help="folder of the audio files; those in its folders count, too")
-    add(
-        "path_phone_files",
-        nargs="?",
-        help="convert only files that are named in this file, such as one of phone labels: by the "
-        "first word of each line, without extension",
-    )
+    add("path_db", help="folder of the audio files; subfolders are included")
+    add("path_phone_files", nargs="?", help="convert only the files listed here, for example in "
+        "phone labels: the first word of each line is a name without extension")
     add("path_out", help="folder to write to")
-    add(
-        "--out_sample_rate",
-        type=at_least(1),
-        default=SAMPLE_RATE,
-        metavar="HZ",
-        help="of the new files (default: 16000)",
-    )
-    add(
-        "--file_extension",
-        default=".mp3",
-        metavar="EXT",
-        help="end of the audio files' names (default: .mp3)",
-    )
-    add(
-        "--out_extension",
-        metavar="EXT",
-        help="of the new files, and so their format (default: that of the old ones); .flac loses "
-        "nothing, .mp3 compresses a second time",
-    )
-    add(
-        "--n_threads",
-        type=int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="files at a time (default: one for each processor)",
-    )
-    args = parser.parse_intermixed_args(argv)
+    add("--out_sample_rate", type=at_least(1), default=SAMPLE_RATE, metavar="HZ",
+        help="of the new files (default: 16000)")
+    add_extension(add, ".mp3")
+    add("--out_extension", metavar="EXT", help="of the new files, which also sets their format "
+        "(default: that of the old ones); .flac is lossless, .mp3 compresses a second time")
+    add("--n_threads", type=int, default=os.cpu_count(), metavar="N",
+        help="files converted in parallel (default: one per processor)")
+    return parser
+
+
+# fmt: on
+
+
+def parse_arguments(argv):
+    args = build_parser().parse_intermixed_args(argv)
     args.out_extension = args.out_extension or args.file_extension
     if format_of("file" + args.out_extension) not in soundfile.available_formats():
-        parser.error(
-            f"--out_extension {args.out_extension}: no format that can be written; "
+        raise UserError(
+            f"--out_extension {args.out_extension}: not a format that can be written; "
             "try .flac or .wav"
         )
     if not os.path.isdir(args.path_db):
         raise UserError(f"{args.path_db}: no such directory")
     inside = os.path.commonpath([os.path.realpath(args.path_db), os.path.realpath(args.path_out)])
     if inside == os.path.realpath(args.path_db):
-        raise UserError(f"{args.path_out}: is inside of {args.path_db}; name another folder")
+        raise UserError(f"{args.path_out}: is inside {args.path_db}; name another folder")
     return args
 
 
 def chosen_files(args):
-    """Paths below `path_db` of the files to convert. Says which of the label file are missing."""
+    """Paths below `path_db` of the files to convert; prints which listed files are missing."""
     paths = find_files(args.path_db, args.file_extension)
     if args.path_phone_files is None:
         return paths
-    wanted = first_words(args.path_phone_files)
-    names = [os.path.basename(path)[: -len(args.file_extension) or None] for path in paths]
+    lines = read_text(args.path_phone_files).splitlines()
+    wanted = {line.split()[0] for line in lines if line.strip()}
+    names = [name_of(path, args.file_extension) for path in paths]
     chosen = [path for path, name in zip(paths, names, strict=True) if name in wanted]
     missing = sorted(wanted - set(names))
     if missing:
@@ -128,16 +115,8 @@ def chosen_files(args):
             f"{args.path_db}: {first_few(missing)}"
         )
     if not chosen:
-        raise UserError(f"{args.path_db}: no file is named in {args.path_phone_files}")
+        raise UserError(f"{args.path_db}: none of its files is named in {args.path_phone_files}")
     return chosen
-
-
-def first_words(path):
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return {line.split()[0] for line in file if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as text ({error})") from error
 
 
 def target_of(args, path):
@@ -146,11 +125,11 @@ def target_of(args, path):
 
 
 def convert_file(args, path, resample):
-    """Convert one file. Returns CONVERTED, THERE or why it can't be done."""
+    """Convert one file. Returns CONVERTED, EXISTING or the reason it can't be converted."""
     source, target = os.path.join(args.path_db, path), target_of(args, path)
     try:
         if is_converted(source, target, args.out_sample_rate):
-            return THERE
+            return EXISTING
         with open_audio(source) as audio:
             if audio.frames == 0:
                 return "empty"
@@ -166,7 +145,7 @@ def convert_file(args, path, resample):
 
 
 def is_converted(source, target, rate):
-    """Whether `target` is there, at this rate, and no older than `source`."""
+    """Whether `target` exists, with this rate, and is no older than `source`."""
     if not os.path.exists(target) or os.path.getmtime(target) < os.path.getmtime(source):
         return False
     header = read_header(target)
@@ -174,7 +153,7 @@ def is_converted(source, target, rate):
 
 
 def write_audio(path, audio, rate, resample):
-    """Write the open file `audio` at `rate` Hz, in 16 bits where the format has them."""
+    """Write the open file `audio` at `rate` Hz, with 16 bits if the format supports them."""
     format_ = format_of(path)
     subtype = "PCM_16" if soundfile.check_format(format_, "PCM_16") else None
     with soundfile.SoundFile(path, "w", rate, audio.channels, subtype, format=format_) as new:
@@ -183,15 +162,15 @@ def write_audio(path, audio, rate, resample):
 
 
 def format_of(path):
-    """The name of the format by which soundfile knows such files."""
+    """soundfile's name of the format with this extension."""
     return os.path.splitext(path)[1][1:].upper()
 
 
 def resampled_blocks(audio, rate, resample):
     """The rest of the open file `audio` at `rate` Hz, in arrays (n, channels) float32.
 
-    Blocks of whole seconds begin at whole samples at either rate, and what is next to a block is
-    resampled with it and cut off: so they fit together as if the file were resampled at once.
+    Blocks of whole seconds begin at whole samples at both rates, and each is resampled together
+    with a margin that is cut off: the result is the same as resampling the whole file at once.
     """
     old = audio.samplerate
     samples, before = audio.read((BLOCK + MARGIN) * old, dtype="float32", always_2d=True), 0

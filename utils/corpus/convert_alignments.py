@@ -1,20 +1,19 @@
-"""Convert forced alignments to the phone labels that this program reads.
+"""Convert forced alignments to the phone labels of this program.
 
     python utils/corpus/convert_alignments.py ALIGNMENTS OUT --strip_stress
 
-ALIGNMENTS is a folder of Praat TextGrids, as the Montreal Forced Aligner writes them (those in its
-folders count, too), or a CTM file, `name channel start duration phone` a line. Below OUT it writes
+ALIGNMENTS is a folder of Praat TextGrids, as the Montreal Forced Aligner writes them (subfolders
+are included), or a CTM file with one `name channel start duration phone` per line. Written to OUT:
 
-    converted_aligned_phones.txt    `name id id ...` a line, an id for every 10 ms
-    phones.txt                      `id symbol` a line, silence first, the others in sorted order
+    converted_aligned_phones.txt    one utterance per line, `name id id ...`, an id for every 10 ms
+    phones.txt                      one `id symbol` per line, silence first, the others sorted
 
-Label i is the phone at sample 160 i + 80 of the audio at 16 kHz. The name of a TextGrid is that of
-its file without extension. To label further audio with the ids of an earlier call, or of a trained
-model, give its phones.txt with --phones. Files that are there already and differ are replaced only
-with --force, since a model may have been trained with their ids.
+Label i is the phone at sample 160 i + 80 of the audio at 16 kHz. The name of an utterance is that
+of its TextGrid without extension. To label more audio with the ids of an earlier call or of a
+trained model, give its phones.txt with --phones. Existing files that differ are replaced only with
+--force, since a model may have been trained with their ids.
 """
 
-import argparse
 import math
 import os
 import re
@@ -42,18 +41,19 @@ from utils.data.labels import (
     write_labels,
     write_symbols,
 )
-from utils.data.listing import find_files
-from utils.files import refuse_to_replace
+from utils.data.names import files_by_name
+from utils.files import refuse_to_replace, writing_to
 from utils.misc import UserError, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
+from utils.run.shared_flags import add_extension
 
 STRESS = re.compile(r"([A-Z]+)[0-2]")  # AH0, AH1, AH2
-POSITION = re.compile(r"(.+)_[BIES]")  # Kaldi's AH0_B: beginning, inside, end of a word, single
+POSITION = re.compile(r"(.+)_[BIES]")  # Kaldi's AH0_B: beginning, inside, end, single
 NOT_SPEECH = ("sil", "sp", "SIL", "<sil>", "<eps>")
 ROUNDING = 0.011  # seconds that intervals may overlap: CTM files are often rounded to 10 ms
-WORTH_PROCESSES = 200  # files
-CTM_FIELDS = 8  # at most in a line: confidence, type and speaker may follow the phone
+MIN_FILES_FOR_PROCESSES = 200
+MAX_CTM_FIELDS = 8  # confidence, type and speaker may follow the phone
 # Lines of a TextGrid in the long format.
 NUMBER = re.compile(r"\s*(?:xmin|xmax|time|number)\s*=(.*)")
 TEXT = re.compile(r"\s*(?:class|name|text|mark)\s*=.*")
@@ -62,7 +62,7 @@ SECTION = re.compile(r"\s*(?:class\s*=.*|(?:intervals|points):\s*size\s*=.*|item
 
 
 class Utterance(NamedTuple):
-    """The phones of an utterance and how long it is, in seconds."""
+    """The phones of an utterance, and its duration in seconds."""
 
     name: str
     intervals: list[Interval]
@@ -80,8 +80,8 @@ def main(argv=None):
     phones = {name: row for name, row in phones.items() if row}
     if not phones:
         raise UserError(
-            f"{args.alignments}: no utterance in it has phones; it takes a folder of TextGrids, or "
-            "a CTM file, whose lines are `name channel start duration phone`, times in seconds"
+            f"{args.alignments}: no utterance in it has phones; give a folder of TextGrids, or a "
+            "CTM file of lines `name channel start duration phone`, with times in seconds"
         )
     if too_short:
         print(f"left out, shorter than a frame: {len(too_short)}, {first_few(too_short)}")
@@ -92,66 +92,44 @@ def main(argv=None):
     print(f"{len(labels)} utterances, {hours:.2f} h, {len(symbols)} phones: {args.out}")
 
 
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
+
+
 def build_parser():
-    parser = CommandLine(
-        prog="convert_alignments.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(prog="convert_alignments.py", description=__doc__)
     add = parser.add_argument
     add("alignments", help="folder of TextGrids, or a CTM file")
     add("out", help=f"folder to write {LABELS} and {SYMBOLS} to")
     add("--strip_stress", action="store_true", help="AH0, AH1, AH2 become AH")
     add("--strip_position", action="store_true", help="AH_B, AH_I, AH_E, AH_S (Kaldi) become AH")
-    add(
-        "--silence",
-        nargs="*",
-        default=NOT_SPEECH,
-        metavar="SYMBOL",
-        help="what isn't speech, besides gaps and empty intervals: one symbol takes its place "
-        f"(default: {' '.join(NOT_SPEECH)})",
-    )
-    add(
-        "--silence_symbol",
-        default=SILENCE,
-        metavar="SYMBOL",
-        help=f"the symbol that takes its place (default: {SILENCE})",
-    )
-    add("--phones", metavar="FILE", help="phones.txt whose ids are to be used (default: new ids)")
-    add(
-        "--tier",
-        default="phones",
-        help='tier of the TextGrids; "SPEAKER - TIER" counts, too, if there is one speaker '
-        "(default: phones)",
-    )
-    add(
-        "--file_extension",
-        default=".TextGrid",
-        metavar="EXT",
-        help="end of the TextGrids' names (default: .TextGrid)",
-    )
-    add(
-        "--n_process",
-        type=int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="processes that read TextGrids (default: one for each processor)",
-    )
-    add("--force", action="store_true", help="replace files that are there already")
+    add("--silence", nargs="*", default=NOT_SPEECH, metavar="SYMBOL",
+        help="symbols that aren't speech, besides gaps and empty intervals; one symbol replaces "
+        f"them (default: {' '.join(NOT_SPEECH)})")
+    add("--silence_symbol", default=SILENCE, metavar="SYMBOL",
+        help=f"the symbol that replaces them (default: {SILENCE})")
+    add("--phones", metavar="FILE", help="phones.txt with the ids to use (default: new ids)")
+    add("--tier", default="phones", help='tier of the TextGrids; "SPEAKER - TIER" is accepted if '
+        "there is only one speaker")
+    add_extension(add, ".TextGrid", "TextGrids")
+    add("--n_process", type=int, default=os.cpu_count(), metavar="N",
+        help="processes that read TextGrids (default: one per processor)")
+    add("--force", action="store_true", help="replace existing files")
     return parser
 
 
+# fmt: on
+
+
 def write_files(args, labels, symbols):
-    """Both files, or neither where one would be replaced by another unasked."""
+    """Write both files, or neither if one would be replaced without --force."""
     label_file, symbol_file = (os.path.join(args.out, name) for name in (LABELS, SYMBOLS))
     if not args.force:
         refuse_to_replace(label_file, label_lines(labels), "labels")
         refuse_to_replace(symbol_file, symbol_lines(symbols), "symbols")
-    try:
+    with writing_to(args.out):
         write_labels(label_file, labels)
         write_symbols(symbol_file, symbols)
-    except OSError as error:
-        raise UserError(f"{args.out}: can't be written to ({error.strerror})") from error
 
 
 # ------------------------------------------------------------------------------------- labels
@@ -184,7 +162,7 @@ def phones_of(utterance, args):
 
 
 def simplify(symbol, args):
-    """The symbol without the marks that are to be stripped; that of silence if it is none."""
+    """The symbol with the chosen marks stripped; the silence symbol if it isn't speech."""
     for strip, mark in ((args.strip_position, POSITION), (args.strip_stress, STRESS)):
         if strip and (match := mark.fullmatch(symbol)):
             symbol = match[1]
@@ -206,15 +184,10 @@ def ids_of(name, phones, symbols, args):
 
 def read_textgrids(args):
     """The `Utterance`s of all TextGrids below a folder, by path."""
-    paths = [
-        os.path.join(args.alignments, p) for p in find_files(args.alignments, args.file_extension)
-    ]
-    names = [os.path.basename(path)[: -len(args.file_extension)] for path in paths]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{args.alignments}: several files are named {twice}{args.file_extension}")
+    found = files_by_name(args.alignments, args.file_extension)
+    names, paths = list(found), [os.path.join(args.alignments, path) for path in found.values()]
     read = partial(read_textgrid, tier_name=args.tier)
-    if len(paths) < WORTH_PROCESSES or args.n_process < 2:
+    if len(paths) < MIN_FILES_FOR_PROCESSES or args.n_process < 2:
         return [read(*file) for file in zip(names, paths, strict=True)]
     with ProcessPoolExecutor(args.n_process) as pool:
         results = pool.map(read, names, paths, chunksize=16)
@@ -229,7 +202,7 @@ def read_textgrid(name, path, tier_name):
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     except (PraatioException, ValueError, LookupError) as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"{faulty_line(path)}: no proper TextGrid ({problem})") from error
+        raise UserError(f"{faulty_line(path)}: not a valid TextGrid ({problem})") from error
     tiers = [n for n in grid.tierNames if n == tier_name or n.endswith(f" - {tier_name}")]
     if len(tiers) != 1:
         raise UserError(
@@ -249,9 +222,9 @@ def read_textgrid(name, path, tier_name):
 
 
 def faulty_line(path):
-    """`path, line number` of what can't be right in a TextGrid; of its end if all before may be.
+    """`path, line number` of the first error in a TextGrid, or of its last line if none is found.
 
-    Only the path for one in the short format, whose lines don't say what they are.
+    Only the path for the short format, whose lines have no names.
     """
     with open(path, "rb") as file:
         content = file.read()
@@ -266,7 +239,7 @@ def faulty_line(path):
                 latest, before = float(match[1]), latest
             except ValueError:
                 return f"{path}, line {number}"
-            if latest < before:  # times go on, from the start of a tier to its end
+            if latest < before:  # times ascend within a tier
                 return f"{path}, line {number}"
         elif TEXT.fullmatch(line) and not QUOTED.fullmatch(line):
             return f"{path}, line {number}"
@@ -277,7 +250,7 @@ def faulty_line(path):
 
 
 def read_ctm(path):
-    """The `Utterance`s of a CTM file, in its order. Raises UserError, with the line."""
+    """The `Utterance`s of a CTM file, in its order. Raises UserError with the line."""
     intervals = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip() and not line.startswith(";;"):
@@ -291,8 +264,8 @@ def read_ctm(path):
         for (_, end, *_), (start, *_, number) in zip(rows, rows[1:], strict=False):
             if start < end - ROUNDING:
                 raise UserError(
-                    f"{path}, line {number}: begins at {start} s, before {end} s, when "
-                    f"the phone before it in {name} ends"
+                    f"{path}, line {number}: begins at {start} s, but the phone before it in "
+                    f"{name} ends at {end} s"
                 )
         rows = [Interval(*row[:3]) for row in rows]
         utterances.append(Utterance(name, rows, rows[-1].end))
@@ -300,12 +273,12 @@ def read_ctm(path):
 
 
 def ctm_row(where, line):
-    """Name and `Interval` of a line."""
+    """Name and `Interval` of one line."""
     try:
         name, _, start, duration, symbol, *more = line.split()
         start, duration = float(start), float(duration)
         within = 0 <= start < math.inf and 0 <= duration < math.inf
-        if not within or 5 + len(more) > CTM_FIELDS:
+        if not within or 5 + len(more) > MAX_CTM_FIELDS:
             raise ValueError
     except ValueError:
         raise UserError(

@@ -2,22 +2,21 @@
 
     python utils/corpus/make_abx_item.py LABELS.txt phones.txt OUT.item
 
-LABELS.txt has a line `name id id ...` with a label for every 10 ms, phones.txt a line `id symbol`
-for each phone: what utils/corpus/convert_alignments.py and make_demo.py write. An item is a phone
-together with the phones before and after it, as in the ZeroSpeech challenges; the latter two are
-its context. Phones beside silence or at an end of the utterance make no item. The speaker is the
-beginning of the name, up to the first `-`. Two equal phones in a row can't be told apart in labels
-and count as one.
+LABELS.txt has one utterance per line, `name id id ...`, with a label for every 10 ms; phones.txt
+has one `id symbol` per line. utils/corpus/convert_alignments.py and make_demo.py write both. An
+item is a phone together with the phones before and after it, as in the ZeroSpeech challenges; these
+two are its context. Phones next to silence or to an end of the utterance are skipped. The speaker
+is the part of the name before the first `-`. Two equal phones in a row can't be distinguished in
+labels and count as one.
 """
 
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
-from utils.files import atomic_path
+from utils.files import write_lines, writing_to
 from utils.misc import UserError, first_few
 from utils.run.command import CommandLine, command
 
@@ -38,12 +37,9 @@ def main(argv=None):
         used.update(ids.tolist())
         lines += item_lines(name, ids.tolist(), symbol_of, silence, args)
     if not lines:
-        raise UserError(f"{args.labels}: no phone is between two phones that aren't silence")
-    try:
-        with atomic_path(args.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write("\n".join([HEADER, *lines, ""]))
-    except OSError as error:
-        raise UserError(f"{args.out}: can't be written ({error.strerror})") from error
+        raise UserError(f"{args.labels}: no phone has a phone that isn't silence on both sides")
+    with writing_to(args.out):
+        write_lines(args.out, [HEADER, *lines])
     print(f"{len(lines)} items of {len(labels)} utterances: {args.out}")
     unused = [symbol for number, symbol in symbol_of.items() if number not in used]
     if unused:
@@ -53,40 +49,31 @@ def main(argv=None):
         )
 
 
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
+
+
 def build_parser():
-    parser = CommandLine(
-        prog="make_abx_item.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(prog="make_abx_item.py", description=__doc__)
     add = parser.add_argument
-    add("labels", help="labels, `name id id ...` a line, an id for every 10 ms")
-    add("phones", help="symbols of the phones, `id symbol` a line")
+    add("labels", help="labels, one utterance per line: `name id id ...`, an id for every 10 ms")
+    add("phones", help="symbols of the phones, one `id symbol` per line")
     add("out", help="item file to write")
-    add(
-        "--extent",
-        choices=["triphone", "phone"],
-        default="triphone",
-        help="an item lasts for its phone and those around it, or for its phone alone "
-        "(default: triphone, as in the ZeroSpeech challenge of 2017)",
-    )
-    add(
-        "--silence",
-        default=SILENCE,
-        metavar="SYMBOLS",
-        help=f"symbols of what isn't speech, separated by commas (default: {SILENCE})",
-    )
-    add(
-        "--separator",
-        default="-",
-        metavar="TEXT",
-        help="what ends the speaker in a name (default: -, as in LibriSpeech)",
-    )
+    add("--extent", choices=["triphone", "phone"], default="triphone",
+        help="an item spans its phone and the phones beside it, or only its phone (default: "
+        "triphone, as in the ZeroSpeech challenge of 2017)")
+    add("--silence", default=SILENCE, metavar="SYMBOLS",
+        help=f"symbols that aren't speech, separated by commas (default: {SILENCE})")
+    add("--separator", default="-", metavar="TEXT",
+        help="ends the speaker's id in a name (default: -, as in LibriSpeech)")
     return parser
 
 
+# fmt: on
+
+
 def item_lines(name, ids, symbol_of, silence, args):
-    """The lines of one utterance's items."""
+    """The item file's lines for one utterance."""
     phones = list(runs(ids))
     for before, phone, after in zip(phones, phones[1:], phones[2:], strict=False):
         labels = [before[2], phone[2], after[2]]

@@ -1,21 +1,21 @@
-"""Synthesise a corpus of speech with exact phone labels, to try the program on.
+"""Synthesise a speech corpus with exact phone labels, for trying out the program.
 
     python utils/corpus/make_demo.py OUT [--speakers 20] [--utterances 40] [--seed 1]
 
 Writes below OUT:
 
     audio/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac    16 kHz, 16 bit; `audio` is for --pathDB
-    train_split.txt, test_split.txt    names of utterances; every fifth of a speaker is for tests
-    converted_aligned_phones.txt       on each line a name, then a phone id for every 10 ms
-    phones.txt                         on each line a phone id and its symbol
-    demo_corpus.json                   what the corpus was made with
+    train_split.txt, test_split.txt    names of utterances; every fifth of each speaker is for tests
+    converted_aligned_phones.txt       one utterance per line: name, a phone id for every 10 ms
+    phones.txt                         one phone per line: id, symbol
+    demo_corpus.json                   the settings and versions of the corpus
 
-Label i is the phone at sample 160 i + 80. The speakers talk in the made-up words of one language,
-some words far more frequent than others, with pauses here and there.
+Label i is the phone at sample 160 i + 80. The speakers use the made-up words of one language, some
+far more frequent than others, with occasional pauses.
 
-The same version, seed and sizes give the same bytes, however many processors there are, and a
-smaller corpus is a part of a larger one with the same seed. NumPy promises its random streams only
-within a version, and FLAC files differ between versions of libsndfile; requirements.txt pins both.
+The same version, seed and sizes give the same bytes on any number of processors, and a smaller
+corpus is a part of a larger one with the same seed. NumPy guarantees its random streams only within
+a version, and FLAC files differ between versions of libsndfile; requirements.txt pins both.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from utils.corpus.synthesiser import (
     AFFRICATES,
     DIPHTHONGS,
     FRICATIVES,
-    PHONES,
+    PHONE_IDS,
     SILENCE,
     STOPS,
     VOWELS,
@@ -42,16 +42,23 @@ from utils.corpus.synthesiser import (
     frame_labels,
     speak,
 )
-from utils.files import TEMPORARY_PREFIX, load_json, remove_leftovers, save_json, write_lines
+from utils.data.labels import LABELS, SYMBOLS, write_labels, write_symbols
+from utils.files import (
+    TEMPORARY_PREFIX,
+    load_json,
+    remove_leftovers,
+    save_json,
+    write_lines,
+    writing_to,
+)
 from utils.misc import SAMPLE_RATE, UserError
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 
-VERSION = 1  # of the corpus: to be raised when the same seed gives other bytes
+VERSION = 1  # of the corpus: increase it when the same seed gives other bytes
 MANIFEST = "demo_corpus.json"
 TRAIN_LIST, TEST_LIST = "train_split.txt", "test_split.txt"
-LABELS, SYMBOLS = "converted_aligned_phones.txt", "phones.txt"
-N_THREADS = 2  # NumPy and the encoder leave Python's lock; more threads gain little
+N_THREADS = 2  # NumPy and the encoder release Python's lock; more threads gain little
 
 FIRST_SPEAKER = 201
 UTTERANCES_PER_CHAPTER = 20
@@ -61,8 +68,9 @@ N_WORDS = 300
 N_SYLLABLES = (0.45, 0.4, 0.15)  # probabilities of words of one, two and three syllables
 WORDS_PER_UTTERANCE = (6, 16)
 PAUSE = 0.15  # probability of a silence after a word
-# Louder than LibriSpeech, about -26 dB, where short training runs idle for hundreds of steps.
-LEVEL = -13.0  # dB RMS of full scale, before the limiter, which takes one
+# Louder than LibriSpeech (about -26 dB), at whose level short runs learn nothing for hundreds of
+# steps.
+LEVEL = -13.0  # dB RMS of full scale, before the limiter, which reduces it by 1 dB
 LEVEL_SCATTER = 1.0  # dB
 
 NUCLEI = (*VOWELS, *DIPHTHONGS)
@@ -73,10 +81,10 @@ LIQUIDS = ("L", "R", "W")  # may follow an obstruent at the start of a syllable
 
 
 class Settings(NamedTuple):
-    """All that the bytes of a corpus depend on."""
+    """Everything that the bytes of a corpus depend on."""
 
     speakers: int
-    utterances: int  # of each speaker
+    utterances: int  # per speaker
     seed: int
     version: int = VERSION
 
@@ -87,7 +95,7 @@ class Settings(NamedTuple):
         )
 
     def positions(self):
-        """(speaker, utterance), numbered from 0, of every utterance, in the order of the files."""
+        """(speaker, utterance) of every utterance, counted from 0, in the order of the files."""
         return list(itertools.product(range(self.speakers), range(self.utterances)))
 
 
@@ -95,12 +103,12 @@ class Settings(NamedTuple):
 
 
 def draw_lexicon(rng):
-    """Words as lists of phones, each word of one to three syllables."""
+    """Words of one to three syllables, as lists of phones."""
     return [_draw_word(rng) for _ in range(N_WORDS)]
 
 
 def _draw_word(rng):
-    """Syllables of at most two consonants and a vowel; the last may be closed by a consonant."""
+    """Syllables of at most two consonants and a vowel; the last may end in a consonant."""
     word = []
     for _ in range(1 + rng.choice(len(N_SYLLABLES), p=N_SYLLABLES)):
         if rng.random() < 0.9:
@@ -118,7 +126,7 @@ def _pick(choices, rng):
 
 
 def draw_utterance(lexicon, rng):
-    """Phones of some words, between silences. Frequencies of words follow Zipf and Mandelbrot."""
+    """Phones of some words, between silences. Word frequencies follow Zipf and Mandelbrot."""
     frequency = 1 / (np.arange(len(lexicon)) + 4)
     n_words = rng.integers(*WORDS_PER_UTTERANCE)
     phones = [SILENCE]
@@ -135,7 +143,7 @@ def draw_utterance(lexicon, rng):
 def record(waveform, speaker, rng):
     """`waveform` (L,) as 16-bit samples at about LEVEL, with the noise of the speaker's room.
 
-    Speech this loud would have peaks above full scale: a soft limiter rounds them off.
+    Speech this loud has peaks above full scale: a soft limiter rounds them off.
     """
     waveform = waveform / np.sqrt(np.mean(waveform**2))
     waveform = waveform + 10 ** (speaker.noise_floor / 20) * rng.standard_normal(len(waveform))
@@ -144,7 +152,7 @@ def record(waveform, speaker, rng):
 
 
 def make_utterance(settings, lexicon, speaker, utterance):
-    """The samples (L,) int16 and labels (L // 160,) of an utterance, both numbered from 0."""
+    """The samples (L,) int16 and labels (L // 160,) of an utterance; both indices start at 0."""
     voice = draw_speaker(np.random.default_rng([settings.seed, 1, speaker]), female=speaker % 2)
     rng = np.random.default_rng([settings.seed, 2, speaker, utterance])
     phones = draw_utterance(lexicon, rng)
@@ -158,7 +166,7 @@ def utterance_name(speaker, utterance):
 
 
 def is_for_tests(utterance, settings):
-    """Every fifth utterance of each speaker; the last one where there are fewer."""
+    """Every fifth utterance of each speaker; the last one if there are fewer."""
     return utterance % TEST_EVERY == min(TEST_EVERY, settings.utterances) - 1
 
 
@@ -191,21 +199,20 @@ def write_corpus(out, settings):
 
 
 def write_lists(out, settings, positions, labels):
-    """Write the names of training and test utterances, their labels, and the names of phones."""
+    """Write the training and test lists, the labels, and the symbols of the phones."""
     names = [utterance_name(*position) for position in positions]
     tests = [is_for_tests(utterance, settings) for _, utterance in positions]
     write_lines(out / TRAIN_LIST, [n for n, test in zip(names, tests, strict=True) if not test])
     write_lines(out / TEST_LIST, [n for n, test in zip(names, tests, strict=True) if test])
-    aligned = zip(names, labels, strict=True)
-    write_lines(out / LABELS, [f"{name} {' '.join(map(str, ids))}" for name, ids in aligned])
-    write_lines(out / SYMBOLS, [f"{identity} {symbol}" for identity, symbol in enumerate(PHONES)])
+    write_labels(out / LABELS, dict(zip(names, labels, strict=True)))
+    write_symbols(out / SYMBOLS, PHONE_IDS)
 
 
 # The command.
 
 
-def is_there(out, settings):
-    """Whether the Path `out` holds this corpus, complete.
+def is_complete(out, settings):
+    """Whether the Path `out` holds this corpus, with all its files.
 
     Raises UserError if it holds anything else: two corpora in one directory would be read as one.
     """
@@ -230,25 +237,28 @@ def is_there(out, settings):
 
 
 def make_corpus(out, settings):
-    """Write the corpus below the Path `out`, unless it is there; True if it was written.
+    """Write the corpus below the Path `out` unless it exists; True if it was written.
 
-    The manifest names the samples only when all is written, so what was interrupted is made again.
+    The manifest has the number of samples only when the corpus is complete, so that an interrupted
+    one is written again.
     """
-    if is_there(out, settings):
+    if is_complete(out, settings):
         return False
     manifest = {
         "settings": settings._asdict(),
         "numpy": np.__version__,
         "libsndfile": soundfile.__libsndfile_version__,
     }
-    try:
+    with writing_to(out, errors=(OSError, soundfile.SoundFileError)):
         save_json(out / MANIFEST, manifest)
         remove_leftovers(out)
         samples = write_corpus(out, settings)
         save_json(out / MANIFEST, {**manifest, "samples": samples})
-    except (OSError, soundfile.SoundFileError) as error:
-        raise UserError(f"{out}: the corpus can't be written ({error})") from error
     return True
+
+
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
 
 
 def parse_arguments(argv):
@@ -256,27 +266,17 @@ def parse_arguments(argv):
         description=__doc__.splitlines()[0],
         epilog="The same version, sizes and seed give the same bytes.",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new directory for the corpus")
-    parser.add_argument(
-        "--speakers",
-        type=at_least(1),
-        default=20,
-        help="number of speakers, half of them women (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--utterances",
-        type=at_least(2),
-        default=40,
-        help="utterances of each speaker, about 4 s long, every fifth for tests "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=at_least(0),
-        default=1,
-        help="another seed: another language and speakers (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("out", metavar="OUT", type=Path, help="a new directory for the corpus")
+    add("--speakers", type=at_least(1), default=20, help="number of speakers, half of them women")
+    add("--utterances", type=at_least(2), default=40,
+        help="utterances per speaker, about 4 s long, every fifth for tests")
+    add("--seed", type=at_least(0), default=1,
+        help="another seed gives another language and other speakers")
     return parser.parse_args(argv)
+
+
+# fmt: on
 
 
 @command

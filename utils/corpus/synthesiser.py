@@ -1,12 +1,12 @@
-"""Speech from numpy alone, whose phones are known to the sample: a formant synthesiser.
+"""A formant synthesiser in numpy, whose phone boundaries are exact to the sample.
 
 Source and filter, as in Fant, "Acoustic theory of speech production" (1960), and Klatt, "Software
 for a cascade/parallel formant synthesizer", JASA 67 (1980). Glottal pulses, and the noise of
 breath, ring a cascade of resonances: the formants of the vocal tract. The noise of fricatives and
-of bursts arises at the lips and teeth, past that cascade, and has a spectrum of its own.
+of bursts arises at the lips and teeth, after that cascade, and has a separate spectrum.
 
-PHONES says how each phone is made, `draw_speaker` who speaks, and `speak` turns phones into a
-waveform and its labels. A `Score` lies between: what each control does in the course of time.
+PHONES defines the phones, `draw_speaker` a voice, and `speak` turns phones into a waveform and its
+labels. `ControlTracks` come in between: the value of each control over time.
 
 Levels are in dB, where 0 dB is the loudness of the speaker's neutral vowel (AX).
 """
@@ -29,13 +29,13 @@ BANDWIDTHS = (60, 80, 120, 160, 200, 250, 300)  # Hz, of F1 to F7
 UPPER_FORMANTS = (3500, 4500, 5500, 6500)  # Hz, F4 to F7: they depend on the speaker alone
 
 ARTICULATION = 0.025 * SAMPLE_RATE  # samples from a boundary to the target, for tongue and lips...
-ONSET = 0.005 * SAMPLE_RATE  # ...and for the sources of sound, which are switched much faster
+ONSET = 0.005 * SAMPLE_RATE  # ...and for the sources of sound, which switch much faster
 DURATION_SCATTER = 0.18  # of the logarithm of a phone's duration
 FORMANT_SCATTER = 0.03  # of the logarithm of a formant's frequency, from token to token
 DECLINATION = 0.15  # fall of log pitch over an utterance
 PITCH_MOVEMENT = 0.2  # seconds between two independent values of the pitch
 SHIMMER = 0.05  # scatter of the strength of glottal pulses
-REST = {  # the controls, and where they are before an utterance begins
+REST = {  # the controls and their values before an utterance begins
     "F1": 500,  # Hz: the formants of a uniform tube
     "F2": 1500,
     "F3": 2500,
@@ -47,16 +47,16 @@ REST = {  # the controls, and where they are before an utterance begins
 }
 
 
-# What the phones are. Frequencies of an adult man's vocal tract, in Hz; durations in ms, of the
+# The phones. Frequencies of an adult man's vocal tract, in Hz; durations in ms, of the
 # order of Klatt, "Linguistic uses of segmental duration in English", JASA 59 (1976).
 
 
 class Segment(NamedTuple):
-    """A stretch of a phone in which the sources stay as they are and formants at most glide."""
+    """A part of a phone in which the sources are constant and formants may glide."""
 
-    share: float = 1.0  # of the phone's duration
-    formants: list | None = None  # F1, F2, F3; None: on their way between the neighbours'
-    glide_to: list | None = None  # F1, F2, F3 at the end, where they move
+    fraction: float = 1.0  # of the phone's duration
+    formants: list | None = None  # F1, F2, F3; None: interpolated between the neighbours'
+    glide_to: list | None = None  # F1, F2, F3 at the end, if they move
     voice: float = SILENT  # level of the glottal pulses, with the speaker's breath
     aspiration: float = SILENT  # level of noise from the glottis
     noise: list | None = None  # centre and half width (standard deviation) of frication
@@ -129,25 +129,25 @@ SILENCE_DURATION = 150  # ms
 
 
 def _stop(formants, noise, voice):
-    """A closure and a burst; then, without voice, aspiration on the way to the next phone."""
+    """A closure and a burst; if voiceless, then aspiration towards the next phone."""
     *noise, level = noise
     closure = Segment(0.75, formants, voice=voice)
     burst = Segment(0.25, formants, voice=voice, noise=noise, frication=level)
     if voice > SILENT:
         return closure, burst
     aspiration = Segment(0.3, aspiration=RELEASE_ASPIRATION)
-    return closure._replace(share=0.55), burst._replace(share=0.15), aspiration
+    return closure._replace(fraction=0.55), burst._replace(fraction=0.15), aspiration
 
 
 def _affricate(formants, noise, voice):
     """A closure, then frication for more than half the time."""
     *noise, level = noise
     closure = Segment(0.45, formants, voice=voice)
-    return closure, closure._replace(share=0.55, noise=noise, frication=level)
+    return closure, closure._replace(fraction=0.55, noise=noise, frication=level)
 
 
 def _phones():
-    """The tables above as symbol -> Phone; silence comes first, then by the alphabet."""
+    """The tables above as symbol -> Phone; silence comes first, then alphabetical order."""
     phones = {"HH": Phone(60, (Segment(aspiration=-14.0),))}
     for symbol, (*formants, duration) in VOWELS.items():
         phones[symbol] = Phone(duration, (Segment(1.0, formants, voice=0.0),))
@@ -170,11 +170,11 @@ PHONES = _phones()
 PHONE_IDS = {symbol: identity for identity, symbol in enumerate(PHONES)}
 
 
-# Who speaks.
+# Speakers.
 
 
 class Speaker(NamedTuple):
-    """What tells one voice from another."""
+    """The parameters of a voice."""
 
     formant_scale: float  # formants relative to the tables: a shorter vocal tract has higher ones
     pitch: float  # Hz
@@ -187,7 +187,7 @@ class Speaker(NamedTuple):
 
 
 def draw_speaker(rng, female):
-    """A speaker at random; vocal tracts of women are shorter, their voices higher."""
+    """A random speaker; women have shorter vocal tracts and higher voices."""
     return Speaker(
         formant_scale=rng.uniform(1.05, 1.25) if female else rng.uniform(0.88, 1.08),
         pitch=rng.uniform(160, 250) if female else rng.uniform(80, 150),
@@ -200,20 +200,19 @@ def draw_speaker(rng, female):
     )
 
 
-# What is to be done when.
+# Controls over time.
 
 
-class Score:
-    """The course of every control through an utterance: keyframes with straight lines between."""
+class ControlTracks:
+    """Every control over the course of an utterance: keyframes with linear interpolation."""
 
     def __init__(self):
         self.keyframes = {control: [(0.0, value)] for control, value in REST.items()}
 
     def hold(self, control, start, end, value, margin, end_value=None):
-        """Keep `control` at `value`, or lead it to `end_value`, from sample `start` to `end`.
+        """Hold `control` at `value`, or move it to `end_value`, from sample `start` to `end`.
 
-        It arrives `margin` samples after `start` and leaves as long before `end`, or by 30 % of
-        the time between them if that is less.
+        Transitions take `margin` samples at either end, but at most 30 % of the duration.
         """
         margin = min(margin, 0.3 * (end - start))
         end_value = value if end_value is None else end_value
@@ -228,41 +227,41 @@ class Score:
 
 
 def _draw_boundaries(symbols, speaker, rng):
-    """Where phones begin and end, in samples, (len(symbols) + 1,)."""
+    """The boundaries of the phones in samples, (len(symbols) + 1,)."""
     typical = np.array([PHONES[symbol].duration for symbol in symbols]) * SAMPLE_RATE / 1000
     scatter = np.exp(DURATION_SCATTER * rng.standard_normal(len(symbols)))
     durations = (speaker.slowness * scatter * typical).astype(int)
     return np.concatenate([[0], np.cumsum(durations)])
 
 
-def _write_score(symbols, boundaries, speaker, rng):
-    """The Score of the phones; each token's formants lie a little off those in the tables."""
-    score = Score()
+def _plan_tracks(symbols, boundaries, speaker, rng):
+    """The `ControlTracks` of the phones; formants of tokens deviate a little from the tables."""
+    tracks = ControlTracks()
     for symbol, (start, end) in zip(symbols, itertools.pairwise(boundaries), strict=True):
         scale = speaker.formant_scale * np.exp(FORMANT_SCATTER * rng.standard_normal(3))
         duration = end - start
         for segment in PHONES[symbol].segments:
-            stop = start + segment.share * duration
-            _write_segment(score, segment, start, stop, scale, speaker)
+            stop = start + segment.fraction * duration
+            _add_segment(tracks, segment, start, stop, scale, speaker)
             start = stop
-    return score
+    return tracks
 
 
-def _write_segment(score, segment, start, end, scale, speaker):
+def _add_segment(tracks, segment, start, end, scale, speaker):
     for control in ("voice", "aspiration", "frication"):
-        score.hold(control, start, end, getattr(segment, control), ONSET)
+        tracks.hold(control, start, end, getattr(segment, control), ONSET)
     if segment.formants:
         first = scale * segment.formants
         last = scale * (segment.glide_to or segment.formants)
         for control, value, end_value in zip(("F1", "F2", "F3"), first, last, strict=True):
-            score.hold(control, start, end, value, ARTICULATION, end_value)
+            tracks.hold(control, start, end, value, ARTICULATION, end_value)
     if segment.noise:
-        # The cavity before a fricative's constriction differs less than the tract as a whole.
+        # The cavity in front of a constriction differs less between speakers than the whole tract.
         for control, value in zip(("centre", "width"), segment.noise, strict=True):
-            score.hold(control, start, end, value * np.sqrt(speaker.formant_scale), ONSET)
+            tracks.hold(control, start, end, value * np.sqrt(speaker.formant_scale), ONSET)
 
 
-# From the score to sound.
+# From controls to sound.
 
 
 class Tract:
@@ -285,7 +284,7 @@ class Tract:
         self.hiss = 1 / np.sqrt(np.mean(np.abs(neutral) ** 2))
 
     def response(self, formants):
-        """Spectra (n, 257) of the vocal tract, where F1, F2 and F3 are the arrays `formants`."""
+        """Spectra (n, 257) of the vocal tract, given the arrays `formants`: F1, F2 and F3."""
         response = self.upper
         for formant, bandwidth in zip(formants, self.lower_bandwidths, strict=True):
             response = response * _resonance(formant, bandwidth)
@@ -293,14 +292,14 @@ class Tract:
 
 
 def _resonance(formant, bandwidth):
-    """Spectra (n, 257) of resonators with these frequencies (n,) and bandwidths, gain 1 at 0 Hz."""
+    """Spectra (n, 257) of resonators with these frequencies (n,) and bandwidths; 1 at 0 Hz."""
     square = np.square(formant)[:, None]
     damping = 1j * FREQUENCIES * np.reshape(bandwidth, (-1, 1))
     return square / (square - FREQUENCIES**2 + damping)
 
 
 def _draw_pulses(n_samples, speaker, rng):
-    """The samples at which the vocal folds close, over an utterance with its intonation."""
+    """The samples at which the vocal folds close, with the intonation of an utterance."""
     time = np.arange(n_samples) / SAMPLE_RATE
     knots = np.arange(0, time[-1] + 2 * PITCH_MOVEMENT, PITCH_MOVEMENT)
     movement = np.interp(time, knots, rng.standard_normal(len(knots)))
@@ -309,68 +308,68 @@ def _draw_pulses(n_samples, speaker, rng):
     return np.flatnonzero(np.diff(np.floor(cycles)))
 
 
-def _add_voice(waveform, score, tract, pulses, rng):
+def _add_voice(waveform, tracks, tract, pulses, rng):
     """Add the response of the tract to each of the glottal `pulses`."""
-    strength = _amplitude(score.at("voice", pulses))
+    strength = _amplitude(tracks.at("voice", pulses))
     pulses, strength = pulses[strength > 0], strength[strength > 0]
     strength *= 1 + SHIMMER * rng.standard_normal(len(pulses))
     for block in _blocks(pulses):
-        spectra = tract.response(score.formants(pulses[block])) * tract.pulse
+        spectra = tract.response(tracks.formants(pulses[block])) * tract.pulse
         _overlap_add(waveform, pulses[block], strength[block, None] * spectra)
 
 
-def _add_noise(waveform, score, tract, breath, rng):
+def _add_noise(waveform, tracks, tract, breath, rng):
     """Add aspiration, which passes through the tract, and frication, which doesn't."""
     starts = np.arange(0, len(waveform) - N_FFT, NOISE_HOP)
     noise = rng.standard_normal(len(waveform))
     centres = starts + NOISE_HOP
-    with_voice = _amplitude(score.at("voice", centres) + breath)
-    aspiration = tract.hiss * np.hypot(_amplitude(score.at("aspiration", centres)), with_voice)
-    frication = _amplitude(score.at("frication", centres))
-    window = np.hanning(2 * NOISE_HOP + 1)[:-1]  # adds up to 1 with its neighbours
+    with_voice = _amplitude(tracks.at("voice", centres) + breath)
+    aspiration = tract.hiss * np.hypot(_amplitude(tracks.at("aspiration", centres)), with_voice)
+    frication = _amplitude(tracks.at("frication", centres))
+    window = np.hanning(2 * NOISE_HOP + 1)[:-1]  # overlapping windows sum to 1
     frames = np.lib.stride_tricks.sliding_window_view(noise, len(window))[starts]
     for block in _blocks(starts):
-        filters = aspiration[block, None] * tract.response(score.formants(centres[block]))
-        filters += frication[block, None] * _frication_spectra(score, centres[block])
+        filters = aspiration[block, None] * tract.response(tracks.formants(centres[block]))
+        filters += frication[block, None] * _frication_spectra(tracks, centres[block])
         _overlap_add(waveform, starts[block], filters * np.fft.rfft(window * frames[block], N_FFT))
 
 
-def _frication_spectra(score, samples):
+def _frication_spectra(tracks, samples):
     """Bell curves (n, 257) that turn white noise of power 1 into frication of power 1."""
-    centre, width = score.at("centre", samples), score.at("width", samples)
+    centre, width = tracks.at("centre", samples), tracks.at("width", samples)
     bell = np.exp(-0.5 * ((FREQUENCIES - centre[:, None]) / width[:, None]) ** 2)
     return bell / np.sqrt(np.mean(bell**2, axis=1, keepdims=True))
 
 
 def _amplitude(level):
-    """Decibels to a factor; exactly 0 for what nobody hears."""
+    """Decibels to a factor; exactly 0 below AUDIBLE."""
     return np.where(level > AUDIBLE, 10 ** (level / 20), 0.0)
 
 
 def _blocks(rows):
-    """Slices that cut `rows` into pieces of BLOCK."""
+    """Slices that divide `rows` into blocks of BLOCK."""
     return [slice(first, first + BLOCK) for first in range(0, len(rows), BLOCK)]
 
 
 def _overlap_add(waveform, starts, spectra):
-    """Add the impulse responses of `spectra` (n, 257) to `waveform`, each from its start on."""
+    """Add the impulse responses of `spectra` (n, 257) to `waveform`, each at its start."""
     for start, response in zip(starts, np.fft.irfft(spectra, N_FFT), strict=True):
         waveform[start : start + N_FFT] += response
 
 
 def speak(symbols, speaker, rng):
-    """Say the phones `symbols`; silences at both ends should be among them.
+    """Synthesise the phones `symbols`, which should begin and end with silence.
 
     Returns a waveform, (L,) float64, in which the speaker's neutral vowel has RMS 1, and the
     boundaries of the phones in samples, (len(symbols) + 1,) from 0 to L.
     """
     boundaries = _draw_boundaries(symbols, speaker, rng)
-    score = _write_score(symbols, boundaries, speaker, rng)
+    tracks = _plan_tracks(symbols, boundaries, speaker, rng)
     tract = Tract(speaker)
     n_samples = boundaries[-1]
     waveform = np.zeros(n_samples + N_FFT)
-    _add_voice(waveform, score, tract, _draw_pulses(n_samples, speaker, rng), rng)
-    _add_noise(waveform, score, tract, speaker.breath, rng)
+    _add_voice(waveform, tracks, tract, _draw_pulses(n_samples, speaker, rng), rng)
+    _add_noise(waveform, tracks, tract, speaker.breath, rng)
     return waveform[:n_samples], boundaries
 
 

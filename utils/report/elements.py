@@ -1,13 +1,13 @@
-"""What the sections of the report are made of: charts, tables and figures as people write them."""
+"""Building blocks of the report's sections: charts, tables and formatted numbers."""
 
 from utils.report.line_chart import Line, draw_lines, legend, readable
 from utils.report.markup import tag
 
-MOST_ROWS = 12  # of a table over epochs, beside the first and the best
+MAX_ROWS = 12  # of a table over epochs, besides the first and the best
 
 
 def chart(title, lines, level=None, from_zero=False):
-    """A picture of lines over epochs with its heading and legend; None if there are no values."""
+    """A line chart over epochs with heading and legend; None if there are no values."""
     drawing = draw_lines(title, lines, level, from_zero)
     if drawing is None:
         return None
@@ -16,12 +16,12 @@ def chart(title, lines, level=None, from_zero=False):
 
 
 def single(title, pairs, from_zero=False):
-    """A chart of one line."""
+    """A chart with one line."""
     return chart(title, [Line("latest", pairs, "other")], from_zero=from_zero)
 
 
 def step_chart(title, steps, name, first=1):
-    """A chart of a family of lines, `name` 1, 2, ..., which are paler the later they come."""
+    """A chart of a family of lines, `name` 1, 2, ..., the later ones paler."""
     last = max(len(steps) - 1, 1)
     lines = [
         Line(f"{name} {index + first}", pairs, "step", 1 - index / last)
@@ -31,14 +31,14 @@ def step_chart(title, steps, name, first=1):
 
 
 def charts(*figures):
-    """Charts beside and below each other; None if all of them are."""
+    """A grid of charts; None if all of them are None."""
     return tag("div", *figures, class_="charts") if any(figures) else None
 
 
 def table(head, rows, kind="numbers", caption=None):
-    """A table that scrolls sideways where there is no room for it.
+    """A table that scrolls sideways if it is too wide.
 
-    `-` stands for a cell that is None, dots for rows left out, which are one None.
+    A cell that is None becomes `-`; a row that is None becomes dots, for omitted rows.
     """
     left_out = [tag("td", "\N{MIDLINE HORIZONTAL ELLIPSIS}", colspan=len(head))]
     cells = [
@@ -57,7 +57,7 @@ def table(head, rows, kind="numbers", caption=None):
 
 def epoch_table(epochs, columns, best, caption=None):
     """A table of the first, the best and the latest epochs; columns: name -> {epoch: text}."""
-    chosen = {*epochs[:1], best, *epochs[-MOST_ROWS:]}
+    chosen = {*epochs[:1], best, *epochs[-MAX_ROWS:]}
     rows = []
     for epoch in epochs:
         if epoch in chosen:
@@ -85,7 +85,7 @@ def percentage(value):
 
 
 def duration(seconds):
-    """About how long, as people say it."""
+    """An approximate duration for people."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             amount = seconds / size

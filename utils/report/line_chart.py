@@ -1,4 +1,4 @@
-"""Lines over epochs as SVG: small, without a library, and in the colours of the page around it."""
+"""Line charts over epochs as small SVGs, without a library, in the colours of the page."""
 
 import math
 from typing import NamedTuple
@@ -7,16 +7,15 @@ from utils.report.markup import join, tag
 
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 24  # margins around the lines
-MOST_MARKED = 40  # points that get a dot each
-MOST_BUCKETS = 150  # of a line; each keeps its lowest and its highest point
-MOST_BANDS = 60  # places along the epochs that tell their values under the pointer
+MAX_MARKED = 40  # points drawn as dots
+MAX_BUCKETS = 150  # per line; each keeps its lowest and its highest point
+MAX_BANDS = 60  # strips along the epochs that show their values under the pointer
 
 
 class Line(NamedTuple):
-    """A named line: points are (epoch, value), values finite numbers.
+    """A named line: points are (epoch, value) with finite values.
 
-    `kind` is a class of the style sheet; lines of one kind are told apart by `strength`, from 1
-    down to 0.
+    `kind` is a class of the style sheet; `strength`, from 1 to 0, distinguishes lines of one kind.
     """
 
     name: str
@@ -30,7 +29,7 @@ class Line(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Where epochs and values lie in the picture."""
+    """The mapping from epochs and values to the picture."""
 
     first: float
     last: float
@@ -38,20 +37,19 @@ class Axes(NamedTuple):
     high: float
 
     def x(self, epoch):
-        share = (epoch - self.first) / (self.last - self.first)
-        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+        fraction = (epoch - self.first) / (self.last - self.first)
+        return round(LEFT + fraction * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value):
-        share = (value - self.low) / (self.high - self.low)
-        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+        fraction = (value - self.low) / (self.high - self.low)
+        return round(HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM), 1)
 
 
 def draw_lines(title, lines, level=None, from_zero=False):
     """An `<svg>` of the lines that have points, as Markup; None if none has.
 
-    level: (name, value) of a horizontal line to compare with, or None; from_zero: the axis of the
-    values begins at zero. Works for one epoch as for thousands: long lines are thinned out so that
-    every peak stays.
+    level: (name, value) of a horizontal line to compare with, or None; from_zero: start the value
+    axis at zero. Works for one epoch and for thousands: long lines are thinned, keeping all peaks.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -71,7 +69,7 @@ def draw_lines(title, lines, level=None, from_zero=False):
 
 
 def fit_axes(lines, level, from_zero):
-    """Axes that hold every point, and the level, with a little room."""
+    """Axes that include every point and the level, with a margin."""
     epochs = [epoch for line in lines for epoch, _ in line.points]
     values = [value for line in lines for _, value in line.points]
     values += [level[1]] if level else []
@@ -108,36 +106,36 @@ def draw_line(axes, line):
     look = {"class_": line.kind, "opacity": line.opacity}
     path = " ".join(f"{x},{y}" for x, y in points)
     yield tag("polyline", points=path, **look)
-    if len(points) == 1 or (len(points) <= MOST_MARKED and line.kind != "step"):
+    if len(points) == 1 or (len(points) <= MAX_MARKED and line.kind != "step"):
         for x, y in points:
             yield tag("circle", cx=x, cy=y, r=2.5, **look)
 
 
 def draw_bands(axes, lines):
-    """Invisible bands, one beside the other, that show an epoch's values under the pointer."""
+    """Adjacent invisible bands that show an epoch's values under the pointer."""
     values = [dict(line.points) for line in lines]
     epochs = sorted(set().union(*values))
-    epochs = epochs[:: math.ceil(len(epochs) / MOST_BANDS)]
+    epochs = epochs[:: math.ceil(len(epochs) / MAX_BANDS)]
     borders = [(one + other) / 2 for one, other in zip(epochs, epochs[1:], strict=False)]
     borders = [axes.first, *borders, axes.last]
     for epoch, start, end in zip(epochs, borders, borders[1:], strict=False):
-        told = [f"epoch {epoch}"]
-        told += [
+        text = [f"epoch {epoch}"]
+        text += [
             f"{line.name}: {readable(known[epoch])}"
             for line, known in zip(lines, values, strict=True)
             if epoch in known
         ]
         x, width = axes.x(start), round(axes.x(end) - axes.x(start), 1)
         height = HEIGHT - TOP - BOTTOM
-        title = tag("title", "\n".join(told))
+        title = tag("title", "\n".join(text))
         yield tag("rect", title, x=x, y=TOP, width=width, height=height, class_="band")
 
 
 def thinned(points):
-    """At most 2 MOST_BUCKETS of the points, in order: the lowest and highest of each stretch."""
-    if len(points) <= 2 * MOST_BUCKETS:
+    """At most 2 MAX_BUCKETS of the points, in order: the lowest and highest of each bucket."""
+    if len(points) <= 2 * MAX_BUCKETS:
         return points
-    size = math.ceil(len(points) / MOST_BUCKETS)
+    size = math.ceil(len(points) / MAX_BUCKETS)
     kept = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
@@ -147,7 +145,7 @@ def thinned(points):
 
 
 def ticks(low, high, about, whole=False):
-    """Round numbers from low to high, some `about` of them, and the step between them."""
+    """About `about` round numbers from low to high, and the step between them."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = max(m * power for m in (1, 2, 5, 10) if m * power <= 1.5 * rough)
@@ -157,7 +155,7 @@ def ticks(low, high, about, whole=False):
 
 
 def readable(value, digits=4):
-    """A number as people write it: so many digits, thousands set off, short exponents."""
+    """A number for people: few digits, thousands separators, short exponents."""
     if 1000 <= abs(value) < 1e6 and digits == 4:
         return f"{value:,.0f}"
     text = f"{value:.{digits}g}"
@@ -168,7 +166,7 @@ def readable(value, digits=4):
 
 
 def legend(lines, level=None):
-    """What the lines are, and their latest values, as Markup."""
+    """The names and latest values of the lines, as Markup."""
     lines = [line for line in lines if line.points]
     if any(line.kind == "step" for line in lines) and len(lines) > 2:
         lines = [lines[0], lines[-1]]

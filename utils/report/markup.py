@@ -1,4 +1,4 @@
-"""HTML and SVG in which text from outside can't become markup."""
+"""HTML and SVG in which untrusted text can't become markup."""
 
 import html
 import re
@@ -8,7 +8,7 @@ _UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not al
 
 
 class Markup(str):
-    """Text that is HTML already: what `tag` and `join` return, or a constant of the program."""
+    """Text that is already HTML: the results of `tag` and `join`, and constants of the program."""
 
     __slots__ = ()
 
@@ -16,8 +16,8 @@ class Markup(str):
 def tag(name, /, *content, **attributes):
     """`<name attribute="...">content</name>`, as Markup.
 
-    Content that isn't Markup is escaped, whatever it is; None is left out. Attributes that are
-    None are left out, too; `class_` means `class`, and an underscore within a name a hyphen.
+    Content that isn't Markup is escaped. Content and attributes that are None are omitted. `class_`
+    means `class`, and an underscore within a name a hyphen.
     """
     words = [name]
     for key, value in attributes.items():
@@ -28,7 +28,7 @@ def tag(name, /, *content, **attributes):
 
 
 def join(*content):
-    """Pieces of content, one after the other, as Markup; what isn't Markup is escaped."""
+    """Concatenate content as Markup; what isn't Markup is escaped."""
     return Markup(
         "".join(
             piece if isinstance(piece, Markup) else html.escape(printable(piece))
@@ -39,9 +39,9 @@ def join(*content):
 
 
 def printable(value):
-    """`str(value)` with a replacement for all that UTF-8 or HTML can't hold.
+    """`str(value)` with replacements for characters that UTF-8 or HTML can't hold.
 
-    File names of other encodings have such characters in Python, and reach it in flags.
+    File names in other encodings have such characters in Python, and appear in flags.
     """
     text = str(value).encode("utf-8", "replace").decode()
     return _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,8 +1,8 @@
-"""`report.html`: a run on one page that needs no network, written anew after each epoch.
+"""`report.html`: a run on one page that needs no network, rewritten after each epoch.
 
-The page is made of the run's logs, its flags, its corpus, the pictures that probes, stats and
-captures have left, and of what utils/report/run_record.py keeps. Nothing in it is a program, and
-its own policy forbids the browser to run or fetch any: names and flags in it are foreign text.
+The page shows the run's logs, flags and corpus, the pictures of probes, stats and captures, and the
+record of utils/report/run_record.py. It contains no script, and its policy forbids the browser to
+run or fetch any, since file names and flags are untrusted text.
 """
 
 import shlex
@@ -15,7 +15,7 @@ from utils.report.markup import Markup, join, tag
 from utils.report.pictures import draw_capture, embed, find_pictures, latest_capture
 from utils.report.run_record import RunRecord
 from utils.report.sections import (
-    SCORES,
+    METRICS,
     capture_section,
     corpus_row,
     corpus_section,
@@ -29,10 +29,10 @@ from utils.report.sections import (
 from utils.report.values import (
     before_training,
     number,
+    percent_waited,
     points,
-    probe_scores,
+    probe_metrics,
     seconds_between_epochs,
-    share_waited,
     windows_per_second,
     without_accuracies,
 )
@@ -47,8 +47,10 @@ class RunReport:
 
     args, defaults: the flags of the run and those of an empty command line, as namespaces
     command: list of the words of this call; sets: its AudioDatasets; labels: PhoneLabels or None
-    stats: name -> directory of its pictures, of each stat
-    machine: what this call is on, in words; step_name, has_accuracy: those of the Networks
+    stats: name -> directory of its pictures, for each stat
+    machine: a description of the machine of this call
+    step_name: what the values in a row of the logs belong to, None if a row has only one
+    has_accuracy: whether the logged accuracies mean anything
     """
 
     def __init__(
@@ -60,12 +62,13 @@ class RunReport:
         labels=None,
         stats=None,
         machine="",
-        step_name=None,
+        *,
+        step_name="prediction step",
         has_accuracy=True,
     ):
-        self.step_name, self.has_accuracy = step_name, has_accuracy
         self.args, self.defaults, self.stats = args, defaults, dict(stats or {})
         self.command, self.machine = shlex.join(command), machine
+        self.step_name, self.has_accuracy = step_name, has_accuracy
         self.corpus = [corpus_row(dataset, labels) for dataset in sets]
         self.directory = Path(args.pathCheckpoint)
         self.record = RunRecord(self.directory)
@@ -74,8 +77,8 @@ class RunReport:
         """Write `report.html` and `report_data.json` after an epoch, or before the first.
 
         logs: content of `checkpoint_logs.json`; speed: the `epoch_speed` of its latest epoch, or
-        None if this process hasn't trained that.
-        Raises OSError where they can't be written.
+        None if another process trained that.
+        Raises OSError if they can't be written.
         """
         if speed:
             self.record.add(logs["epoch"][-1], speed, self.command)
@@ -85,19 +88,19 @@ class RunReport:
         pictures = embed(find_pictures(logs, self.args, self.stats, capture))
         with atomic_path(self.directory / REPORT) as temporary:
             Path(temporary).write_text(self.page(logs, pictures), encoding="utf-8")
-        self.record.save()  # last: it says that all is written
+        self.record.save()  # last: it marks the report as complete
 
     def covers(self, epoch):
-        """Whether everything was written after this epoch."""
+        """Whether the report was written after this epoch."""
         return any(row["epoch"] == epoch for row in self.record.epochs)
 
     def page(self, logs, pictures):
-        """The whole page; pictures: group -> Markup, as `embed` gives them."""
+        """The whole page; pictures: group -> Markup, as `embed` returns them."""
         args, speeds = self.args, of_epochs(self.record.epochs, logs)
-        begun = {"epoch": len(logs["epoch"]), "command": self.command}
-        calls = of_epochs(self.record.calls, logs) or [begun]
+        this_call = {"epoch": len(logs["epoch"]), "command": self.command}
+        calls = of_epochs(self.record.calls, logs) or [this_call]
         if not self.has_accuracy:
-            logs = without_accuracies(logs)  # they are zeros, which say nothing
+            logs = without_accuracies(logs)  # they are zeros
         sections = {
             "Training": training_section(logs, self.step_name),
             "Probes": probe_section(logs, args, pictures),
@@ -127,7 +130,7 @@ class RunReport:
 
 
 def of_epochs(rows, logs):
-    """The rows of a record whose epoch is in the logs: a run may have gone back."""
+    """The rows of a record whose epoch is in the logs: a run may resume from an earlier one."""
     epochs = set(logs["epoch"])
     return [row for row in rows if row["epoch"] in epochs]
 
@@ -147,11 +150,11 @@ def anchor(name):
     return name.lower().replace(" ", "-")
 
 
-# --------------------------------------------------------------------------------- the top of it
+# ------------------------------------------------------------------------------ top of the page
 
 
 def heading(directory, logs, args, speeds, machine):
-    """machine: of this call; that of the latest epoch is shown, where there is one."""
+    """machine: of this call; shown unless the latest epoch has a record of its machine."""
     done, wanted = len(logs["epoch"]), args.nEpoch
     text = f"{done} of {wanted} epochs done"
     if speeds and (finished := number(speeds[-1].get("finished"))) is not None:
@@ -170,7 +173,7 @@ def heading(directory, logs, args, speeds, machine):
 
 
 def tiles(figures):
-    """The few figures that one looks for first; each a name, a value and a note."""
+    """The most important figures; each is a name, a value and a note."""
     return tag(
         "div",
         *(
@@ -182,12 +185,12 @@ def tiles(figures):
 
 
 def status(logs, speeds):
-    """What `tiles` takes: how good the run is, and how fast."""
+    """The figures for `tiles`: how good the run is, and how fast."""
     yield from validation_status(logs, "loss", "locLoss_val", 1, shown, min)
     yield from validation_status(logs, "accuracy", "locAcc_val", 100, percentage, max)
-    for task, score, key in probe_scores(logs):
+    for task, metric, key in probe_metrics(logs):
         epoch, value = points(logs, key, 100)[-1]
-        yield f"{task} probe", percentage(value), f"{SCORES[score]}, epoch {epoch}"
+        yield f"{task} probe", percentage(value), f"{METRICS[metric]}, epoch {epoch}"
     if speeds:
         yield from speed_status(speeds[-1])
 
@@ -203,7 +206,7 @@ def validation_status(logs, what, key, scale, show, best_of):
 
 def speed_status(row):
     if speed := windows_per_second(row):
-        yield "windows/s", shown(speed), f"data wait {percentage(share_waited(row)) or '-'}"
+        yield "windows/s", shown(speed), f"data wait {percentage(percent_waited(row)) or '-'}"
     gpu, host = number(row.get("gpu_memory")), number(row.get("memory"))
     if gpu:
         yield "peak GPU memory", memory(gpu), f"host {memory(host)}" if host else ""

@@ -1,25 +1,24 @@
-"""The latest pictures of probes, stats and captures, as they are embedded in the report."""
+"""The latest pictures of probes, stats and captures, for embedding in the report."""
 
 import base64
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.capture import CaptureReader
-from utils.files import remove_leftovers
+from utils.files import remove_leftovers, writing_to
 from utils.misc import UserError
 from utils.report import plot_capture
 from utils.report.elements import soft
 from utils.report.markup import tag
-from utils.report.values import points, probe_scores
+from utils.report.values import points, probe_metrics
 
-MOST_WINDOWS = 2  # of a capture that are drawn
+MAX_WINDOWS = 2  # of a capture that are drawn
 LARGEST_PICTURE = 2 * 2**20  # bytes
 LARGEST_TOTAL = 8 * 2**20  # bytes of all pictures
 PNG = b"\x89PNG"
 
 
 class Picture(NamedTuple):
-    """A PNG file, and where on the page it belongs: "probes", "capture" or the name of a stat."""
+    """A PNG file and its place on the page: "probes", "capture" or the name of a stat."""
 
     group: str
     title: str
@@ -27,7 +26,7 @@ class Picture(NamedTuple):
 
 
 def latest_capture(logs, args):
-    """The directory of the latest capture; None if there is none."""
+    """The directory of the latest capture, or None."""
     if not args.pathCaptureDS or not args.pathCaptureSave:
         return None
     due = (epoch for epoch in reversed(logs["epoch"]) if epoch % args.captureEachEpochs == 0)
@@ -36,29 +35,24 @@ def latest_capture(logs, args):
 
 
 def draw_capture(directory):
-    """Draw the first windows of a capture into its folder `pictures`, if they can be drawn."""
-    remove_leftovers(directory / "pictures")
+    """Draw the first windows of a capture into its folder `pictures`, if that is possible."""
+    folder = directory / "pictures"
+    remove_leftovers(folder)
     try:
-        reader = CaptureReader(directory)
-        drawn = [name for name in reader.names if name in plot_capture.DRAWN]
-        reader = CaptureReader(directory, drawn or reader.names)
+        reader = plot_capture.open_capture(directory)
+        windows = plot_capture.first_windows(reader, MAX_WINDOWS)
         symbols = plot_capture.find_symbols(None, reader.flags)
-        for index in range(min(MOST_WINDOWS, reader.n_windows)):
-            window = reader.window(reader.ranges[0][0] + index)
-            waveform = plot_capture.find_waveform(reader, window, None)
-            title = plot_capture.title_of(window, *plot_capture.file_border(reader, window))
-            figure = plot_capture.draw_window(window, waveform, symbols, reader.flags, title)
-            path = directory / "pictures" / f"window_{window.window:05d}.png"
-            if figure is not None:
-                plot_capture.write_picture(figure, path)
+        with writing_to(folder):
+            for _ in plot_capture.draw_windows(reader, windows, symbols, folder):
+                pass
     except UserError as error:
         print(f"note: no pictures of the capture in {directory}: {error}")
 
 
 def find_pictures(logs, args, stats, capture):
-    """The latest `Picture`s of probes, stats and captures, as far as they are there."""
+    """The latest `Picture`s of probes, stats and captures whose files exist."""
     pictures = []
-    for task, _, key in probe_scores(logs):
+    for task, _, key in probe_metrics(logs):
         epoch = points(logs, key)[-1][0]
         path = Path(args.linsep_logs_dir or "", str(epoch), task, "confusion.png")
         pictures.append(Picture("probes", f"{task} probe, epoch {epoch}", path))
@@ -67,13 +61,13 @@ def find_pictures(logs, args, stats, capture):
         epoch = max((points(logs, key)[-1][0] for key in own), default=None)
         pictures.append(Picture(name, f"epoch {epoch}", Path(directory, f"{name}_{epoch}.png")))
     if capture:
-        paths = sorted(capture.glob("pictures/window_*.png"))[:MOST_WINDOWS]
+        paths = sorted(capture.glob("pictures/window_*.png"))[:MAX_WINDOWS]
         pictures += [Picture("capture", f"epoch {capture.name}", path) for path in paths]
     return [picture for picture in pictures if picture.path.is_file()]
 
 
 def embed(pictures):
-    """group -> Markup with its pictures in it; one that can't be shown is only named."""
+    """group -> Markup with its pictures; one that can't be shown is only named."""
     groups, left = {}, LARGEST_TOTAL
     for picture in pictures:
         content, problem = read_picture(picture.path, min(left, LARGEST_PICTURE))
@@ -83,14 +77,14 @@ def embed(pictures):
 
 
 def read_picture(path, most):
-    """(its content, None), or (nothing, why it can't be shown); most: bytes there is room for."""
+    """(content, None), or (b"", the reason it can't be shown); most: bytes that fit on the page."""
     try:
         if path.stat().st_size > most:
             return b"", "Too large for this page."
         content = path.read_bytes()
     except OSError as error:
         return b"", f"It can't be read: {error.strerror}."
-    return (content, None) if content.startswith(PNG) else (b"", "It is no PNG file.")
+    return (content, None) if content.startswith(PNG) else (b"", "Not a PNG file.")
 
 
 def picture_figure(picture, content, problem):

@@ -1,15 +1,14 @@
-"""Pictures of what a capture holds, one for each window.
+"""Pictures of a capture, one for each window.
 
     python utils/report/plot_capture.py CAPTURE/10 --windows 0 5
 
-CAPTURE/10 is the directory of one epoch below `--pathCaptureSave`. A picture shows, as far as it
-was captured: the spectrogram (when the audio is found), phone boundaries, how similar each frame's
-encoding and context are to every other's, which CPC-CTC prediction each matched frame is aligned
-to, and the log-scores that the alignment follows, at some consecutive positions, as in J.
-Chorowski et al., "Aligned contrastive predictive coding", Interspeech 2021.
+CAPTURE/10 is the directory of one epoch below `--pathCaptureSave`. A picture shows whatever was
+captured of: the spectrogram (if the audio is found), phone boundaries, the similarity of every pair
+of frames in encoding and context, the CPC-CTC prediction that each matched frame is aligned to, and
+the log-scores that the alignment follows, at some consecutive anchors, as in J. Chorowski et al.,
+"Aligned contrastive predictive coding", Interspeech 2021.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +24,10 @@ from matplotlib.figure import Figure
 from utils.capture import CaptureReader, prediction_names
 from utils.data.audio import open_audio, reason
 from utils.data.labels import read_symbols, symbols_beside
+from utils.files import writing_to
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
 from utils.report.plots import save_figure
-from utils.run.command import command
+from utils.run.command import CommandLine, command
 
 DRAWN = (
     "conv_repr",
@@ -39,13 +39,13 @@ DRAWN = (
 )
 TITLES = {"conv_repr": "encoder", "ctx_repr": "context"}
 SECONDS_PER_FRAME = SAMPLES_PER_FRAME / SAMPLE_RATE
-POSITIONS = 8  # consecutive positions whose log-scores are drawn
-NEVER = -500  # log-scores below it are those of a mask, -1000
+N_ANCHORS = 8  # consecutive anchors whose log-scores are drawn
+LOG_ZERO = -500  # lower log-scores are those of a mask, -1000
 WIDTH, LEFT, RIGHT = 15.0, 0.9, 1.2  # inches: of the figure, and its margins
 
 
 class Segment(NamedTuple):
-    """A phone in a window: frames `first` up to, but not including, `end`."""
+    """A phone in a window: frames `first` to `end`, exclusive."""
 
     first: int
     end: int
@@ -55,59 +55,89 @@ class Segment(NamedTuple):
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    reader = CaptureReader(args.directory)
-    drawn = [name for name in reader.names if name in DRAWN]
-    reader = CaptureReader(args.directory, drawn or reader.names)
+    reader = open_capture(args.directory)
+    windows = args.windows or first_windows(reader, 4)
     symbols = find_symbols(args.phones, reader.flags)
-    first = reader.ranges[0][0]
-    windows = args.windows or range(first, first + min(4, reader.n_windows))
-    for number in windows:
-        window = reader.window(number)
-        waveform = find_waveform(reader, window, args.pathDB)
-        title = title_of(window, *file_border(reader, window))
-        figure = draw_window(window, waveform, symbols, reader.flags, title, args.position)
-        if figure is None:
-            raise UserError(
-                f"{args.directory}: nothing to draw: no audio was found, and there is no picture "
-                f"of {', '.join(reader.names)} alone"
-            )
-        path = Path(args.out or Path(args.directory) / "pictures") / f"window_{number:05d}.png"
-        write_picture(figure, path)
-        print(path)
+    out = Path(args.out or Path(args.directory, "pictures"))
+    with writing_to(out, "--out"):
+        for path in draw_windows(reader, windows, symbols, out, args.pathDB, args.position):
+            if path is None:
+                raise UserError(
+                    f"{args.directory}: nothing to draw: no audio was found, and there is no "
+                    f"picture of {', '.join(reader.names)} alone"
+                )
+            print(path)
+
+
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandLine(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("directory", metavar="DIR", help="a capture: <pathCaptureSave>/<epoch>")
     add("--windows", type=int, nargs="+", metavar="N", help="which to draw (default: the first 4)")
     add("--out", metavar="DIR", help="where pictures go (default: pictures/ in the capture)")
-    add("--phones", metavar="FILE", help="symbols of the phone classes, `id symbol` a line "
-        "(default: phones.txt beside the run's phone labels, if there is one)")  # fmt: skip
+    add("--phones", metavar="FILE", help="symbols of the phone classes, one `id symbol` per line "
+        "(default: phones.txt beside the run's phone labels, if it exists)")
     add("--pathDB", metavar="DIR", help="root of the audio (default: that of the captured run)")
     add("--position", type=int, metavar="FRAME",
-        help=f"first of the {POSITIONS} positions whose log-scores are drawn "
-        "(default: those in the middle of the window)")  # fmt: skip
+        help=f"first of the {N_ANCHORS} anchors whose log-scores are drawn "
+        "(default: those in the middle of the window)")
     return parser.parse_args(argv)
 
 
+# fmt: on
+
+
+def open_capture(directory):
+    """A `CaptureReader` of the names that can be drawn, or of all if none can."""
+    reader = CaptureReader(directory)
+    drawn = [name for name in reader.names if name in DRAWN]
+    return CaptureReader(directory, drawn or reader.names)
+
+
+def first_windows(reader, n_windows):
+    """The indices of the first windows of a capture, at most `n_windows`."""
+    first = reader.ranges[0][0]
+    return range(first, first + min(n_windows, reader.n_windows))
+
+
+def draw_windows(reader, windows, symbols, out, root=None, position=None):
+    """Draw windows into the folder `out`, yielding the path of each picture.
+
+    The path is None if nothing of a window can be drawn. root: of the audio, if not that of the
+    run; symbols, position: see `draw_window`
+    """
+    for index in windows:
+        window = reader.window(index)
+        waveform = find_waveform(reader, window, root)
+        title = title_of(window, *file_border(reader, window))
+        figure = draw_window(window, waveform, symbols, reader.flags, title, position)
+        path = out / f"window_{index:05d}.png"
+        if figure:
+            save_figure(figure, path)
+        yield path if figure else None
+
+
 def find_symbols(path, flags):
-    """Class -> symbol from a symbol file, without one from that beside the run's phone labels."""
+    """Class -> symbol from a symbol file; without one, from the file beside the run's labels."""
     if path:
         return {number: symbol for symbol, number in read_symbols(path).items()}
     return symbols_beside(flags.get("path_phone_data"))
 
 
 def find_waveform(reader, window, root):
-    """The samples of a window, (n,) float32, or None where they can't be had.
+    """The samples of a window, (n,) float32, or None if they can't be found.
 
-    Raises UserError if the database is named by the user and doesn't have them.
+    Raises UserError if they aren't in the database `root` named by the user.
     """
     n_samples = n_samples_of(reader, window)
     database = root or reader.flags.get("pathDB")
     if window.file is None or database is None or not n_samples:
         if root:
-            raise UserError(f"{reader.directory}: has no index.json, so no audio can be found")
+            raise UserError(f"{reader.directory}: has no index.json, so the audio can't be found")
         return None
     waveform = np.zeros(n_samples, np.float32)
     border, next_file = file_border(reader, window)
@@ -118,13 +148,13 @@ def find_waveform(reader, window, root):
     except UserError as error:
         if root:
             raise
-        print(f"{error}; drawn without audio (--pathDB says where it is)")
+        print(f"{error}; drawn without audio (--pathDB names its root)")
         return None
     return waveform
 
 
 def _read_into(waveform, path, offset):
-    """Fill (n,) with samples from `offset` on, as many as there are."""
+    """Fill (n,) with samples from `offset`, as far as there are any."""
     try:
         with open_audio(path) as file:
             file.seek(offset)
@@ -135,9 +165,9 @@ def _read_into(waveform, path, offset):
 
 
 def file_border(reader, window):
-    """(samples of a window before the file that the next window begins in, that file).
+    """(number of samples before the next file begins, that file), for a window across two files.
 
-    (None, None) if the window ends in the file that it began in, or nothing tells.
+    (None, None) if the window ends in the file it began in, or if that is unknown.
     """
     n_samples = n_samples_of(reader, window)
     file, offset = reader.location(window.window + 1)
@@ -147,12 +177,12 @@ def file_border(reader, window):
 
 
 def n_samples_of(reader, window):
-    """L, from whatever is known; 0 if nothing tells."""
+    """L, from the flags or the frames; 0 if unknown."""
     return reader.flags.get("sizeWindow") or n_frames(window.tensors) * SAMPLES_PER_FRAME
 
 
 def n_frames(tensors):
-    """S, from whatever was captured; 0 if nothing tells."""
+    """S, from any captured tensor; 0 if unknown."""
     for name in ("conv_repr", "ctx_repr", "phone_align"):
         if name in tensors:
             return len(tensors[name])
@@ -162,21 +192,11 @@ def n_frames(tensors):
     return 0
 
 
-def write_picture(figure, path):
-    try:
-        save_figure(figure, path)
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: pictures can't be written there ({error.strerror or error}); "
-            f"name another directory with --out"
-        ) from error
-
-
 # -------------------------------------------------------------------------------- the figure
 
 
 def title_of(window, border=None, next_file=None):
-    """What the picture of a window shows, and where in it the next file begins, if it does."""
+    """The title of a window's picture: its origin, and where in it the next file begins."""
     parts = [f"window {window.window}"]
     if window.file is not None:
         parts.append(f"{window.file} from {window.offset / SAMPLE_RATE:.2f} s")
@@ -191,15 +211,15 @@ def title_of(window, border=None, next_file=None):
 def draw_window(window, waveform, symbols, flags, title, position=None):
     """The figure of a `CapturedWindow`, or None if nothing of it can be drawn.
 
-    waveform: (n,) or None; symbols: phone class -> symbol, where one is known
-    flags: those of the captured run; position: first one whose log-scores are drawn
+    waveform: (n,) or None; symbols: phone class -> symbol, where known
+    flags: those of the captured run; position: the first anchor whose log-scores are drawn
     """
     tensors = window.tensors
     phones = phone_segments(tensors["phone_align"], symbols) if "phone_align" in tensors else []
     length = n_frames(tensors) * SECONDS_PER_FRAME
     if waveform is not None:
         length = len(waveform) / SAMPLE_RATE
-    panels = []  # (height in inches, what draws it, its arguments)
+    panels = []  # (height in inches, drawing function, its arguments)
     if waveform is not None:
         panels.append((2.3, draw_spectrogram, (waveform, phones)))
     elif phones:
@@ -236,7 +256,7 @@ def _assemble(panels, title, length):
 
 
 def phone_segments(labels, symbols):
-    """The `Segment`s of labels (S,); a class without a symbol shows its number."""
+    """The `Segment`s of labels (S,); a class without a symbol is labelled with its id."""
     labels = labels.tolist()
     starts = [at for at in range(len(labels)) if at == 0 or labels[at] != labels[at - 1]]
     ends = [*starts[1:], len(labels)]
@@ -247,7 +267,7 @@ def phone_segments(labels, symbols):
 
 
 def n_predictions(tensors):
-    """P; from an alignment alone, as many as occur in it."""
+    """P; with only an alignment, the number that occur in it."""
     if "cpcctc_log_scores" in tensors:
         return tensors["cpcctc_log_scores"].shape[-1]
     return int(tensors["cpcctc_align"].max()) + 1 if "cpcctc_align" in tensors else 0
@@ -257,7 +277,7 @@ def n_predictions(tensors):
 
 
 def draw_phones(place, length, phones):
-    """A strip with the phones alone."""
+    """A strip with only the phones."""
     axes = place.subplots()
     axes.set(xlim=(0, length), yticks=[], xlabel="time (s)")
     _mark_phones(axes, phones, "0.3")
@@ -291,7 +311,7 @@ def _mark_phones(axes, phones, color):
 
 
 def _write_above(axes, phone, unit, fontsize, shift=0.0):
-    """The symbol of a phone above the axes, in its middle; `unit` is that of a frame."""
+    """Write the symbol of a phone above its middle; `unit` is the width of a frame."""
     middle = (phone.first + phone.end) / 2 * unit + shift
     axes.annotate(
         phone.symbol,
@@ -306,19 +326,19 @@ def _write_above(axes, phone, unit, fontsize, shift=0.0):
 
 
 def draw_similarities(place, length, features, phones):
-    """Cosine similarity of each frame to each other one; lines where the phone changes."""
+    """Cosine similarity of every pair of frames; lines where the phone changes."""
     columns = place.subplots(1, 2)
-    place.subplots_adjust(wspace=0.2)  # room for the numbers of a colour bar
+    place.subplots_adjust(wspace=0.2)  # room for the tick labels of a colour bar
     for axes, (name, frames) in zip(columns, features.items(), strict=False):
         units = torch.nn.functional.normalize(frames.float(), dim=-1)
         similarity = (units @ units.T).numpy()
-        lowest = min(0.95, np.quantile(similarity, 0.05))  # an early model has them all alike
+        lowest = min(0.95, np.quantile(similarity, 0.05))  # early in training all are similar
         image = axes.imshow(similarity, extent=(0, length, length, 0), vmin=lowest, vmax=1)
         for phone in phones:
             boundary = phone.first * SECONDS_PER_FRAME
             axes.axvline(boundary, color="white", lw=0.5, alpha=0.7)
             axes.axhline(boundary, color="white", lw=0.5, alpha=0.7)
-            if phone.end - phone.first > 3:  # there is room for it
+            if phone.end - phone.first > 3:  # wide enough for a symbol
                 _write_above(axes, phone, SECONDS_PER_FRAME, fontsize=7)
         axes.set(xlabel="time (s)", ylabel="time (s)", xlim=(0, length), ylim=(length, 0))
         axes.set_title(f"cosine similarity, {TITLES[name]}", pad=15)
@@ -328,8 +348,8 @@ def draw_similarities(place, length, features, phones):
 
 
 def draw_alignment(place, length, align, names, phones):
-    """Which prediction each matched frame is aligned to; slanted lines where the phone changes."""
-    n_positions, n_matched = align.shape
+    """The prediction that each matched frame is aligned to; slanted lines where phones change."""
+    n_anchors, n_matched = align.shape
     axes = place.subplots()
     levels = np.arange(len(names) + 1) - 0.5
     image = axes.imshow(
@@ -338,16 +358,16 @@ def draw_alignment(place, length, align, names, phones):
         aspect="auto",
         origin="lower",
         interpolation="nearest",
-        extent=(0, n_positions * SECONDS_PER_FRAME, 0.5, n_matched + 0.5),
+        extent=(0, n_anchors * SECONDS_PER_FRAME, 0.5, n_matched + 0.5),
     )
     matched = np.array([0.5, n_matched + 0.5])
     for phone in phones[1:]:
-        positions = (phone.first - matched) * SECONDS_PER_FRAME
-        axes.plot(positions, matched, color="white", lw=0.9)
+        anchors = (phone.first - matched) * SECONDS_PER_FRAME
+        axes.plot(anchors, matched, color="white", lw=0.9)
     axes.set(
         xlim=(0, length),
         ylim=(0.5, n_matched + 0.5),
-        xlabel="time of the position predicted from (s)",
+        xlabel="time of the anchor (s)",
         ylabel="matched frame after it",
         title="prediction that each matched frame is aligned to",
     )
@@ -356,16 +376,16 @@ def draw_alignment(place, length, align, names, phones):
 
 
 def draw_log_scores(place, length, tensors, names, phones, position=None):
-    """Log-scores (M, P) at consecutive positions, with the alignment if there is one."""
+    """Log-scores (M, P) at consecutive anchors, with the alignment if it was captured."""
     scores = tensors["cpcctc_log_scores"].float()
-    n_positions, n_matched, _ = scores.shape
-    shown = min(POSITIONS, n_positions)
-    first = (n_positions - shown) // 2 if position is None else position
-    if not 0 <= first <= n_positions - shown:
-        raise UserError(f"--position {first}: must be 0 to {n_positions - shown} in this capture")
+    n_anchors, n_matched, _ = scores.shape
+    shown = min(N_ANCHORS, n_anchors)
+    first = (n_anchors - shown) // 2 if position is None else position
+    if not 0 <= first <= n_anchors - shown:
+        raise UserError(f"--position {first}: must be 0 to {n_anchors - shown} in this capture")
     scores = scores[first : first + shown]
-    # Scores far from the path go down very far, and would hide the others.
-    possible = scores[scores > NEVER] if (scores > NEVER).any() else scores
+    # Log-scores far from the path are so low that they would hide all others.
+    possible = scores[scores > LOG_ZERO] if (scores > LOG_ZERO).any() else scores
     limits = {"vmin": possible.quantile(0.1).item(), "vmax": possible.max().item()}
     columns = place.subplots(1, shown, sharey=True, squeeze=False)[0]
     for at, (axes, matrix) in enumerate(zip(columns, scores, strict=True), first):
@@ -384,11 +404,11 @@ def draw_log_scores(place, length, tensors, names, phones, position=None):
     place.colorbar(image, cax=_place_beside(place, columns[-1]), label="log-score")
 
 
-def _mark_matched_phones(axes, phones, position, n_matched):
-    """Boundaries and symbols of the phones among the frames matched from a position."""
+def _mark_matched_phones(axes, phones, anchor, n_matched):
+    """Boundaries and symbols of the phones among the frames matched from an anchor."""
     for phone in phones:
-        first = max(phone.first - position, 1)
-        end = min(phone.end - position, n_matched + 1)
+        first = max(phone.first - anchor, 1)
+        end = min(phone.end - anchor, n_matched + 1)
         if first >= end:
             continue
         if first > 1:
@@ -397,7 +417,7 @@ def _mark_matched_phones(axes, phones, position, n_matched):
 
 
 def _place_beside(place, axes):
-    """Axes for a colour bar right of `axes`, which keeps its width."""
+    """Axes for a colour bar to the right of `axes`, which keeps its width."""
     box = axes.get_position()
     return place.add_axes((box.x1 + 0.008, box.y0, 0.009, box.height), label="<colorbar>")
 

@@ -1,11 +1,11 @@
-"""Pictures of a training run."""
+"""The curves of a training run."""
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.files import atomic_path
 
-MOST_MARKERS = 40  # of more epochs, markers would run into each other and hide dashes
+MAX_MARKERS = 40  # with more epochs, markers would merge and hide dashes
 
 
 def save_figure(figure, path, dpi=110):
@@ -18,9 +18,10 @@ def save_figure(figure, path, dpi=110):
 def draw_curves(logs, path, step="prediction step", with_accuracy=True):
     """Draw `checkpoint_logs.json` (a dict): losses, accuracies, probes and the learning rate.
 
-    Thin lines are single steps, from the nearest (dark) to the farthest (light), these two with
-    their numbers; thick ones are their means, full for validation and dashed for training. `step`
-    and `with_accuracy`: the `step_name` of the run, and whether it `has_accuracy`.
+    Thin lines are single steps, from the nearest (dark) to the farthest (light), these two labelled
+    with their numbers; thick lines are means, solid for validation and dashed for training.
+    step: what the values in a row of the logs belong to, None if a row has only one
+    with_accuracy: whether the logged accuracies mean anything
     """
     figure = Figure(figsize=(11, 7.5))
     margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95}
@@ -35,7 +36,7 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True):
         _draw_steps(accuracies, epochs, logs, "locAcc", scale=100)
         accuracies.set(title=f"accuracy{each}", ylabel="accuracy (%)")
     else:
-        _say(accuracies, "by CTC there is no accuracy")
+        _write_inside(accuracies, "CTC has no accuracy")
     _draw_probes(probe, epochs, logs)
     _draw_series(rate, epochs, logs.get("learningRate", []), color="C3")
     rate.set_title("learning rate")
@@ -51,7 +52,7 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True):
 def _draw_series(axes, epochs, values, **style):
     points = [(e, v) for e, v in zip(epochs, values, strict=False) if v is not None]
     if points:
-        marker = "o" if len(points) <= MOST_MARKERS else None
+        marker = "o" if len(points) <= MAX_MARKERS else None
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, **style)
 
 
@@ -59,7 +60,7 @@ def _write_beside(axes, point, text):
     axes.annotate(text, point, (4, 0), textcoords="offset points", va="center", fontsize="small")
 
 
-def _say(axes, text):
+def _write_inside(axes, text):
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
 
@@ -81,7 +82,7 @@ def _draw_steps(axes, epochs, logs, key, scale=1):
 
 
 def _draw_probes(axes, epochs, logs):
-    """Accuracies of the probes, and phone error rates of those by CTC."""
+    """Accuracies of the probes, or the phone error rates of CTC probes."""
     names = {"_best_val_acc": "accuracy", "_best_val_per": "phone error rate"}
     for key in sorted(logs):
         ending = key[-len("_best_val_acc") :]
@@ -94,4 +95,4 @@ def _draw_probes(axes, epochs, logs):
     if axes.lines:
         axes.legend()
     else:
-        _say(axes, "no probe so far")
+        _write_inside(axes, "no probe so far")

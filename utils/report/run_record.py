@@ -1,7 +1,7 @@
-"""What a run's report tells beside its logs: speed, memory and commands, in `report_data.json`.
+"""The data of a run's report besides its logs: speed, memory and commands (`report_data.json`).
 
-`checkpoint_logs.json` must be the same for two runs with the same seed, so it can't hold these.
-The file is welcome, not needed: where it is missing or damaged, it is begun anew.
+`checkpoint_logs.json` must be the same for two runs with the same seed, so it can't hold these. The
+file is optional: if it is missing or damaged, a new one is started.
 """
 
 import resource
@@ -19,10 +19,10 @@ RECORD = "report_data.json"
 
 
 def epoch_speed(clock, device, processes=1):
-    """How an epoch went, for `RunRecord.add`: a dict of plain values.
+    """Speed and memory of an epoch, for `RunRecord.add`: a dict of plain values.
 
-    clock: the `Clock` of its training, stopped; its windows are those of all processes.
-    Memory is in bytes, the largest amount that this process has held so far.
+    clock: the stopped `Clock` of its training; its windows are those of all processes.
+    Memory is the peak of this process so far, in bytes.
     """
     on_cuda = device.type == "cuda"
     kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
@@ -38,7 +38,7 @@ def epoch_speed(clock, device, processes=1):
 
 
 def machine_in_words(device, processes=1):
-    """What a run is on, in one line."""
+    """A one-line description of the machine and the processes of a run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     several = f"{processes} processes, each with " if processes > 1 else ""
     threads = counted(torch.get_num_threads(), "CPU thread")
@@ -56,8 +56,8 @@ def is_finished(args, checkpoint):
 class RunRecord:
     """The content of `report_data.json`.
 
-    epochs: dicts of `epoch_speed` with their `epoch`; calls: dicts of each `command` that the run
-    was started or resumed with and the first `epoch` that it finished. Both in order.
+    epochs: dicts of `epoch_speed`, each with its `epoch`; calls: dicts of each `command` that the
+    run was started or resumed with and the first `epoch` it finished. Both are in order of epochs.
     """
 
     def __init__(self, directory):
@@ -78,7 +78,7 @@ class RunRecord:
         return any(row["epoch"] == epoch for row in self.epochs)
 
     def add(self, epoch, speed, command):
-        """Note a finished epoch; what was noted of it and of later ones is overtaken by it."""
+        """Record a finished epoch, replacing the records of it and of later ones."""
         self.epochs = [row for row in self.epochs if row["epoch"] < epoch]
         self.epochs.append({"epoch": epoch, **speed})
         self.calls = [call for call in self.calls if call["epoch"] < epoch]
@@ -91,12 +91,12 @@ class RunRecord:
 
 
 def _entries(value, text):
-    """The entries of a list that are dicts with a whole `epoch` and a text, in order of epochs."""
-    sound = [
+    """The entries of a list that are dicts with an integer `epoch` and a text, sorted by epoch."""
+    valid = [
         entry
         for entry in (value if isinstance(value, list) else [])
         if isinstance(entry, dict)
         and type(entry.get("epoch")) is int
         and isinstance(entry.get(text), str)
     ]
-    return sorted(sound, key=lambda entry: entry["epoch"])
+    return sorted(valid, key=lambda entry: entry["epoch"])

@@ -1,4 +1,4 @@
-"""The sections of the report, each a function that yields its content as Markup."""
+"""The sections of the report: functions that yield their content as Markup."""
 
 import re
 import shlex
@@ -24,15 +24,15 @@ from utils.report.values import (
     best_epoch,
     column,
     number,
+    percent_waited,
     points,
-    probe_scores,
-    share_waited,
+    probe_metrics,
     step_points,
     windows_per_second,
 )
 
-NOTHING_YET = "No epoch is done yet."
-SCORES = {"acc": "accuracy", "per": "phone error rate"}
+NOTHING_YET = "No epoch is finished yet."
+METRICS = {"acc": "accuracy", "per": "phone error rate"}
 OF_TRAINING = frozenset(
     """epoch iter locLoss_train locAcc_train locLoss_val locAcc_val gradNorm_train learningRate
     saveStep logging_step before_training""".split()
@@ -42,7 +42,7 @@ NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
 def training_section(logs, step):
-    """step: the `step_name` of the run."""
+    """step: the `step_name` of `RunReport`."""
     if not logs["epoch"]:
         yield soft(NOTHING_YET)
     yield charts(
@@ -56,7 +56,7 @@ def training_section(logs, step):
 
 
 def compared(logs, title, key, scale=1.0):
-    """A chart of training and validation."""
+    """A chart with a training and a validation curve."""
     lines = [
         Line("training", points(logs, f"{key}_train", scale), "training"),
         Line("validation", points(logs, f"{key}_val", scale), "validation"),
@@ -65,7 +65,7 @@ def compared(logs, title, key, scale=1.0):
 
 
 def by_step(logs, step):
-    """Charts of the validation by prediction step or matched frame, where there are several."""
+    """Validation charts by prediction step or matched frame, if there are several."""
     for title, key, scale in (("Loss", "locLoss_val", 1), ("Accuracy (%)", "locAcc_val", 100)):
         steps = step_points(logs, key, scale)
         if len(steps) > 1:
@@ -73,7 +73,7 @@ def by_step(logs, step):
 
 
 def last_epoch_by_step(logs, step):
-    """A table of the latest epoch's means for each prediction step or matched frame."""
+    """A table of the latest epoch, by prediction step or matched frame."""
     names = {"train": "training", "val": "validation"}
     kinds = (("loss", "locLoss", 1, three_decimals), ("accuracy", "locAcc", 100, percentage))
     rows = [
@@ -90,43 +90,43 @@ def last_epoch_by_step(logs, step):
 
 
 def probe_section(logs, args, pictures):
-    found = probe_scores(logs)
+    found = probe_metrics(logs)
     if not args.supervised_classif_metric:
         yield soft("This run has no probes (--supervised_classif_metric).")
     elif not found:
-        yield soft(f"None so far: they come every {args.linsep_classif_each_epochs} epochs.")
+        yield soft(f"None so far: probes run every {args.linsep_classif_each_epochs} epochs.")
     yield charts(*(probe_chart(logs, *probe) for probe in found))
     if found:
         yield tag("div", *(probe_table(logs, *probe) for probe in found), class_="tables")
     yield pictures.get("probes")
 
 
-def probe_chart(logs, task, score, key):
+def probe_chart(logs, task, metric, key):
     lines = [
-        Line("training", points(logs, f"{task}_best_train_{score}", 100), "training"),
+        Line("training", points(logs, f"{task}_best_train_{metric}", 100), "training"),
         Line("validation", points(logs, key, 100), "validation"),
     ]
-    baselines = points(logs, f"{task}_baseline_val_{score}", 100)
-    level = (f"always the commonest {task}", baselines[-1][1]) if baselines else None
-    return chart(f"{task.capitalize()} probe: {SCORES[score]} (%)", lines, level)
+    baselines = points(logs, f"{task}_baseline_val_{metric}", 100)
+    level = (f"majority {task}", baselines[-1][1]) if baselines else None
+    return chart(f"{task.capitalize()} probe: {METRICS[metric]} (%)", lines, level)
 
 
-def probe_table(logs, task, score, key):
+def probe_table(logs, task, metric, key):
     names = {
         "validation": key,
-        "training": f"{task}_best_train_{score}",
-        f"always the commonest {task}": f"{task}_baseline_val_{score}",
+        "training": f"{task}_best_train_{metric}",
+        f"majority {task}": f"{task}_baseline_val_{metric}",
     }
     columns = {name: dict(points(logs, other, 100)) for name, other in names.items()}
-    scores = columns["validation"]
-    best = (min if score == "per" else max)(scores, key=scores.get)
+    validation = columns["validation"]
+    best = (min if metric == "per" else max)(validation, key=validation.get)
     columns = {
         name: {epoch: percentage(value) for epoch, value in values.items()}
         for name, values in columns.items()
         if values
     }
-    caption = f"{task.capitalize()} probe: {SCORES[score]}"
-    return epoch_table(list(scores), columns, best, caption)
+    caption = f"{task.capitalize()} probe: {METRICS[metric]}"
+    return epoch_table(list(validation), columns, best, caption)
 
 
 def stats_section(logs, args, stats, pictures):
@@ -139,7 +139,7 @@ def stats_section(logs, args, stats, pictures):
     ]
     if args.captureSetStats and not keys:
         yield soft("None so far.")
-    for name in [*stats, ""]:  # what no stat of this call claims comes last
+    for name in [*stats, ""]:  # values of no stat of this call come last
         own = [key for key in keys if key.startswith(f"{name}_") or not name]
         keys = [key for key in keys if key not in own]
         if own or name in pictures:
@@ -150,7 +150,7 @@ def stats_section(logs, args, stats, pictures):
 
 
 def value_charts(logs, keys, prefix):
-    """A chart for each value; those that differ by a number at their end share one."""
+    """A chart for each value; values that differ only by a final number share one."""
     families = {}
     for key in keys:
         match = NUMBERED.fullmatch(key)
@@ -174,18 +174,18 @@ def capture_section(logs, args, pictures):
     elif not args.pathCaptureSave:
         yield soft("Only stats are computed; no capture is kept (--pathCaptureSave).")
     elif capture is None:
-        yield soft(f"None so far: they come every {args.captureEachEpochs} epochs.")
+        yield soft(f"None so far: there is a capture every {args.captureEachEpochs} epochs.")
     else:
-        yield tag("p", "The latest is in ", tag("code", capture), ".")
+        yield tag("p", "The latest one: ", tag("code", capture))
         draws = tag("code", "utils/report/plot_capture.py")
         yield pictures.get("capture") or soft("It has no pictures; ", draws, " draws them.")
 
 
 def corpus_row(dataset, labels):
-    """What the report says of an AudioDataset, as cells of a table."""
+    """An AudioDataset as a row of the table of the corpus."""
     n_files = len(dataset.utterances)
     n_all = n_files + dataset.n_unlabelled
-    n_labelled = sum(s.name in labels.labels for s in dataset.utterances) if labels else 0
+    n_labelled = sum(u.name in labels.labels for u in dataset.utterances) if labels else 0
     covered = f"{n_labelled:,} of {n_all:,} files ({100 * n_labelled / n_all:.1f} %)"
     return [
         dataset.title,
@@ -206,13 +206,13 @@ def corpus_section(rows):
 def speed_section(rows):
     series = {
         "Windows/s in training": windows_per_second,
-        "Data wait (% of the training time)": share_waited,
+        "Data wait (% of the training time)": percent_waited,
         "Peak memory of one process (GiB)": lambda row: number(row.get("memory"), 2**-30),
         "Peak GPU memory (GiB)": lambda row: number(row.get("gpu_memory"), 2**-30),
         "Training time of an epoch (s)": lambda row: number(row.get("seconds")),
     }
     if not rows:
-        yield soft("Nothing is known yet.")
+        yield soft("Not measured yet.")
     yield charts(
         *(
             single(
@@ -241,13 +241,13 @@ def flags_section(calls, args, defaults):
         [tag("code", f"--{name}"), tag("code", flag_value(value)), flag_value(default)]
         for name, value, default in changed
     ]
-    yield table(["flag", "value", "default"], rows, "flags", "Flags that aren't at their default")
+    yield table(["flag", "value", "default"], rows, "flags", "Flags that differ from their default")
 
 
 def flag_value(value):
     if isinstance(value, list | tuple):
         return shlex.join(map(str, value))
-    if isinstance(value, bool):  # first: 1 is equal to True
+    if isinstance(value, bool):  # before the lookup below: 1 equals True
         return "yes" if value else "no"
     return {None: "none", "": "empty"}.get(value, value)
 
@@ -270,7 +270,7 @@ def epochs_section(logs, speeds):
         for name, (key, scale, show) in columns.items()
     }
     values["windows/s"] = {row["epoch"]: shown(windows_per_second(row)) for row in speeds}
-    values["data wait"] = {row["epoch"]: percentage(share_waited(row)) for row in speeds}
+    values["data wait"] = {row["epoch"]: percentage(percent_waited(row)) for row in speeds}
     values = {name: by_epoch for name, by_epoch in values.items() if by_epoch}
     yield epoch_table(logs["epoch"], values, best_epoch(logs))
-    yield soft("All that is logged of every epoch: ", tag("code", "checkpoint_logs.json"), ".")
+    yield soft("The complete logs of every epoch: ", tag("code", "checkpoint_logs.json"), ".")

@@ -1,11 +1,11 @@
-"""What a training run came to, in one table: losses, accuracies, probes and where to look.
+"""The results of a training run in one table: losses, accuracies, probes, and paths of pictures.
 
     python utils/report/summary.py RUN
     python utils/report/summary.py RUN --untrained PROBE ... --pictures DIR ...
 
-Each PROBE is what `eval/linear_separability.py --no_pretraining` wrote: the same probe on the same
-network with random weights. The pictures listed are those of the run and of its probes, captures
-and stats, and what else lies in each DIR.
+Each PROBE is the output of `eval/linear_separability.py --no_pretraining`: the same probe on the
+same network with random weights. The pictures listed are those of the run, of its probes, captures
+and stats, and those in each DIR.
 """
 
 import sys
@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from stats.stats_utils import picture_directories
 from utils.files import load_json
 from utils.misc import UserError, first_few
 from utils.report.run_record import RunRecord
@@ -21,19 +20,20 @@ from utils.report.values import without_accuracies
 from utils.run.command import CommandLine, command
 from utils.run.flags import stored_arguments
 from utils.run.logs import mean, percent
+from utils.stat_specs import picture_directories
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    refuse_unless_run(args.run)
+    check_is_run(args.run)
     flags, logs = (load_json(args.run / f"checkpoint_{name}.json") for name in ("args", "logs"))
     if not logs.get("epoch"):
         raise UserError(f"{args.run}: no epoch is finished yet")
-    run = stored_arguments(flags, args.run)
-    if run.supervised and run.CTC:  # it has no accuracy: zeros, which say nothing
-        logs = without_accuracies(logs)
-    rows = validation_rows(logs) + probe_rows(logs, untrained_scores(args.untrained))
+    stored = stored_arguments(flags, args.run)
+    if stored.supervised and stored.CTC:
+        logs = without_accuracies(logs)  # CTC has none, and logs zeros
+    rows = validation_rows(logs) + probe_rows(logs, untrained_accuracies(args.untrained))
     print(f"{'':<38}{'untrained':>12}{'trained':>12}")
     for name, before, after in rows:
         print(f"{name:<38}{before:>12}{after:>12}")
@@ -56,13 +56,13 @@ def parse_arguments(argv):
     )  # fmt: skip
     parser.add_argument(
         "--pictures", type=Path, nargs="+", default=[], metavar="DIR",
-        help="directories whose pictures are listed with those of the run",
+        help="directories whose pictures are listed as well",
     )  # fmt: skip
     return parser.parse_args(argv)
 
 
-def refuse_unless_run(directory):
-    """Raise UserError, naming the runs directly below it, if a directory holds none itself."""
+def check_is_run(directory):
+    """Raise UserError, naming the runs directly below it, if a directory isn't a run itself."""
     record = "checkpoint_args.json"
     if (directory / record).exists():
         return
@@ -72,7 +72,7 @@ def refuse_unless_run(directory):
 
 
 def pictures_of_run(run, flags):
-    """The pictures in a run's directory and where its flags (a dict) say that others are."""
+    """The pictures in a run's directory and in those named by its flags (a dict)."""
     yield from pictures_in([run])
     for flag, pattern in (
         ("linsep_logs_dir", "*/*/*.png"),
@@ -90,13 +90,13 @@ def pictures_in(directories):
 
 
 def as_seen_from_here(path):
-    """The path as it is shortest to read: relative where it is below the working directory."""
+    """The path, relative if it is below the working directory."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def validation_rows(logs):
-    """Name, value before training, value of the last epoch, of what is in the logs."""
+    """(name, value before training, value after the last epoch) of the logged metrics."""
     before = logs.get("before_training", {})
     rows = []
     for name, key, form in (
@@ -109,23 +109,23 @@ def validation_rows(logs):
     return rows
 
 
-def untrained_scores(directories):
+def untrained_accuracies(directories):
     """Task -> best validation accuracy of each probe on random weights.
 
-    Raises UserError for the results of anything else.
+    Raises UserError for other results.
     """
-    scores = {}
+    accuracies = {}
     for directory in directories:
         flags = load_json(directory / "checkpoint_args.json")
         if not flags.get("no_pretraining"):
             raise UserError(
-                f"--untrained {directory}: isn't a probe of random weights; make one by "
-                "eval/linear_separability.py with --no_pretraining"
+                f"--untrained {directory}: isn't a probe of random weights; make one with "
+                "eval/linear_separability.py --no_pretraining"
             )
         task = "phone" if flags["pathPhone"] else "speaker"
         logs = load_json(directory / "checkpoint_logs.json")
-        scores[task] = max(mean(row) for row in logs["locAcc_val"])
-    return scores
+        accuracies[task] = max(mean(row) for row in logs["locAcc_val"])
+    return accuracies
 
 
 def probe_rows(logs, untrained):
@@ -134,10 +134,10 @@ def probe_rows(logs, untrained):
         found = [value[0] for value in logs.get(f"{task}_best_val_acc", []) if value]
         if not found:
             continue
-        guess = [value[0] for value in logs[f"{task}_baseline_val_acc"] if value][-1]
+        majority = [value[0] for value in logs[f"{task}_baseline_val_acc"] if value][-1]
         before = percent(untrained[task]) if task in untrained else "-"
-        rows.append((f"{task}s told apart by a linear probe", before, percent(found[-1])))
-        rows.append((f"    (always the commonest {task})", percent(guess), percent(guess)))
+        rows.append((f"{task} accuracy of a linear probe", before, percent(found[-1])))
+        rows.append((f"    (majority {task})", percent(majority), percent(majority)))
     return rows
 
 

@@ -1,20 +1,20 @@
-"""Numbers of a run, out of its logs and its record, for the report.
+"""Numbers for the report, from the logs of a run and from its record.
 
-Foreign logs may hold anything: what is no finite number is left out.
+Logs may hold anything: whatever isn't a finite number is left out.
 """
 
 import math
 import re
 import statistics
 
-PROBE_SCORE = re.compile(r"(?P<task>.+)_best_val_(?P<score>acc|per)")
+PROBE_METRIC = re.compile(r"(?P<task>.+)_best_val_(?P<metric>acc|per)")
 
 
 # ----------------------------------------------------------------------- numbers from the logs
 
 
 def number(value, scale=1.0):
-    """A finite float from a number, or the mean of a list of them; None from anything else."""
+    """A number as a finite float, a list of them as their mean; None for anything else."""
     if isinstance(value, list):
         values = [number(item) for item in value]
         return None if None in values or not values else scale * sum(values) / len(values)
@@ -23,13 +23,13 @@ def number(value, scale=1.0):
 
 
 def column(logs, key):
-    """[(epoch, value)] of a list in the logs, [] if there is none."""
+    """[(epoch, value)] of a list in the logs; [] if it is missing."""
     values = logs.get(key)
     return list(zip(logs["epoch"], values if isinstance(values, list) else [], strict=False))
 
 
 def points(logs, key, scale=1.0):
-    """[(epoch, number)] of a list in the logs, where it has one."""
+    """[(epoch, number)] of a list in the logs, without epochs that have no number."""
     pairs = ((epoch, number(value, scale)) for epoch, value in column(logs, key))
     return [(epoch, value) for epoch, value in pairs if value is not None]
 
@@ -55,14 +55,14 @@ def before_training(logs, key, scale=1.0):
     return None if value is None else ("before training", value)
 
 
-def probe_scores(logs):
-    """(task, score name, its key) of each probe that has found something."""
-    matches = [PROBE_SCORE.fullmatch(key) for key in sorted(logs)]
-    return [(m["task"], m["score"], m[0]) for m in matches if m and points(logs, m[0])]
+def probe_metrics(logs):
+    """(task, metric, key in the logs) of each probe that has results."""
+    matches = [PROBE_METRIC.fullmatch(key) for key in sorted(logs)]
+    return [(m["task"], m["metric"], m[0]) for m in matches if m and points(logs, m[0])]
 
 
 def without_accuracies(logs):
-    """The logs without accuracies of training and validation, wherever they are in it."""
+    """The logs without accuracies of training and validation, at any depth."""
     if not isinstance(logs, dict):
         return logs
     return {
@@ -73,28 +73,28 @@ def without_accuracies(logs):
 
 
 def best_epoch(logs):
-    """The first epoch of the highest accuracy or, where there is none, of the lowest loss."""
-    scores = points(logs, "locAcc_val") or points(logs, "locLoss_val", -1)
-    return max(scores, key=lambda pair: pair[1], default=(None, None))[0]
+    """The first epoch with the highest accuracy or, without accuracies, the lowest loss."""
+    candidates = points(logs, "locAcc_val") or points(logs, "locLoss_val", -1)
+    return max(candidates, key=lambda pair: pair[1], default=(None, None))[0]
 
 
 # --------------------------------------------------------------------- numbers from the record
 
 
 def windows_per_second(row):
-    """Of a row of `RunRecord.epochs`: of all processes together."""
+    """From a row of `RunRecord.epochs`; over all processes."""
     windows, seconds = number(row.get("windows")), number(row.get("seconds"))
     return windows / seconds if windows is not None and seconds else None
 
 
-def share_waited(row):
-    """Per cent of the training time."""
+def percent_waited(row):
+    """Percentage of the training time spent waiting for data."""
     waited, seconds = number(row.get("waited")), number(row.get("seconds"))
     return 100 * waited / seconds if waited is not None and seconds else None
 
 
 def seconds_between_epochs(speeds):
-    """The usual time from the end of an epoch to that of the next; None if nothing tells."""
+    """The median time from the end of one epoch to the end of the next; None if unknown."""
     times = [number(row.get("finished")) for row in speeds]
     steps = [
         later - earlier

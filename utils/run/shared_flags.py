@@ -1,0 +1,48 @@
+"""Flags, and a check of them, that several of the smaller commands share."""
+
+from utils.misc import UserError
+from utils.run.command import above, at_least, decay_rate
+
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
+
+
+def add_device(add):
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if available")
+
+
+def add_extension(add, default, files="audio files"):
+    add("--file_extension", default=default, metavar="EXT",
+        help=f"ending of the names of the {files} (default: {default})")
+
+
+def add_reading(add):
+    """How the audio is read."""
+    add("--n_process_loader", type=at_least(1), default=8, metavar="N",
+        help="threads that decode audio")
+    add("--debug", action="store_true",
+        help="use only the first 1000 utterances for training and 100 for validation")
+
+
+def add_adam(add, epsilon):
+    add("--lr", type=above(0), default=2e-4, help="learning rate")
+    add("--beta1", type=decay_rate, default=0.9, help="Adam's beta 1")
+    add("--beta2", type=decay_rate, default=0.999, help="Adam's beta 2")
+    add("--epsilon", type=above(0), default=epsilon, help=f"Adam's epsilon (default: {epsilon})")
+    add("--random_seed", type=int, default=0, metavar="SEED", help="random seed")
+
+
+# fmt: on
+
+
+def check_same_flags(place, stored, args, names, what):
+    """Raise UserError if the results in `place` were made with other values of the flags `names`.
+
+    stored: their flags, a dict; what: names the results in the message
+    """
+    for name in names:
+        if stored.get(name) != getattr(args, name):
+            raise UserError(
+                f"{place}: holds {what} made with another {name} ({stored.get(name)}): name "
+                "another directory, or remove this one"
+            )
