@@ -28,8 +28,8 @@ class RunFiles:
             labels,
             stats.directories,
             machine_in_words(state.device, state.world.size),
-            self.step_name,
-            self.has_accuracy,
+            step_name=self.step_name,
+            has_accuracy=self.has_accuracy,
         )
 
     def write(self, logs, speed=None):
