@@ -133,8 +133,6 @@ def add_machine_flags(add):
     add("--batchSize", type=at_least(1), default=8, metavar="N", help="utterances per batch")
     add("--max_bad_files", type=float, default=0.01, metavar="FRACTION",
         help="stop if more than this fraction of the files is undecodable")
-    add("--ignore_cache", action="store_true",
-        help="scan the audio files again; needed when files were added or removed")
     add_reading(add)
     add_device(add)
 

@@ -165,7 +165,7 @@ def find_device(args):
 def build_parser():
     parser = CommandLine(
         prog="linear_separability.py",
-        description="How well a linear classifier recognises phones (with --pathPhone) or speakers "
+        description="How well a small classifier recognises phones (with --pathPhone) or speakers "
         "from the features of a model.",
     )
     add = parser.add_argument
@@ -219,7 +219,6 @@ def add_data_flags(add):
     add("--size_window", type=int, metavar="SAMPLES",
         help="a multiple of 160 (default: --sizeWindow of the run of the first checkpoint, 20480 "
         "if unknown)")
-    add("--ignore_cache", action="store_true", help="scan the audio files again")
     add("--max_size_loaded", type=at_least(1), default=4_000_000_000, metavar="SAMPLES",
         help="training audio held in memory at once, 2 bytes per sample (default: 4000000000)")
     add_reading(add)

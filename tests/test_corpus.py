@@ -1,5 +1,6 @@
 """Tests of the commands on data: the demo corpus, and getting one's own data ready."""
 
+import errno
 import itertools
 import os
 import random
@@ -37,7 +38,8 @@ from utils.data.labels import (
     write_labels,
     write_symbols,
 )
-from utils.files import load_json, save_json
+from utils.data.names import files_by_name
+from utils.files import load_json, save_json, writing_to
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
 
 SPEAKERS, UTTERANCES = 4, 10
@@ -768,6 +770,28 @@ def test_split_of_a_list(tmp_path, capsys):
     train, validation = split(root, tmp_path / "out", "--list", tmp_path / "list.txt")
     assert {*train, *validation} == {f"a-{i}" for i in range(10)}
     assert "1 names aren't in" in capsys.readouterr().out
+
+
+def test_files_are_found_by_their_names(tmp_path):
+    root = empty_corpus(tmp_path, {"a": 2, "b": 1})
+    expected = {name: f"{name[0]}/chapter/{name}.flac" for name in ("a-0", "a-1", "b-0")}
+    assert files_by_name(root, ".flac") == expected
+    (root / "b" / "a-1.flac").touch()
+    with pytest.raises(UserError, match="a/chapter/a-1.flac and b/a-1.flac have the same name"):
+        files_by_name(root, ".flac")
+    assert files_by_name(root, ".flac", {"b-0", "none"}) == {"b-0": "b/chapter/b-0.flac"}
+
+
+@pytest.mark.parametrize(("flag", "advice"), [(None, "place"), ("--out", "place with --out")])
+def test_an_error_in_writing_names_the_path_and_the_way_out(flag, advice):
+    said = "^there: can't be written (No space left on device); free some space, or name another "
+    with (
+        pytest.raises(UserError, match=f"{re.escape(said)[2:]}{advice}$"),
+        writing_to("there", flag),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ValueError, match="other"), writing_to("there"):
+        raise ValueError("other")
 
 
 def test_impossible_splits_are_refused(tmp_path, capsys):

@@ -509,6 +509,7 @@ def test_each_prediction_step_has_a_line_and_a_column(tmp_path):
     ]
     alone = report_of(arguments(tmp_path), invented_logs(6, n_steps=1))
     assert "by prediction step" not in alone
+    assert "by matched frame" in report_of(arguments(tmp_path), logs, step_name="matched frame")
 
 
 def test_probes_stand_beside_the_majority_baseline(tmp_path):

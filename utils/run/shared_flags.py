@@ -17,7 +17,9 @@ def add_extension(add, default, files="audio files"):
 
 
 def add_reading(add):
-    """How the audio is read."""
+    """Flags of reading a corpus."""
+    add("--ignore_cache", action="store_true",
+        help="scan the audio files again; needed when files were added or removed")
     add("--n_process_loader", type=at_least(1), default=8, metavar="N",
         help="threads that decode audio")
     add("--debug", action="store_true",
