@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.data import in_new_process, measure_decoding, write_corpus
-from benchmarks.train_step import CONFIGURATIONS, all_batches, build_trainer
+from benchmarks.train_step import CONFIGURATIONS, all_batches, build_training
 from dataset import MAX_SIZE_LOADED
 from utils.files import load_json, save_json
 from utils.misc import SAMPLE_RATE
@@ -115,12 +115,11 @@ def train(words):
         device=device, precision=precision, threads=int(threads), compile=False
     )
     with StopSignals() as stop, joined_world(stop, device_from(device)) as world:
-        trainer = build_trainer(name, os.path.join(root, "audio"), options, world)
-        trainer.network = world.wrap(trainer.step)
-        trainer.step.train()
-        batches = all_batches(trainer)
-        windows, step_ms = time_steps(trainer, batches, int(steps))
-        gradient_mb = sum(p.numel() for p in trainer.step.parameters()) * 4 / 1e6
+        training = build_training(name, os.path.join(root, "audio"), options, world)
+        state, batches = training.state, all_batches(training)
+        state.networks.train()
+        windows, step_ms = time_steps(training, batches, int(steps))
+        gradient_mb = sum(p.numel() for p in state.networks.parameters()) * 4 / 1e6
         figures = {
             "processes": world.size,
             "threads": torch.get_num_threads(),
@@ -128,23 +127,23 @@ def train(words):
             "windows_per_step": windows,
             "windows_per_s": 1000 * world.size * windows / step_ms,
             "gradient_mb": gradient_mb,
-            "allreduce_ms": time_averaging(gradient_mb, trainer.device) if world.size > 1 else 0.0,
+            "allreduce_ms": time_averaging(gradient_mb, state.device) if world.size > 1 else 0.0,
         }
-        if world.is_first:
+        if world.is_rank_zero:
             save_json(result, figures)
 
 
-def time_steps(trainer, batches, n_steps):
+def time_steps(training, batches, n_steps):
     """(windows in a batch, milliseconds a step), after three steps to warm up."""
     for _ in range(3):
         position, batch = next(batches)
-        trainer.train_on(position, batch)
-    trainer.world.gather(None)  # all begin together
+        training.step(position, batch)
+    training.state.world.all_gather(None)  # all begin together
     start = time.perf_counter()
     for _ in range(n_steps):
         position, batch = next(batches)
-        trainer.train_on(position, batch)
-    trainer.check_finite()  # waits for the device
+        training.step(position, batch)
+    training.state.check_finite()  # waits for the device
     return len(batch.window), 1000 * (time.perf_counter() - start) / n_steps
 
 

@@ -34,19 +34,24 @@ from collections import defaultdict
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from trainer import Trainer
 
 from benchmarks.data import in_new_process, write_corpus
 from criterion import soft_align
-from dataset import on_device
+from dataset import build_loaders, build_sets, on_device, set_options
 from model import CPCEncoder
-from train import Data, build_step, find_audio, prepare_machine, settle_arguments
+from stats.stats_collector import StatsCollector
+from train import build_forward_backward, build_networks, prepare_machine
+from train import train_step as do_step
 from transformers import SIZE_FEED_FORWARD
+from utils.data.corpus import open_corpus, split_corpus
 from utils.files import save_json
 from utils.misc import SAMPLES_PER_FRAME
 from utils.run.console import progress
 from utils.run.distributed import World
 from utils.run.flags import parse_arguments as parse_training_arguments
+from utils.run.machine import autocast, device_from
+from utils.run.resolve import resolve
+from utils.run.state import RunState
 from utils.run.stopping import StopSignals
 
 EXAMPLE = (
@@ -153,20 +158,21 @@ def print_table(results, args):
 
 def measure(name, root, options):
     """The figures of a configuration."""
-    trainer = build_trainer(name, root, options, World(stop=StopSignals()))
-    device, watch = trainer.device, Stopwatch(trainer.device)
-    ar_alone_ms = time_ar(trainer, watch)
-    time_parts(trainer, watch)
-    trainer.train_loader.dataset.only_pack()  # decoding isn't part of a step
-    batches = all_batches(trainer)
-    trainer.step.train()
+    training = build_training(name, root, options, World(stop=StopSignals()))
+    args, device = training.state.args, training.state.device
+    watch = Stopwatch(device)
+    ar_alone_ms = time_ar(training.state, watch)
+    time_parts(training, watch)
+    training.loader.dataset.only_pack()  # decoding isn't part of a step
+    batches = all_batches(training)
+    training.state.networks.train()
     level = memory(device)
-    steps = [timed_step(trainer, batches, watch) for _ in range(options.warm_up + options.steps)]
+    steps = [timed_step(training, batches, watch) for _ in range(options.warm_up + options.steps)]
     peak = memory(device, peak=True)
     parts, busy = zip(*steps[options.warm_up :], strict=True)
     step_ms = statistics.median(sum(times.values()) for times in parts)
-    operations = floating_point_operations(trainer.args)
-    rate = matrix_rate(device, trainer.args.precision)
+    operations = floating_point_operations(args)
+    rate = matrix_rate(device, args.precision)
     floors = {part: 1000 * number / rate for part, number in operations.items()}
     floor_ms = sum(floors.values())
     return {
@@ -176,7 +182,7 @@ def measure(name, root, options):
         "ratio": step_ms / floor_ms,
         "ar_alone_ms": ar_alone_ms,
         "ratio_of_rest": (step_ms - ar_alone_ms) / (floor_ms - floors["AR"]),
-        "windows_per_s": 1000 * trainer.args.batchSizeGPU / step_ms,
+        "windows_per_s": 1000 * args.batchSizeGPU / step_ms,
         "peak_mb": peak,
         "step_mb": peak - level,
         "parts": {part: statistics.median(times[part] for times in parts) for part in PARTS},
@@ -187,7 +193,18 @@ def measure(name, root, options):
     }
 
 
-def build_trainer(name, root, options, world):
+class Training:
+    """A run that can do steps. state: RunState; loader: that of the training set."""
+
+    def __init__(self, state, loader):
+        self.state, self.loader = state, loader
+        self.forward_backward = build_forward_backward(state)
+
+    def step(self, position, batch):
+        do_step(self.state, self.forward_backward, position, batch)
+
+
+def build_training(name, root, options, world):
     """A new run with the flags of a configuration, and nothing printed."""
     flags = CONFIGURATIONS[name].split()
     flags += ["--pathDB", root, "--pathCheckpoint", os.path.join(root, "run")]
@@ -195,39 +212,42 @@ def build_trainer(name, root, options, world):
     flags += ["--samplingType", "uniform"]  # every batch is full
     flags += ["--precision", options.precision] + ["--compile"] * options.compile
     with contextlib.redirect_stdout(io.StringIO()):
-        args, *_ = settle_arguments(*parse_training_arguments(flags))
-        device = prepare_machine(args, world)
-        data = Data(args, find_audio(args))
-        step, _ = build_step(args, data)
-        sets = data.training_sets
-    return Trainer(args, step.to(device), *sets, hooks=[], device=device, world=world)
+        args, _ = resolve(*parse_training_arguments(flags))
+        prepare_machine(args, world)
+        device, corpus = device_from(args.device), open_corpus(args)
+        sets = build_sets(corpus, split_corpus(args, corpus), **set_options(args))
+        networks, _ = build_networks(args, corpus, None, None, StatsCollector())
+    train_loader, val_loader = build_loaders(args, sets, world)
+    state = RunState(args, networks.to(device), train_loader, val_loader, device)
+    return Training(state, train_loader)
 
 
-def all_batches(trainer):
+def all_batches(training):
     """Batches without end, epoch after epoch."""
-    epochs = map(trainer.train_loader.epoch, itertools.count())
-    return on_device(itertools.chain.from_iterable(epochs), trainer.device)
+    epochs = map(training.loader.epoch, itertools.count())
+    return on_device(itertools.chain.from_iterable(epochs), training.state.device)
 
 
-def time_ar(trainer, watch, repeat=5):
+def time_ar(state, watch, repeat=5):
     """Milliseconds of forward and backward pass of the context network alone, the median."""
-    args, ar = trainer.args, trainer.step.model.gAR
+    args, ar = state.args, state.networks.model.gAR
     shape = args.batchSizeGPU, args.sizeWindow // SAMPLES_PER_FRAME, args.hiddenEncoder
-    encoded = torch.randn(shape, device=trainer.device, requires_grad=True)
+    encoded = torch.randn(shape, device=state.device, requires_grad=True)
     times = []
     for _ in range(repeat):
-        with watch.span("AR"), trainer.autocast():
+        with watch.span("AR"), autocast(args, state.device):
             ar(encoded).sum().backward()
         times.append(watch.read()["AR"])
-    trainer.optimizer.zero_grad()
+    state.optimizer.zero_grad()
     return statistics.median(times)
 
 
-def time_parts(trainer, watch):
+def time_parts(training, watch):
     """Let the watch time the functions that a step is made of."""
-    model, criterion = trainer.step.model, trainer.step.criterion
-    if trainer.args.compile:  # nothing may come between what is compiled and recorded
-        watch.time("passes", trainer, "passes")
+    state = training.state
+    model, criterion = state.networks.model, state.networks.criterion
+    if state.args.compile:  # nothing may come between what is compiled and recorded
+        watch.time("passes", training, "forward_backward")
     else:
         watch.time("encoder", model.gEncoder, "forward")
         watch.time("AR", model.gAR, "forward")
@@ -235,17 +255,17 @@ def time_parts(trainer, watch):
         watch.time("alignment", soft_align, "soft_align")
         watch.time("backward", torch.Tensor, "backward")
     watch.time("optimiser", torch.nn.utils, "get_total_norm")
-    watch.time("optimiser", trainer.optimizer, "step")
-    watch.time("optimiser", trainer.optimizer, "zero_grad")
+    watch.time("optimiser", state.optimizer, "step")
+    watch.time("optimiser", state.optimizer, "zero_grad")
 
 
-def timed_step(trainer, batches, watch):
+def timed_step(training, batches, watch):
     """Milliseconds by part, and those of all processors together."""
     busy = time.process_time()
     with watch.span("rest"):
         with watch.span("data"):
             position, batch = next(batches)
-        trainer.train_on(position, batch)
+        training.step(position, batch)
     return watch.read(), 1000 * (time.process_time() - busy)
 
 

@@ -35,13 +35,13 @@ from utils.misc import UserError, seed_from
 from utils.report.plots import draw_curves
 from utils.run.checkpoint import (
     Checkpoint,
-    check_resumable,
     load_optimizer,
     newest_checkpoint,
     permute_speakers,
     read_checkpoint,
     save_checkpoint,
 )
+from utils.run.checkpoint_checks import check_resumable
 from utils.run.command import CommandLine, command
 from utils.run.flags import (
     ARCHITECTURE,
@@ -57,15 +57,15 @@ from utils.run.flags import (
     SUPERVISED_ONLY,
     THIS_CALL,
     build_parser,
-    inherit_args,
     parse_arguments,
     stored_arguments,
 )
 from utils.run.lock import LOCK_NAME, locked
 from utils.run.logs import Clock, RunningMeans, append_epoch
+from utils.run.resolve import inherit_args
 from utils.run.rules import check_arguments, check_call, complete
+from utils.run.state import learning_rate
 from utils.run.stopping import Stopped, StopSignals
-from utils.schedule import learning_rate
 
 # ------------------------------------------------------------------------------------- arguments
 

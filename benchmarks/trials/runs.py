@@ -20,15 +20,17 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import trainer
 
+import train as training
 from dataset import AudioDataset, BatchLoader
 from eval.hooks import CaptureHook, ProbeHook
 from tests.common import ROOT, assert_equal_trees
 from train import main as train
 from utils.data.packs import PackDecoding
+from utils.report import run_files
 from utils.report.page import RunReport
 from utils.report.plots import draw_curves
+from utils.run import state
 
 TINY = (
     "--hiddenEncoder 8 --hiddenGar 8 --rnnMode linear --negativeSamplingExt 4 --nPredicts 2 "
@@ -44,12 +46,12 @@ PHASES = {  # what a run spends its time with -> where that begins and ends
     "start": (),
     "listing": ((BatchLoader, "__init__"), (AudioDataset, "__init__")),
     "decoding": ((PackDecoding, "finish"),),
-    "training": ((trainer.Trainer, "train_on"),),
-    "validation": ((trainer.Trainer, "validate"),),
-    "saving": ((trainer, "save_checkpoint"),),
+    "training": ((training, "train_step"),),
+    "validation": ((training, "validate"),),
+    "saving": ((state, "save_checkpoint"),),
     "capture": ((CaptureHook, "run"),),
     "probe": ((ProbeHook, "run"),),
-    "report": ((trainer, "save_json"), (trainer, "draw_curves"), (RunReport, "write")),
+    "report": ((run_files, "save_json"), (run_files, "draw_curves"), (RunReport, "write")),
 }
 
 

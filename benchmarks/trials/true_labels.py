@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from dataset import BatchLoader
-from train import Data, find_audio
+from dataset import BatchLoader, build_sets, set_options
 from utils.capture import CaptureReader
+from utils.data.corpus import open_corpus, split_corpus
+from utils.data.labels import read_phone_labels
 from utils.data.listing import LISTING
 from utils.run.flags import parse_arguments
 
@@ -21,9 +22,10 @@ from utils.run.flags import parse_arguments
 def check_training_sets(words):
     """Windows of the training and the validation set, each within one file."""
     args = parse_arguments(words)[0]
-    args.supervised = args.path_phone_data is not None
-    truth = Truth(args)
-    for audio in Data(args, find_audio(args)).training_sets:
+    truth, corpus = Truth(args), open_corpus(args)
+    labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
+    split = split_corpus(args, corpus)
+    for audio in build_sets(corpus, split, labels=labels, **set_options(args)):
         loader = BatchLoader(audio, args.batchSizeGPU, "samesequence", seed=0, training=True)
         for _, batch in loader.epoch(0):
             batch = batch.to("cpu")
