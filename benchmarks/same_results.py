@@ -79,7 +79,7 @@ def main(argv=None):
         code = args.base_dir or stack.enter_context(checked_out(args.base, temporary / "code"))
         trees = Tree("BASE", code.absolute(), work / "base"), Tree("HERE", ROOT, work / "here")
         for tree in trees:
-            tree.others = {other.name: str(other.work) for other in trees}
+            tree.places = {other.name: str(other.work) for other in trees}
         write_corpus(make_directory(trees[0].work) / "corpus")
         shutil.copytree(trees[0].work, trees[1].work)
         rows = [compare_case(name, trees) for name in with_needed(args.only)]
@@ -152,7 +152,7 @@ class Tree:
     name: str
     code: Path
     work: Path
-    others: dict = None  # name of a tree -> its directory
+    places: dict = None  # name of each tree -> what its `work` is
 
     def expand(self, step, out):
         """The words of a step of a case that writes to the directory `out`."""
@@ -161,8 +161,8 @@ class Tree:
             directory, slash, rest = word.partition("/")
             if word in WORDS:
                 words += self.expand(WORDS[word], out)
-            elif directory in self.others:
-                words.append(self.others[directory] + slash + rest)
+            elif directory in self.places:
+                words.append(self.places[directory] + slash + rest)
             else:
                 words.append(word.replace("OUT", out))
         return words
@@ -313,30 +313,33 @@ def first_difference(one, other):
 
 
 def read(tree, name):
-    """What a file holds, with arrays instead of tensors; of text, without the tree's own paths."""
+    """What a file holds, with arrays instead of tensors and without the trees' own directories."""
     path = tree.work / name
     if path.suffix == ".pt":
         with contextlib.suppress(Exception):  # not all need be whole: then compared as bytes
-            return without_paths(tree, torch.load(path, map_location="cpu", weights_only=True))
+            return comparable(tree, torch.load(path, map_location="cpu", weights_only=True))
     if path.suffix == ".npz":
         with np.load(path) as file:
             return {key: file[key] for key in file.files}
     if path.suffix == ".npy":
         return np.load(path)
     content = path.read_bytes()
-    if path.suffix == ".json" or path.name == ".cpc_listing.json":
-        return without_paths(tree, json.loads(content))
-    return content.replace(str(tree.work).encode(), b"WORK")
+    if path.suffix == ".json":
+        return comparable(tree, json.loads(content))
+    for place in tree.places.values():
+        content = content.replace(place.encode(), b"WORK")
+    return content
 
 
-def without_paths(tree, value):
-    """The same dicts and lists, without paths of the tree and with arrays instead of tensors."""
+def comparable(tree, value):
+    """The same dicts and lists, with arrays instead of tensors and without the directories."""
     if isinstance(value, dict):
-        return {key: without_paths(tree, item) for key, item in value.items()}
+        return {key: comparable(tree, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(without_paths(tree, item) for item in value)
+        return type(value)(comparable(tree, item) for item in value)
     if isinstance(value, str):
-        return value.replace(str(tree.work), "WORK").replace(str(tree.code), "CODE")
+        for place in tree.places.values():
+            value = value.replace(place, "WORK")
     return value.detach().numpy() if torch.is_tensor(value) else value
 
 

@@ -140,7 +140,7 @@ ACROSS = {  # what one tree began, the other resumes, and as well as the one tha
         for name, flags in (("packs", ""), ("cpcctc", ""), ("two", "--nGPU 2"))
     },
     "bases-resume": "COPY BASE/out/killed OUT ; RESUME",
-    "bases-aside": "COPY BASE/out/aside OUT ; RESUME",
+    "bases-aside": "COPY BASE/out/aside OUT ; RESUME PROBES ASIDE",  # into other directories
 }
 REFUSED = {
     "no-such-flag": "RUN --noSuchFlag 3",
@@ -165,7 +165,7 @@ REFUSED = {
     "no-probe-load": "PROBE corpus/nowhere.pt BRIEF",
     "no-features": "FEATURES out/cpc SPEECH --train_mode",
     "not-recognised": "eval/common_voices_eval.py per OUT --device cpu",
-    "split-again": "COPY out/split OUT ; utils/corpus/make_split.py corpus/audio OUT --seed 4",
+    "split-again": "COPY out/split OUT ; utils/corpus/make_split.py corpus/audio OUT --by speaker",
 }
 CASES = TRAINING | USES | RESUMED | ACROSS | REFUSED
 
