@@ -29,7 +29,7 @@ from torch import nn
 from criterion.seq_alignment import best_label_sequences, phone_error_rate
 from eval.utterances import UtteranceSet, features_of
 from feature_loader import load_model, shortest_input
-from utils.data.corpus import read_utterance_list, scan_corpus, select_utterances
+from utils.data.corpus import listed_utterances, scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import load_json, load_tensors, save_json, save_tensors, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
@@ -220,18 +220,11 @@ def list_utterances(args):
     return corpus, read_phone_labels(args.pathPhone)
 
 
-def listed(corpus, path):
-    """The utterances named in the list at `path`; all without one."""
-    if not path:
-        return list(corpus.utterances)
-    return select_utterances(corpus.utterances, read_utterance_list(path), path)
-
-
 def choose_utterances(args, corpus, labels):
     """Two lists of utterances, for training and for validation; a function of the flags alone."""
-    training = listed(corpus, args.pathTrain)
+    training = listed_utterances(corpus, args.pathTrain)
     if args.pathVal:
-        validation = listed(corpus, args.pathVal)
+        validation = listed_utterances(corpus, args.pathVal)
         if args.pathTrain:
             return training, validation
     else:
@@ -389,7 +382,7 @@ def measure_error_rate(args):
     model, recognizer = load_trained(Path(args.output, "checkpoint.pt"), trained)
     corpus, labels = list_utterances(trained)
     if args.pathVal or args.pathDB or args.pathPhone:
-        chosen = listed(corpus, args.pathVal)
+        chosen = listed_utterances(corpus, args.pathVal)
     else:
         _, chosen = choose_utterances(trained, corpus, labels)
     title = "validation set"

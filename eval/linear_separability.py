@@ -23,15 +23,15 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from dataset import AudioDataset
+from dataset import build_sets
 from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe, ProbeOptions
 from feature_loader import load_model
 from model import CPCModelNullspace
 from utils.data.corpus import (
-    read_utterance_list,
+    cut_for_debugging,
     scan_corpus,
-    select_utterances,
+    split_utterances,
     warn_of_single_speaker,
     warn_of_subsets,
 )
@@ -66,7 +66,7 @@ def main(argv=None):
     torch.manual_seed(args.random_seed)
     device = torch.device(args.device)
     model, architectures = build_model(args, open_checkpoints(args))
-    train_set, validation_set, n_classes = build_sets(args)
+    train_set, validation_set, n_classes = open_sets(args)
     probe = Probe(
         "phone" if args.pathPhone else "speaker",
         model.to(device),
@@ -233,7 +233,7 @@ def add_data_flags(add):
 # ------------------------------------------------------------------------------ data and model
 
 
-def build_sets(args):
+def open_sets(args):
     """Training set, validation set and the number of classes."""
     corpus = scan_corpus(
         args.pathDB,
@@ -245,23 +245,15 @@ def build_sets(args):
     if not labels:
         warn_of_single_speaker(corpus)
         warn_of_subsets(corpus)
-    sets = []
-    for title, path, n_debug in (
-        ("training set", args.pathTrain, 1000),
-        ("validation set", args.pathVal, 100),
-    ):
-        utterances = select_utterances(corpus.utterances, read_utterance_list(path), path)
-        audio = AudioDataset(
-            corpus,
-            utterances[:n_debug] if args.debug else utterances,
-            args.size_window,
-            phone_labels=labels,
-            labelled_only=labels is not None,
-            max_size_loaded=args.max_size_loaded,
-            n_threads=args.n_process_loader,
-            title=title,
-        )
-        sets.append(audio)
+    split = split_utterances(corpus, args.pathTrain, args.pathVal)
+    sets = build_sets(
+        corpus,
+        cut_for_debugging(split) if args.debug else split,
+        args.size_window,
+        labels=labels,
+        max_sizes=(args.max_size_loaded,) * 2,
+        n_threads=args.n_process_loader,
+    )
     return *sets, labels.n_phones if labels else len(corpus.speakers)
 
 

@@ -19,7 +19,7 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.console import progress
 
 
-class Utterance(NamedTuple):
+class LabelledUtterance(NamedTuple):
     """An audio file and the phones spoken in it."""
 
     path: str  # relative to the root of the database
@@ -87,7 +87,7 @@ class UtteranceSet:
         )
         usable = self.files.utterances
         self.utterances = [
-            Utterance(u.path, u.samples, torch.from_numpy(labels.labels[u.name]).long())
+            LabelledUtterance(u.path, u.samples, torch.from_numpy(labels.labels[u.name]).long())
             for u in usable
             if u.samples >= shortest
         ]
