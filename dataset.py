@@ -112,7 +112,7 @@ class AudioDataset:
         labelled = [u for u in utterances if u.name in self.phone_labels.labels]
         if not labelled:
             raise UserError(
-                f"{self.phone_labels.path}: has no labels for any of the {len(utterances)} "
+                f"{self.phone_labels.path}: has labels for none of the {len(utterances)} "
                 f"utterances of the {self.title}, such as {first_few([utterances[0].name])}; is it "
                 "for another corpus?"
             )

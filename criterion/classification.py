@@ -4,6 +4,8 @@ Each has the interface of all criteria, `criterion(context, encoded, label)`; it
 names the label in a `Batch` that it takes, "speaker" or "phone".
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,17 +20,10 @@ def build_classifier(n_features, n_classes, n_layers=1, n_outputs=None):
     Each layer has `n_classes` outputs, the last one `n_outputs` (default: `n_classes`).
     """
     widths = [n_features] + [n_classes] * (n_layers - 1) + [n_outputs or n_classes]
-    return _stack_layers(widths)
-
-
-def _stack_layers(widths):
-    linears = [nn.Linear(n_in, n_out) for n_in, n_out in zip(widths, widths[1:], strict=False)]
-    if len(linears) == 1:
-        return linears[0]
-    layers = [linears[0]]
-    for linear in linears[1:]:
-        layers += [nn.ReLU(), linear]
-    return nn.Sequential(*layers)
+    layers = []
+    for n_in, n_out in pairwise(widths):
+        layers += [nn.ReLU(), nn.Linear(n_in, n_out)]
+    return nn.Sequential(*layers[1:]) if n_layers > 1 else layers[1]
 
 
 def _mean_accuracy(logits, label):

@@ -822,7 +822,7 @@ def test_audio_and_labels_are_cut_to_the_shorter(small_corpus, tmp_path, capsys)
     with pytest.raises(ValueError, match="labelled_only"):
         small_set(small_corpus, phone_labels=labels)
     path.write_text("other 1 2 3\n")
-    with pytest.raises(UserError, match=r"labels.txt: has no labels for any of the 7 .*a-1"):
+    with pytest.raises(UserError, match=r"labels.txt: has labels for none of the 7 .*a-1"):
         small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
 
 
