@@ -1,6 +1,6 @@
 """Which modules read which flag of train.py: how far the command line reaches into the program.
 
-    python benchmarks/flag_readers.py [--but utils/arguments.py]
+    python benchmarks/flag_readers.py [--but FILE ...]
 
 Counts `args.NAME` and `getattr(args, "NAME")` on whatever is named like a namespace of flags, in
 all modules but tests, benchmarks and those that declare and check the flags (`--but`). Where a
@@ -19,7 +19,12 @@ NAMESPACE = ("args", "flags", "options", "kept", "explicit", "inherited")  # or 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--but", nargs="+", default=["utils/arguments.py"], metavar="FILE")
+    parser.add_argument(
+        "--but",
+        nargs="+",
+        default=["utils/run/flags.py", "utils/run/rules.py", "utils/run/resolve.py"],
+        metavar="FILE",
+    )
     but = parser.parse_args().but
     flags = declared([parsed(ROOT / file) for file in but])
     readers, unseen = {flag: [] for flag in flags}, []

@@ -1,4 +1,4 @@
-"""What the trainer makes of kills, stop signals, full disks and damaged files.
+"""What training makes of kills, stop signals, full disks and damaged files.
 
     python benchmarks/torture.py [kill stop disk corpora checkpoints leaks] [--seed 0] [--json FILE]
 
