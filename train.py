@@ -12,8 +12,8 @@
     python train.py --pathDB AUDIO --only_classif_metric --pathCheckpoint RUN --speaker_sep \
         --linsep_logs_dir DIR
 
-`python train.py --help` explains every flag, README.md every task. The story of a run, in the order
-of this file: main, run, train, train_one_epoch, train_step; validate and run_hooks; build_networks.
+`python train.py --help` explains every flag, README.md every task. In the order of a run: main, run,
+train, train_one_epoch, train_step, validate, run_hooks, finish_epoch. Last: what run sets up first.
 """
 
 import functools
@@ -41,7 +41,7 @@ from utils.data.labels import read_phone_labels
 from utils.misc import UserError, generator_from, seed_from
 from utils.report.run_files import RunFiles
 from utils.report.run_record import epoch_speed, is_finished
-from utils.run import console
+from utils.run import console, machine
 from utils.run.checkpoint import load_criterion, open_checkpoint, remove_stale
 from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
@@ -50,13 +50,6 @@ from utils.run.flags import captured_names, parse_arguments
 from utils.run.launch import launch, processes_to_start
 from utils.run.lock import training_lock
 from utils.run.logs import Clock, RunningMeans
-from utils.run.machine import (
-    autocast,
-    device_from,
-    keep_freed_memory,
-    set_precision,
-    set_threads,
-)
 from utils.run.resolve import resolve, works_on_checkpoint
 from utils.run.rules import check_call
 from utils.run.state import RunState, learning_rate
@@ -76,7 +69,7 @@ def main(argv=None):
         return launch(n_processes, main, argv)
     with StopSignals() as stop, console.survives_full_disk():
         try:
-            device = device_from(args.device)
+            device = machine.device_from(args.device)
             with joined_world(stop, device) as world, training_lock(args, world):
                 if not world.is_rank_zero:
                     console.silence()
@@ -95,15 +88,15 @@ def run(args, explicit, argv, world, device):
         if args.captureSetStats:
             args.captureSetStats = with_absolute_directories(args.captureSetStats)
         args, checkpoint = resolve(args, explicit)
-        mask_rules(args.CPCCTCMasq)  # like the next, a small language: refused early
+        mask_rules(args.CPCCTCMasq)  # only to refuse bad rules before anything slow
         stats = build_stats(args)
     world.check_same(
         checkpoint and checkpoint.state["position"],
         f"--pathCheckpoint {args.pathCheckpoint}: not all processes find the same checkpoint; "
         "several machines must share this directory",
     )
-    once = works_on_checkpoint(args)  # capture or probe a finished model
-    if not once:
+    training = not works_on_checkpoint(args)  # else: capture or probe a finished model once
+    if training:
         world.on_rank_zero(lambda: remove_stale(args.pathCheckpoint, checkpoint))
         if world.on_rank_zero(lambda: is_finished(args, checkpoint)):
             console.print_finished(checkpoint.state["position"][0])
@@ -129,7 +122,7 @@ def run(args, explicit, argv, world, device):
         networks.to(device)
 
         # ---- state
-        if not once:
+        if training:
             trained_on = sets(labelled=trains_on_phones(args))
             loaders = build_loaders(args, trained_on, world)
             speakers = list(corpus.speakers) if tells_speakers_apart(args) else None
@@ -139,19 +132,20 @@ def run(args, explicit, argv, world, device):
             files = RunFiles(state, argv, trained_on, labels, stats)
 
         # ---- hooks
-        hooks = build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world)
-    if once:
+        place = {"checkpoint": checkpoint, "device": device, "world": world}
+        hooks = build_hooks(args, corpus, labels, sets, stats, **place)
+    if training:
+        train(state, *loaders, hooks, files)
+    else:
         for hook in hooks:
             hook.run(checkpoint.epoch, networks.model, networks.criterion)
-    else:
-        train(state, *loaders, hooks, files)
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
 def train(state, train_loader, val_loader, hooks, files):
-    """Train to the last epoch. Raises Stopped, with everything saved, when asked to stop."""
+    """Train to the last epoch. Asked to stop, it saves what it can and raises Stopped."""
     args, world, screen = state.args, state.world, console.Console(state.networks)
     world.check_same(
         state.fingerprint,
@@ -170,7 +164,8 @@ def train(state, train_loader, val_loader, hooks, files):
             start = validate(state, val_loader, 0, "before training")
             state.logs["before_training"] = start
             screen.before_training(start)
-            if world.is_rank_zero and not state.checkpoints_to_remove:  # else: an old run's report
+            # After --restart, the old run keeps its report as long as its checkpoints.
+            if world.is_rank_zero and not state.checkpoints_to_remove:
                 files.write(state.logs)
         while state.position.epoch < args.nEpoch:
             epoch = state.position.epoch
@@ -180,7 +175,7 @@ def train(state, train_loader, val_loader, hooks, files):
             screen.note_if_stuck(epoch, values, state.logs, args)
             failure = run_hooks(hooks, state, epoch, listeners)
             with world.stop.deferred():
-                end_epoch(state, epoch, files, save_now=failure is not None)
+                finish_epoch(state, epoch, files, save_now=failure is not None)
             if failure:
                 raise failure
     except Stopped:
@@ -211,11 +206,13 @@ def train_one_epoch(state, loader, forward_backward, listeners):
             with world.stop.deferred():
                 clock.windows += world.size * len(item[1].window)
                 train_step(state, forward_backward, *item)
+                if state.save_is_due:
+                    state.save()
             bar.update()
             if means.batches % args.logging_step == 0:
                 values = dict(zip(TRAINING_MEANS, means.means_since_mark(), strict=True))
                 for listener in listeners:
-                    listener.step(epoch, means.batches, n_batches, values, clock)
+                    listener.on_step(epoch, means.batches, n_batches, values, clock)
             if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0:
                 world.stop_if_asked()
     state.check_finite()
@@ -251,20 +248,23 @@ def train_step(state, forward_backward, position, batch):
 
 
 def skip_if_not_finite(optimizer, norm):
-    """Let the next step of the fused optimiser change no weight if the norm is not finite."""
+    """Make the next step of the fused Adam change no weight where the gradient isn't finite.
+
+    It looks at `found_inf`, on the device, as with torch.amp.GradScaler.
+    """
     optimizer.found_inf = (~torch.isfinite(norm)).float()
 
 
 def build_forward_backward(state):
-    """The function Batch -> losses and accuracies, (1, n) each, that leaves the gradients.
+    """A function of a Batch that computes gradients and returns losses and accuracies, (1, n).
 
-    Plain, averaging gradients over the ranks, or replayed from a recording.
+    It is plain, averages gradients over the ranks, or replays a recording.
     """
     args, device, world = state.args, state.device, state.world
     networks = world.wrap(state.networks)
 
     def forward_backward(batch):
-        with autocast(args, device):
+        with machine.autocast(args, device):
             losses, accuracies = networks(batch)
         loss = losses.sum()
         # A non-finite loss makes NaN gradients, so the all-reduce shows it to every rank.
@@ -276,7 +276,7 @@ def build_forward_backward(state):
     return forward_backward
 
 
-# -------------------------------------------------------------------------- validation, hooks, end
+# ------------------------------------------------------------- validation, hooks, end of an epoch
 
 
 @torch.no_grad()
@@ -291,7 +291,7 @@ def validate(state, loader, epoch, title):
         title = f"{title}: validation"
         for position, batch in console.progress(batches, what=title, unit=" batches", total=total):
             negatives = generator_from(args.random_seed, epoch, "validation", *position[1:])
-            with autocast(args, state.device):
+            with machine.autocast(args, state.device):
                 losses, accuracies = networks(batch, negatives)
             means.add(losses, accuracies, len(batch.window))
     losses, accuracies = means.means()
@@ -328,10 +328,10 @@ def run_hooks(hooks, state, epoch, listeners):
 def publish(listeners, epoch, values, clock):
     """Hand values of an epoch to whoever shows or keeps them."""
     for listener in listeners:
-        listener.epoch(epoch, values, clock)
+        listener.on_epoch(epoch, values, clock)
 
 
-def end_epoch(state, epoch, files, save_now):
+def finish_epoch(state, epoch, files, save_now):
     """Log the epoch, save where that is due, and write logs, curves and report."""
     args, world = state.args, state.world
     state.end_epoch(epoch)
@@ -345,16 +345,16 @@ def end_epoch(state, epoch, files, save_now):
     world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)
 
 
-# ------------------------------------------------------------------- machine, data, networks, hooks
+# ---------------------------------------------------------------------------- machine and networks
 
 
 def prepare_machine(args, world):
     """Set seed, memory, threads and precision."""
     if args.random_seed is None:
         args.random_seed = world.on_rank_zero(lambda: random.SystemRandom().randrange(2**31))
-    keep_freed_memory()
-    set_threads(args.threads, world.local_size)
-    set_precision(args.precision)
+    machine.keep_freed_memory()
+    machine.set_threads(args.threads, world.local_size)
+    machine.set_precision(args.precision)
 
 
 def build_networks(args, corpus, labels, checkpoint, stats):

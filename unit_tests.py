@@ -15,21 +15,26 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
 import torch
-from torch import nn
 
 import train
 from criterion import build_criterion
+from criterion.networks import Networks
 from criterion.soft_align import FORBIDDEN_BLANK, LEARNED_BLANK, NO_BLANK, soft_align
+from dataset import Batch
 from feature_loader import build_feature, load_model
 from model import build_model
 from stats.empty_stat import Stat
 from stats.stats_utils import STATS
 from tests.helpers import ROOT, assert_close, assert_equal_trees, ends_refused, golden_cases
+from utils.misc import Position
+from utils.run.distributed import World
 from utils.run.flags import build_parser
+from utils.run.logs import RunningMeans
 
 SMALL = (
     "--hiddenEncoder 8 --hiddenGar 8 --rnnMode linear --negativeSamplingExt 4 --nPredicts 2 "
@@ -163,28 +168,34 @@ def test_training_steps_golden(case, monkeypatch):
     flags = ["--hiddenEncoder", config["E"], "--hiddenGar", config["A"], "--sizeWindow", 3200]
     flags += ["--arMode", config["arMode"], "--normMode", config["normMode"]]
     args = parsed(*flags, *golden_flags(config), *["--CPCCTC"] * config["CPCCTC"])
-    criterion, model = build_criterion(args, n_speakers=1), build_model(args)
-    networks = nn.ModuleDict({"criterion": criterion, "model": model})
+    networks = Networks(build_criterion(args, n_speakers=1), build_model(args))
     networks.load_state_dict(case.state_dict)
     adam = {"lr": config["lr"], "betas": config["betas"], "eps": config["eps"]}
-    optimizer = torch.optim.Adam(networks.parameters(), **adam, fused=True)
+    means = {"train": RunningMeans(), "val": RunningMeans()}
+    state = SimpleNamespace(  # as much of a RunState as a step needs
+        args=args,
+        networks=networks,
+        optimizer=torch.optim.Adam(networks.parameters(), **adam, fused=True),
+        device=torch.device("cpu"),
+        world=World(),
+        count_step=lambda _, batch, losses, accuracies, __: means["train"].add(
+            losses, accuracies, len(batch.window)
+        ),
+    )
+    forward_backward = train.build_forward_backward(state)
     for part, n_drawn in (("train", 0), ("val", config["n_train_batches"])):
         networks.train(part == "train")
-        outputs = []
         for i in range(config[f"n_{part}_batches"]):
-            draw = n_drawn + i
+            draw, zeros = n_drawn + i, torch.zeros(3, dtype=torch.int64)
             replay_draws(monkeypatch, case[f"batchIdx_raw{draw}"], case[f"seqIdx_raw{draw}"])
-            waveform, speaker = case[f"batch{i}"], torch.zeros(3, dtype=torch.int64)
-            context, encoded = model(waveform)
-            outputs.append(criterion(context, encoded, speaker))
+            batch = Batch(case[f"batch{i}"], zeros, None, zeros, None)
             if part == "train":
-                optimizer.zero_grad()
-                outputs[-1].losses.sum().backward()
-                optimizer.step()
-        losses = torch.cat([output.losses for output in outputs]).mean(0)
-        accuracies = torch.cat([output.accuracies for output in outputs]).mean(0)
-        assert_close(losses, case[f"locLoss_{part}"].float())
-        assert_close(accuracies, case[f"locAcc_{part}"].float())
+                train.train_step(state, forward_backward, Position(0, 0, i), batch)
+            else:
+                means["val"].add(*networks(batch), len(zeros))
+        losses, accuracies = map(torch.tensor, means[part].means())
+        assert_close(losses, case[f"locLoss_{part}"].flatten().float())
+        assert_close(accuracies, case[f"locAcc_{part}"].flatten().float())
     for key, value in networks.state_dict().items():
         assert_close(value, case[f"after.{key}"], 1e-4, what=key)
 

@@ -3,9 +3,9 @@
     python benchmarks/flag_readers.py [--but FILE ...]
 
 Counts `args.NAME` and `getattr(args, "NAME")` on whatever is named like a namespace of flags, in
-all modules but tests, benchmarks and those that declare and check the flags (`--but`). Where a
-module has a flag of another command, or a field, of the same name, it is taken for that. Names that
-are computed aren't seen: the last line names the modules that have some.
+all modules but tests, benchmarks, those that declare and check the flags (`--but`), and other
+commands, which have flags of their own (they call `CommandLine`). A field of the same name in a
+module is taken for that. Computed names aren't seen: the last line lists the modules with some.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def main():
     flags = declared([parsed(ROOT / file) for file in but])
     readers, unseen = {flag: [] for flag in flags}, []
     for module in modules():
-        if module not in but:
-            tree = parsed(ROOT / module)
+        tree = parsed(ROOT / module)
+        if module not in but and not is_command(tree):
             found = read(tree)
             for flag in (found & flags) - own_names(tree):
                 readers[flag].append(module)
@@ -42,6 +42,12 @@ def main():
         f"{len(flags)} flags, {sum(counts)} readers: {sum(n > 2 for n in counts)} flags in more "
         f"than two modules, {counts.count(0)} in none; names computed in {' '.join(unseen)}"
     )
+
+
+def is_command(tree):
+    """Whether a module reads a command line of its own."""
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(getattr(function, "id", "") == "CommandLine" for function in calls)
 
 
 def parsed(path):

@@ -32,8 +32,8 @@ class Hook:
     def run(self, epoch, model, criterion):
         """Do it, on all ranks; returns a dict of values to log.
 
-        It may set modes, hidden states and `requires_grad` of the networks: `preserved_state`
-        restores them afterwards. Raises UserError.
+        It may set modes, hidden states and `requires_grad` of the networks: where training goes
+        on afterwards, `preserved_state` restores them. Raises UserError.
         """
         raise NotImplementedError
 
@@ -66,7 +66,7 @@ class CaptureHook(Hook):
         self.collector.zeroStats()
         self.world.copy_buffers(torch.nn.ModuleList([model, criterion]))
         self.loader.prepare()
-        writer = self.world.on_rank_zero(lambda: self.writer(epoch))
+        writer = self.world.on_rank_zero(lambda: self.open_writer(epoch))
         with self.world.shared_errors():
             self.capture(epoch, model, criterion, writer)
         if writer:
@@ -76,8 +76,8 @@ class CaptureHook(Hook):
             self.collector.merge(values)
         return self.world.on_rank_zero(lambda: self.finish(epoch, writer))
 
-    def writer(self, epoch):
-        """Ready to write this epoch's files; None where only stats are computed."""
+    def open_writer(self, epoch):
+        """A CaptureWriter for this epoch, or None if only stats are computed."""
         if not self.what:
             return None
         directory = Path(self.directory, str(epoch))
@@ -88,8 +88,8 @@ class CaptureHook(Hook):
     def capture(self, epoch, model, criterion, writer):
         """Write the batches of this rank, and feed them to the stats."""
         batches, total = self.loader.epoch(epoch), len(self.loader)
-        what = f"epoch {epoch}: capture"
-        for position, batch in progress(batches, what=what, unit=" batches", total=total):
+        title = f"epoch {epoch}: capture"
+        for position, batch in progress(batches, what=title, unit=" batches", total=total):
             generator = generator_from(self.seed, epoch, "capture", *position[1:])
             tensors = self.compute(batch.to(self.device), model, criterion, generator)
             windows = batch.window.tolist()
@@ -102,9 +102,10 @@ class CaptureHook(Hook):
         """Write the index, draw the stats; returns their values."""
         if writer:
             writer.close()
-            removed = counted(writer.removed, "file")
-            replaced = f", in place of {removed} of an earlier capture" * bool(writer.removed)
-            print(f"epoch {epoch}: captured {', '.join(self.what)} in {writer.directory}{replaced}")
+            line = f"epoch {epoch}: captured {', '.join(self.what)} in {writer.directory}"
+            if writer.removed:
+                line += f", replacing {counted(writer.removed, 'file')} of an earlier capture"
+            print(line)
         values = self.collector.logStats(epoch)
         for name, value in values.items():
             print(f"    {name}: {value:.4g}")
@@ -151,12 +152,13 @@ class ProbeHook(Hook):
 # ----------------------------------------------------------------------------- as the flags ask for
 
 
-def build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world):
+def build_hooks(args, corpus, labels, sets, stats, *, checkpoint, device, world):
     """Captures and probes, between epochs or once on a checkpoint, as the flags ask for.
 
     sets: `sets(labelled=...)` gives training and validation set, with phone labels or without.
     """
-    once, place, hooks = works_on_checkpoint(args), {"device": device, "world": world}, []
+    once, hooks = works_on_checkpoint(args), []
+    place = {"device": device, "world": world}
     if args.pathCaptureDS and not args.only_classif_metric:
         source = checkpoint if once else None
         hooks.append(capture_hook(args, corpus, labels, stats, checkpoint=source, **place))

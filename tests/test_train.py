@@ -494,14 +494,14 @@ def inside_an_epoch(tiny_corpus, tmp_path_factory):
     words = ["--samplingType", "sequential", "--resume_every", 1, "--nEpoch", 2]
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, *words]
     with pytest.MonkeyPatch.context() as patch:
-        end_epoch = train.end_epoch
+        finish_epoch = train.finish_epoch
 
         def die_in_the_second(state, epoch, *rest, **more):
             if epoch == 1:
                 raise KeyboardInterrupt
-            end_epoch(state, epoch, *rest, **more)
+            finish_epoch(state, epoch, *rest, **more)
 
-        patch.setattr(train, "end_epoch", die_in_the_second)
+        patch.setattr(train, "finish_epoch", die_in_the_second)
         assert run(*flags) == 130
     return directory / "checkpoint_resume.pt"
 
@@ -953,11 +953,11 @@ def test_probes_and_captures_of_a_resumed_run_can_be_turned_off(tiny_corpus, tmp
 def test_a_capture_says_that_it_replaces_another(tiny_corpus, tmp_path, capsys):
     flags = capture_flags(tiny_corpus, tmp_path / "captures")
     trained(tiny_corpus, tmp_path / "run", *flags, epochs=1)
-    assert "in place of" not in capsys.readouterr().out
+    assert "replacing" not in capsys.readouterr().out
     files = len(captured(tmp_path / "captures"))
     again = ["--onlyCapture", "--pathCheckpoint", tmp_path / "run", *on(tiny_corpus)[:2]]
     assert run(*again, *flags) == 0
-    assert f"0, in place of {files} files of an earlier capture" in capsys.readouterr().out
+    assert f"0, replacing {files} files of an earlier capture" in capsys.readouterr().out
     assert run(*again, *flags[3:], "--captureCtxRepr") == 2
     assert "0: holds a capture of conv_repr, " in capsys.readouterr().err
     assert len(captured(tmp_path / "captures")) == files

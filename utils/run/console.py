@@ -152,7 +152,7 @@ class Console(Listener):
         accuracy = f" acc {percent(mean(accuracies))}" if self.has_accuracy else ""
         return f"loss {mean(losses):.4f}{accuracy}"
 
-    def step(self, epoch, batch, n_batches, values, clock):
+    def on_step(self, epoch, batch, n_batches, values, clock):
         means = self.means(values["locLoss_train"], values["locAcc_train"])
         tqdm.write(f"epoch {epoch}  batch {batch} of {n_batches}  {means}  {clock}")
         sys.stdout.flush()
@@ -161,7 +161,7 @@ class Console(Listener):
         """Print the validation of the networks as they start."""
         print(f"before training  validation {self.means(*values.values())}")
 
-    def epoch(self, epoch, values, clock):
+    def on_epoch(self, epoch, values, clock):
         """Print the means of an epoch and, where there are several, each validation accuracy."""
         if "locLoss_val" not in values:  # a hook's own
             return

@@ -128,10 +128,10 @@ class Listener:
     Values have the keys of `checkpoint_logs.json`; `clock` tells how fast the epoch was trained.
     """
 
-    def step(self, epoch, batch, n_batches, values, clock):
+    def on_step(self, epoch, batch, n_batches, values, clock):
         """Means over the batches since the last call, every --logging_step batches of an epoch."""
 
-    def epoch(self, epoch, values, clock):
+    def on_epoch(self, epoch, values, clock):
         """Values of an epoch: first those of training and validation, then those of each hook."""
 
 

@@ -30,14 +30,13 @@ def resolve(args, explicit):
     checkpoint = find_checkpoint(args)
     if checkpoint:
         checkpoint_args = stored_arguments(checkpoint.state["args"], checkpoint.path)
-        unused = inherit_args(args, explicit, checkpoint_args)
-        for line in unused:
+        warnings = inherit_args(args, explicit, checkpoint_args)
+        for line in warnings:
             print(f"warning: {line}")
-        if unused and not works_on_checkpoint(args):
+        if warnings and not works_on_checkpoint(args):
             print(f"the run in {args.pathCheckpoint} goes on; a new one needs another directory")
-        explicit = (
-            explicit - ARCHITECTURE - DATA_ORDER
-        )  # the checkpoint's values: no contradictions
+        # The checkpoint's values count for these: what the command line says contradicts nothing.
+        explicit = explicit - ARCHITECTURE - DATA_ORDER
     elif args.load:
         explicit = explicit - adopt_architecture(args)
     began_with_load = "models" in checkpoint.state if checkpoint else bool(args.load)
@@ -77,17 +76,19 @@ def inherit_args(args, explicit, checkpoint_args):
     for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
         if chosen in explicit:
             inherited -= {other}
-    unused = []
+    warnings = []
     for name in sorted(ARCHITECTURE | inherited):
         value = getattr(checkpoint_args, name)
         if name in explicit and getattr(args, name) != value:
-            unused.append(f"--{name}: using the checkpoint's value, {value}")
+            warnings.append(f"--{name}: using the checkpoint's value, {value}")
         setattr(args, name, value)
     labels_are_gone = is_gone("path_phone_data", checkpoint_args)
     if args.onlyCapture and "path_phone_data" not in explicit and labels_are_gone:
-        unused.append(f"--path_phone_data: {args.path_phone_data} is gone: no phones are captured")
+        warnings.append(
+            f"--path_phone_data: {args.path_phone_data} is gone: no phones are captured"
+        )
         args.path_phone_data = None
-    return unused
+    return warnings
 
 
 def is_gone(name, checkpoint_args):
@@ -97,7 +98,7 @@ def is_gone(name, checkpoint_args):
 
 
 def adopt_architecture(args):
-    """Set the flags that describe what `--load` and `--loadCriterion` name to what it is.
+    """Set the architecture flags to those of the model (and criterion) that `--load` names.
 
     Returns the names of these flags.
     """

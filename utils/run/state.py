@@ -4,6 +4,7 @@ Nothing random has a state: every step is seeded by its position in the data. So
 exactly where it was saved, inside an epoch too.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -71,22 +72,25 @@ class RunState(Listener):
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
         self.best = None  # weights of the model after its best epoch
         self.best_metric = 0.0 if networks.has_accuracy else -float("inf")
-        self.unchecked_steps = []  # (position, windows, found_inf, losses)
+        self.unchecked_steps = []  # (position, windows, losses, gradient norm)
         self.checkpoints_to_remove = saved_checkpoints(self.directory) if args.restart else []
 
     # ------------------------------------------------------------------------------- one more step
 
     def count_step(self, position, batch, losses, accuracies, gradient_norm):
-        """Take note of a step that the optimiser has done on a batch, and save if that is due."""
+        """Take note of a step that the optimiser has done on the batch at `position`."""
         self.epoch_means.add(losses, accuracies, len(batch.window), gradient_norm)
-        # Past the batches that the ranks above this one have in this step.
+        # The first batch of the next step: ranks take consecutive batches.
         self.position = position._replace(batch=position.batch + self.world.size - self.world.rank)
-        self.unchecked_steps.append((position, batch.window, self.optimizer.found_inf, losses))
+        self.unchecked_steps.append((position, batch.window, losses, gradient_norm))
         self.steps_since_save += 1
         if self.device.type == "cpu" or self.epoch_means.batches % self.args.logging_step == 0:
             self.check_finite()
-        if self.args.resume_every and self.steps_since_save >= self.args.resume_every:
-            self.save()
+
+    @property
+    def save_is_due(self):
+        """Whether --resume_every asks for a save inside the epoch."""
+        return 0 < self.args.resume_every <= self.steps_since_save
 
     def check_finite(self):
         """Stop at the first step whose loss or gradient was not finite; it changed no weight.
@@ -94,9 +98,9 @@ class RunState(Listener):
         Looking waits for the device, so it is done where that costs little.
         """
         steps, self.unchecked_steps = self.unchecked_steps, []
-        skipped = torch.stack([found for *_, found, _ in steps]).tolist() if steps else []
-        for (position, windows, _, losses), was_skipped in zip(steps, skipped, strict=True):
-            if was_skipped:
+        norms = torch.stack([norm for *_, norm in steps]).tolist() if steps else []
+        for (position, windows, losses, _), norm in zip(steps, norms, strict=True):
+            if not math.isfinite(norm):
                 files = {self.locate(window)[0] for window in windows.tolist()}
                 suspects = self.world.all_gather(None if losses.isfinite().all() else files)
                 found = [own for own in suspects if own] or self.world.all_gather(files)
@@ -111,7 +115,8 @@ class RunState(Listener):
 
     # ------------------------------------------------------------------------------ one more epoch
 
-    def epoch(self, epoch, values, clock):
+    def on_epoch(self, epoch, values, clock):
+        """Collect the values that `end_epoch` will log."""
         self.epoch_values |= values
 
     def end_epoch(self, epoch):
@@ -188,7 +193,7 @@ class RunState(Listener):
             "fingerprint": self.fingerprint,
             "machine": self.machine(),
         }
-        if self.epoch_means.batches:  # between epochs a checkpoint holds only what was computed
+        if self.epoch_means.batches:  # between epochs, timings would make two identical runs differ
             contents["clock"] = self.clock.state()
         rest = {"models": self.models, "speakers": self.speakers}
         return contents | {key: value for key, value in rest.items() if value}
@@ -209,7 +214,7 @@ class RunState(Listener):
         check_resumable(checkpoint, self.networks.model.state_dict())
         state = checkpoint.state
         self.position = Position(*state["position"])
-        settings = self.logs.keys() - {"epoch"}  # those of this call stay
+        settings = self.logs.keys() - {"epoch"}  # of this call; the logs have nothing else yet
         self.logs |= {key: value for key, value in state["logs"].items() if key not in settings}
         print(f"resuming from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
@@ -222,7 +227,7 @@ class RunState(Listener):
         self.epoch_means.restore(state["running"], self.device)
         self.clock = Clock(**state.get("clock", {}))  # older checkpoints have none
         try:
-            # Of several ranks each kept that of its own batches, which nothing continues.
+            # With several ranks that of rank 0 was saved, and no batch continues it.
             if state["machine"].get("processes", 1) == 1:
                 self.networks.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
