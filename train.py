@@ -13,7 +13,7 @@
         --linsep_logs_dir DIR
 
 `python train.py --help` explains every flag, README.md every task. In the order of a run: main, run,
-train, train_one_epoch, train_step, validate, run_hooks, finish_epoch. Last: what run sets up first.
+train, train_one_epoch, train_step, validate, run_hooks, finish_epoch; last, the set-up of run.
 """
 
 import functools
