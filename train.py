@@ -12,8 +12,8 @@
     python train.py --pathDB AUDIO --only_classif_metric --pathCheckpoint RUN --speaker_sep \
         --linsep_logs_dir DIR
 
-`python train.py --help` explains every flag, README.md every task. In the order of a run: main, run,
-train, train_one_epoch, train_step, validate, run_hooks, finish_epoch; last, the set-up of run.
+`python train.py --help` explains every flag, README.md every task. A run is main, run, train,
+train_one_epoch, train_step, validate, run_hooks and finish_epoch, in this order; its set-up is last.
 """
 
 import functools
@@ -71,8 +71,6 @@ def main(argv=None):
         try:
             device = machine.device_from(args.device)
             with joined_world(stop, device) as world, training_lock(args, world):
-                if not world.is_rank_zero:
-                    console.silence()
                 run(args, explicit, argv, world, device)
         except Stopped as stopped:
             print(f"stopped by {stopped}")

@@ -32,11 +32,10 @@ from feature_loader import load_model, shortest_input
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import load_json, load_tensors, save_json, save_tensors, writing_to
-from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from
+from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from, percent
 from utils.run.checkpoint import load_weights, open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.logs import percent
 from utils.run.machine import device_from, keep_freed_memory
 from utils.run.shared_flags import add_adam, add_device, add_extension, add_reading
 

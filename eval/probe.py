@@ -23,10 +23,10 @@ from criterion.seq_alignment import best_label_sequences, collapse_label_chain, 
 from eval.probe_features import StoredWindowFeatures, WindowFeatures, storage_for
 from utils.data.labels import symbols_beside
 from utils.files import remove_leftovers, save_json, save_tensors, writing_to
-from utils.misc import SAMPLES_PER_FRAME, counted, seed_from
+from utils.misc import SAMPLES_PER_FRAME, counted, percent, seed_from
 from utils.report.plot_confusion import draw_confusion
 from utils.run.console import progress
-from utils.run.logs import RunningMeans, append_epoch, percent
+from utils.run.logs import RunningMeans, append_epoch
 
 BEAM = 20  # label sequences kept in CTC decoding; 100 would take four times as long
 MAX_CONFUSION_CLASSES = 1000  # with more classes, confusions aren't counted

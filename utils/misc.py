@@ -69,3 +69,11 @@ def first_few(items, limit=5):
 def counted(n, noun):
     """A number with its noun: "1 file", "2,000 files"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def mean(numbers):
+    return sum(numbers) / len(numbers)
+
+
+def percent(fraction):
+    return f"{100 * fraction:.1f} %"

@@ -174,7 +174,7 @@ def capture_section(logs, args, pictures):
     elif not args.pathCaptureSave:
         yield soft("Only stats are computed; no capture is kept (--pathCaptureSave).")
     elif capture is None:
-        yield soft("None so far (--captureEachEpochs).")
+        yield soft(f"None so far: there is a capture every {args.captureEachEpochs} epochs.")
     else:
         yield tag("p", "The latest one: ", tag("code", capture))
         draws = tag("code", "utils/report/plot_capture.py")

@@ -14,12 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.files import load_json
-from utils.misc import UserError, first_few
+from utils.misc import UserError, first_few, mean, percent
 from utils.report.run_record import RunRecord
 from utils.report.values import without_accuracies
 from utils.run.command import CommandLine, command
 from utils.run.flags import stored_arguments
-from utils.run.logs import mean, percent
 from utils.stat_specs import picture_directories
 
 

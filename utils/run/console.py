@@ -9,8 +9,7 @@ import time
 
 from tqdm import tqdm
 
-from utils.misc import counted
-from utils.run.logs import Listener, mean, percent
+from utils.misc import counted, mean, percent
 
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
 MIN_IMPROVEMENT = 0.02  # of the initial validation loss: below this a run has not learned yet
@@ -139,6 +138,19 @@ class PlainProgress:
 
 
 # --------------------------------------------------------------------------------- lines of a run
+
+
+class Listener:
+    """Receives the values of a run as they become known; this one ignores them.
+
+    Values have the keys of `checkpoint_logs.json`; `clock` tells how fast the epoch was trained.
+    """
+
+    def on_step(self, epoch, batch, n_batches, values, clock):
+        """Means over the batches since the last call, every --logging_step batches of an epoch."""
+
+    def on_epoch(self, epoch, values, clock):
+        """Values of an epoch: first those of training and validation, then those of each hook."""
 
 
 class Console(Listener):

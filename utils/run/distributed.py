@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.misc import ReportedElsewhere, UserError, first_few
+from utils.run import console
 from utils.run.stopping import Stopped, let_signals_in
 
 LONGEST_PROBE = timedelta(days=30)  # how long other ranks wait for the one that trains it
@@ -196,17 +197,19 @@ def joined_world(stop, device):
     """The World of this process, for the length of a block.
 
     A process that was started as one of several (by utils/run/launch.py, torchrun or srun with the
-    environment of torchrun) joins the others. stop: the StopSignals
+    environment of torchrun) joins the others; all but rank 0 are silent. stop: the StopSignals
     in force; device: of what type each process of a machine has one.
     """
     place = _place()
-    _, size, local_rank, _ = place
+    rank, size, local_rank, _ = place
     if size == 1:
         yield World(stop=stop)
         return
     cuda = device.type == "cuda"
     if cuda:
         _take_gpu(local_rank)
+    if rank:
+        console.silence()
     with stop.deferred():  # of several processes none stops before they agree on it
         dist.init_process_group("nccl" if cuda else "gloo")
         group = dist.new_group(backend="gloo", timeout=LONGEST_PROBE)

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from utils.misc import percent
 from utils.run.distributed import ALONE
 
 
@@ -120,24 +121,3 @@ def append_epoch(logs, epoch, values):
     for key, series in logs.items():
         if isinstance(series, list) and key != "epoch":
             series.append(values.get(key))
-
-
-class Listener:
-    """Receives the values of a run as they become known; this one ignores them.
-
-    Values have the keys of `checkpoint_logs.json`; `clock` tells how fast the epoch was trained.
-    """
-
-    def on_step(self, epoch, batch, n_batches, values, clock):
-        """Means over the batches since the last call, every --logging_step batches of an epoch."""
-
-    def on_epoch(self, epoch, values, clock):
-        """Values of an epoch: first those of training and validation, then those of each hook."""
-
-
-def mean(numbers):
-    return sum(numbers) / len(numbers)
-
-
-def percent(fraction):
-    return f"{100 * fraction:.1f} %"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils.misc import Position, UserError, counted
+from utils.misc import Position, UserError, counted, mean
 from utils.run.checkpoint import (
     copy_to_cpu,
     load_optimizer,
@@ -18,7 +18,8 @@ from utils.run.checkpoint import (
     saved_checkpoints,
 )
 from utils.run.checkpoint_checks import check_resumable
-from utils.run.logs import Clock, Listener, RunningMeans, append_epoch, mean
+from utils.run.console import Listener
+from utils.run.logs import Clock, RunningMeans, append_epoch
 
 END_OF_EPOCH = 2**31  # as the pack of a position: nothing of the epoch is left to train on
 
