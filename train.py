@@ -12,8 +12,8 @@
     python train.py --pathDB AUDIO --only_classif_metric --pathCheckpoint RUN --speaker_sep \
         --linsep_logs_dir DIR
 
-`python train.py --help` explains every flag, README.md every task. A run is main, run, train,
-train_one_epoch, train_step, validate, run_hooks and finish_epoch, in this order; its set-up is last.
+`python train.py --help` explains every flag, README.md every task. A run goes through main, run,
+train, train_one_epoch, train_step, validate, run_hooks and finish_epoch; its set-up comes last.
 """
 
 import functools
