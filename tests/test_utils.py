@@ -371,7 +371,17 @@ def test_every_example_of_the_documentation_is_accepted(paths, tmp_path):
 
 def resumed(words, stored, tmp_path):
     args, explicit = parse_arguments(["--pathCheckpoint", str(tmp_path), *words])
-    return args, inherit_args(args, explicit, stored_arguments(stored, "the checkpoint"))
+    return args, inherit_args(args, explicit, stored, "the checkpoint")
+
+
+def test_stored_values_that_are_not_taken_are_not_judged(tmp_path):
+    """As the original program takes `--captureEachEpochs 0`, which would divide by zero here."""
+    stored = {"captureEachEpochs": 0, "hiddenEncoder": 64}
+    args, _ = resumed(["--onlyCapture"], stored, tmp_path)
+    assert (args.captureEachEpochs, args.hiddenEncoder) == (10, 64)
+    assert resumed(["--captureEachEpochs", "3"], stored, tmp_path)[0].captureEachEpochs == 3
+    with pytest.raises(UserError, match="the checkpoint: .*captureEachEpochs"):
+        resumed([], stored, tmp_path)
 
 
 def test_a_resumed_run_takes_each_flag_from_where_its_class_says(tmp_path):

@@ -29,8 +29,7 @@ def resolve(args, explicit):
     """
     checkpoint = find_checkpoint(args)
     if checkpoint:
-        checkpoint_args = stored_arguments(checkpoint.state["args"], checkpoint.path)
-        warnings = inherit_args(args, explicit, checkpoint_args)
+        warnings = inherit_args(args, explicit, checkpoint.state["args"], checkpoint.path)
         for line in warnings:
             print(f"warning: {line}")
         if warnings and not works_on_checkpoint(args):
@@ -57,44 +56,51 @@ def find_checkpoint(args):
     return None if args.restart else newest_checkpoint(args.pathCheckpoint)
 
 
-def inherit_args(args, explicit, checkpoint_args):
-    """Take over from `checkpoint_args` what the flags' classes say, into `args`.
+def inherit_args(args, explicit, stored, source):
+    """Take over from `stored`, the flags in the checkpoint `source`, what `args` has to inherit.
 
-    Returns a line for every flag whose value, on the command line or in the checkpoint, isn't used
-    although it might be expected.
+    Only what is inherited is read: other values there may be of no use to this program. Returns
+    a warning for every flag whose value, on the command line or stored, isn't used although it
+    might be expected.
     """
-    inherited = INHERITED - explicit
-    if works_on_checkpoint(args):
-        inherited -= CAPTURE_GROUP | PROBE_GROUP
-        inherited |= (DATA_ORDER - explicit) - {"pathTrain", "pathVal"}
-        if args.only_classif_metric:
-            inherited |= {"pathTrain", "pathVal"} - explicit
-            inherited -= {"path_phone_data"}  # whether it is given decides if phones are probed
-    else:
-        lost = {name for name in DATA_ORDER if is_gone(name, checkpoint_args)}
-        inherited |= DATA_ORDER - (lost & explicit)
-    for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
-        if chosen in explicit:
-            inherited -= {other}
+    taken = ARCHITECTURE | inherited_flags(args, explicit, stored)
+    checkpoint_args = stored_arguments({n: stored[n] for n in taken & stored.keys()}, source)
     warnings = []
-    for name in sorted(ARCHITECTURE | inherited):
+    for name in sorted(taken):
         value = getattr(checkpoint_args, name)
         if name in explicit and getattr(args, name) != value:
             warnings.append(f"--{name}: using the checkpoint's value, {value}")
         setattr(args, name, value)
-    labels_are_gone = is_gone("path_phone_data", checkpoint_args)
-    if args.onlyCapture and "path_phone_data" not in explicit and labels_are_gone:
-        warnings.append(
-            f"--path_phone_data: {args.path_phone_data} is gone: no phones are captured"
-        )
+    labels = args.path_phone_data
+    if args.onlyCapture and "path_phone_data" not in explicit and is_gone(labels):
+        warnings.append(f"--path_phone_data: {labels} is gone: no phones are captured")
         args.path_phone_data = None
     return warnings
 
 
-def is_gone(name, checkpoint_args):
-    """Whether a flag of the checkpoint names a file that isn't there any more."""
-    path = getattr(checkpoint_args, name)
-    return name in FILES and bool(path) and not os.path.isfile(path)
+def inherited_flags(args, explicit, stored):
+    """Names of the flags, beside the architecture's, whose stored values are taken."""
+    inherited = INHERITED - explicit
+    if not works_on_checkpoint(args):
+        # Another order of the data would be another run, unless a list is gone and named again.
+        gone = {name for name in DATA_ORDER & FILES if is_gone(stored.get(name))}
+        inherited |= DATA_ORDER - (gone & explicit)
+    else:
+        # Captures and probes are asked for again; training lists matter to probes alone.
+        inherited |= DATA_ORDER - explicit - {"pathTrain", "pathVal"}
+        inherited -= CAPTURE_GROUP | PROBE_GROUP
+    if args.only_classif_metric:
+        inherited |= {"pathTrain", "pathVal"} - explicit
+        inherited -= {"path_phone_data"}  # whether it is given decides if phones are probed
+    for chosen, other in (("captureDSfreq", "captureDStotNr"), ("captureDStotNr", "captureDSfreq")):
+        if chosen in explicit:
+            inherited -= {other}
+    return inherited
+
+
+def is_gone(path):
+    """Whether a stored path names a file that isn't there any more."""
+    return isinstance(path, str) and bool(path) and not os.path.isfile(path)
 
 
 def adopt_architecture(args):
