@@ -481,6 +481,17 @@ def test_a_directory_that_is_trained_into_is_refused_and_left_alone(
     assert f"process {os.getpid()} on " in capsys.readouterr().err
 
 
+def test_training_needs_a_directory_and_keeps_to_its_run(tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    file = tmp_path / "checkpoint_0.pt"
+    with ends_refused(capsys, "checkpoint_0.pt: is a file; training needs a directory"):
+        train.main(["--pathCheckpoint", str(file)])
+    assert run("--pathCheckpoint", tmp_path, "--hiddenGar", 16, "--nEpoch", 2) == 0
+    printed = capsys.readouterr().out
+    assert "warning: --hiddenGar: using the checkpoint's value, 8" in printed
+    assert "a new one needs another directory" in printed
+
+
 def test_a_refused_command_leaves_no_directory(tiny_corpus, tmp_path):
     flags = [*on(tiny_corpus), "--pathCheckpoint", tmp_path / "a" / "b"]
     assert run(*flags, "--sizeWindow", "161") == 2
