@@ -12,6 +12,7 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -225,7 +226,7 @@ def load_waveform(path):
     try:
         with open_audio(path) as file:
             rate = file.samplerate
-            waveform = file.read(dtype="float32", always_2d=True).mean(axis=1)
+            waveform = np.concatenate([block.mean(axis=1) for block in file.blocks_to_end()])
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: {reason(error)}") from error
     if rate != SAMPLE_RATE:

@@ -24,6 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 
+from dataset import allowed_bad_files
 from eval.abx_fastabx import fastabx_errors, require_fastabx
 from eval.abx_groups import (
     across_cells,
@@ -248,7 +249,12 @@ def source(args):
 
 
 def features_of_checkpoint(args, paths):
-    """A function: name -> features (T, D) of that audio file, None without one."""
+    """A function: name -> features (T, D) of that audio file, None without one.
+
+    It also returns None for files that can't be used, and names them. Raises UserError where
+    training would refuse so many.
+    """
+    n_allowed, problems = allowed_bad_files(len(paths), 0.01), []
     model, *_ = load_model([args.path_checkpoint])
     model.to(device_from(args.device))
     for part in model.modules():
@@ -258,14 +264,21 @@ def features_of_checkpoint(args, paths):
     def features(name):
         if name not in paths:
             return None
-        return build_feature(
-            model,
-            paths[name],
-            get_encoded=args.get_encoded,
-            strict=args.strict,
-            max_size=args.max_size_seq,
-            seq_norm=args.seq_norm,
-        )[0]
+        try:
+            return build_feature(
+                model,
+                paths[name],
+                get_encoded=args.get_encoded,
+                strict=args.strict,
+                max_size=args.max_size_seq,
+                seq_norm=args.seq_norm,
+            )[0]
+        except UserError as error:
+            problems.append(str(error))
+            if len(problems) > n_allowed:
+                raise UserError(f"too many unusable files: {first_few(problems)}") from error
+            print(f"{error}; its items are left out")
+            return None
 
     return features
 

@@ -135,7 +135,8 @@ def convert_file(args, path, resample):
                 return "empty"
             same_format = args.out_extension == args.file_extension
             with atomic_path(target) as temporary:
-                if same_format and audio.samplerate == args.out_sample_rate:
+                same_rate = audio.samplerate == args.out_sample_rate
+                if same_format and same_rate and audio.knows_length:
                     shutil.copyfile(source, temporary)
                 else:
                     write_audio(temporary, audio, args.out_sample_rate, resample)
