@@ -43,7 +43,7 @@ from utils.files import load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, above, at_least, command
-from utils.run.machine import device_from, keep_freed_memory
+from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_device, add_extension
 
 NO_TRIPLET = {
@@ -62,6 +62,7 @@ DEBUG_FILES = 1000
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
+    set_threads()
     library = require_fastabx() if args.fastabx else "built in"
     items = read_items(args.path_item_file, args.context == "any")
     if args.debug:

@@ -28,6 +28,7 @@ from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
 from utils.misc import SAMPLE_RATE, UserError, first_few
 from utils.run.command import CommandLine, at_least, command
+from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
 
 BLOCK, MARGIN = 60, 1  # seconds resampled at once, and additional ones at both ends
@@ -75,8 +76,8 @@ def build_parser():
     add_extension(add, ".mp3")
     add("--out_extension", metavar="EXT", help="of the new files, which also sets their format "
         "(default: that of the old ones); .flac is lossless, .mp3 compresses a second time")
-    add("--n_threads", type=int, default=os.cpu_count(), metavar="N",
-        help="files converted in parallel (default: one per processor)")
+    add("--n_threads", type=int, default=n_processors(), metavar="N",
+        help="files converted in parallel (default: one per processor that may be used)")
     return parser
 
 

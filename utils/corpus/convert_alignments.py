@@ -46,6 +46,7 @@ from utils.files import refuse_to_replace, writing_to
 from utils.misc import UserError, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
+from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
 
 STRESS = re.compile(r"([A-Z]+)[0-2]")  # AH0, AH1, AH2
@@ -112,8 +113,8 @@ def build_parser():
     add("--tier", default="phones", help='tier of the TextGrids; "SPEAKER - TIER" is accepted if '
         "there is only one speaker")
     add_extension(add, ".TextGrid", "TextGrids")
-    add("--n_process", type=int, default=os.cpu_count(), metavar="N",
-        help="processes that read TextGrids (default: one per processor)")
+    add("--n_process", type=int, default=n_processors(), metavar="N",
+        help="processes that read TextGrids (default: one per processor that may be used)")
     add("--force", action="store_true", help="replace existing files")
     return parser
 
