@@ -219,7 +219,7 @@ def joined_world(stop, device):
 
 
 def is_one_of_several():
-    """Whether something else started the processes of this run: utils/run/launch.py, torchrun, srun.
+    """Whether this process was started as one of a run's: by utils/run/launch.py, torchrun or srun.
 
     WORLD_SIZE=1, which notebooks and schedulers leave in the environment, counts as unset unless it
     is torchrun's.
