@@ -21,7 +21,7 @@ from torch import nn
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
 from model import ConcatenatedModel, CPCModelNullspace, build_model, preserved_state
 from transformers import CausalAttention
-from utils.data.audio import open_audio, reason
+from utils.data.audio import open_audio, reason, warn_of_loudness
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import (
     NULLSPACE,
@@ -239,6 +239,7 @@ def load_waveform(path):
         raise UserError(f"{path}: contains no audio")
     if not torch.isfinite(waveform).all():
         raise UserError(f"{path}: contains NaN or infinite samples")
+    warn_of_loudness(path, waveform[0].numpy())
     return waveform
 
 

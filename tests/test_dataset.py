@@ -27,7 +27,7 @@ from dataset import (
 )
 from feature_loader import load_waveform
 from tests.helpers import REAL_SPEECH, golden_cases, needs_real_speech
-from utils.data import listing, packs, workers
+from utils.data import audio, listing, packs, workers
 from utils.data.corpus import (
     Corpus,
     Utterance,
@@ -666,6 +666,22 @@ def test_a_file_from_a_pipe_is_read_to_its_end(own_corpus, claim):
         streamed = [u for u in corpus.utterances if u.name == "streamed"]
         pack = AudioDataset(corpus, streamed, 1600, max_bad_files=0).only_pack()
         assert np.array_equal(pack.audio.numpy(), expected)
+
+
+def test_integers_stored_as_floats_are_named_once(tmp_path, monkeypatch, capsys):
+    files = {f"s/{i}.wav": noise(5000, i).astype(np.float32) for i in range(3)}
+    for path, waveform in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / path, waveform, SAMPLE_RATE, subtype="FLOAT")
+    monkeypatch.setattr(audio, "_first_warning", threading.Lock())
+    corpus = scan_corpus(tmp_path, ".wav")
+    AudioDataset(corpus, corpus.utterances, 1600).only_pack()
+    load_waveform(tmp_path / "s/0.wav")
+    said = capsys.readouterr().out
+    assert len(re.findall(r"warning: .*/s/\d.wav: many of its samples lie far beyond", said)) == 1
+    monkeypatch.setattr(audio, "_first_warning", threading.Lock())
+    load_waveform(tmp_path / "s/0.wav")
+    assert "as integers stored as floats" in capsys.readouterr().out
 
 
 def test_empty_and_not_finite_files(tmp_path, capsys):

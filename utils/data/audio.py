@@ -1,6 +1,7 @@
 """Reading audio files: their headers, and their samples directly into memory."""
 
 import os
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,12 @@ LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more isn't beli
 SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital silence
 BLOCK = 2**20  # samples read at once where nobody knows how many there are
 FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
+MOST_BEYOND = 0.1  # fraction of samples beyond [-1, 1] in loud audio; with more, it is none
+TOO_LOUD = (
+    "many of its samples lie far beyond [-1, 1], as integers stored as floats do: divide them by "
+    "32768, or by what their largest value can be"
+)
+_first_warning = threading.Lock()  # never released
 
 
 class Header(NamedTuple):
@@ -116,7 +123,16 @@ def decode_into(waveform, path, listed_samples):
         return f"ends after {n_read} samples, but its header says {listed_samples}"
     if waveform.dtype == np.float32 and not np.isfinite(waveform).all():
         return "contains NaN or infinite samples"
+    warn_of_loudness(path, waveform)
     return ""
+
+
+def warn_of_loudness(path, waveform):
+    """Print a warning if an array (n,) can hardly be audio; of the first such file only."""
+    if waveform.dtype == np.int16 or np.mean(np.abs(waveform) > 1) <= MOST_BEYOND:
+        return
+    if _first_warning.acquire(blocking=False):
+        print(f"warning: {path}: {TOO_LOUD} (more such files aren't mentioned)", flush=True)
 
 
 def _read_mono(file, waveform):
