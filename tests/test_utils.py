@@ -12,6 +12,8 @@ import resource
 import signal
 import socket
 import stat
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +22,7 @@ import torch
 from criterion.prediction import build_head
 from dataset import SAMPLINGS
 from model import CPCAR, NORMS, build_encoder
-from tests.helpers import GOLDEN, assert_close, ends_refused, golden_cases
+from tests.helpers import GOLDEN, ROOT, assert_close, ends_refused, golden_cases
 from utils.capture import CaptureReader, CaptureWriter, prediction_names, refuse_to_lose
 from utils.files import (
     TEMPORARY_PREFIX,
@@ -1297,3 +1299,14 @@ def test_threads_are_no_more_than_processors(monkeypatch):
     machine.set_threads(0, 4)
     machine.set_threads(7, 4)
     assert chosen == [6, 1, 7]
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval/ABX.py", "utils/corpus/make_split.py"])
+def test_a_system_without_fcntl_is_refused_in_one_line(script):
+    """As Windows is, also where only --help is asked for."""
+    code = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = [sys.argv[1], '--help']; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(ROOT / script)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: this runs on Linux and macOS; on Windows, use WSL\n"
