@@ -15,10 +15,7 @@ SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital si
 BLOCK = 2**20  # samples read at once where nobody knows how many there are
 FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
 MOST_BEYOND = 0.1  # fraction of samples beyond [-1, 1] in loud audio; with more, it is none
-TOO_LOUD = (
-    "many of its samples lie far beyond [-1, 1], as integers stored as floats do: divide them by "
-    "32768, or by what their largest value can be"
-)
+TOO_LOUD = "many samples lie far beyond [-1, 1] (integers stored as floats? divide by 32768)"
 _first_warning = threading.Lock()  # never released
 
 
@@ -132,7 +129,7 @@ def warn_of_loudness(path, waveform):
     if waveform.dtype == np.int16 or np.mean(np.abs(waveform) > 1) <= MOST_BEYOND:
         return
     if _first_warning.acquire(blocking=False):
-        print(f"warning: {path}: {TOO_LOUD} (more such files aren't mentioned)", flush=True)
+        print(f"warning: {path}: {TOO_LOUD} ; other such files aren't named", flush=True)
 
 
 def _read_mono(file, waveform):
