@@ -246,7 +246,8 @@ def open_sets(args):
     if not labels:
         warn_of_single_speaker(corpus)
         warn_of_subsets(corpus)
-    split = split_utterances(corpus, args.pathTrain, args.pathVal)
+    sizes = {"size_window": args.size_window, "batch_size": args.batchSizeGPU}
+    split = split_utterances(corpus, args.pathTrain, args.pathVal, **sizes)
     sets = build_sets(
         corpus,
         cut_for_debugging(split) if args.debug else split,

@@ -555,6 +555,41 @@ def test_utterances_set_aside_depend_on_the_seed_alone():
         set_aside(utterances[:1], 0.01, seed=7)
 
 
+def corpus_of(n_files, samples, speakers=2):
+    """Utterances of all speakers, each with so many files; the first of each is unusable."""
+    utterances = [
+        Utterance(s, f"{s}/{s}-{i}.wav", samples if i else 0, problem="" if i else "empty")
+        for s in range(speakers)
+        for i in range(n_files)
+    ]
+    return Corpus("", tuple(utterances), tuple(map(str, range(speakers))))
+
+
+def test_validation_files_are_enough_for_a_batch_of_all_speakers():
+    sizes = {"seed": 3, "size_window": 20_480, "batch_size": 4}
+    corpus = corpus_of(40, 16_000)
+    training, validation = split_utterances(corpus, **sizes)
+    assert Counter(u.speaker for u in validation) == {0: 3, 1: 3}  # 81,920 samples
+    assert not any(u.problem for u in validation)
+    assert sorted([*training, *validation]) == sorted(corpus.utterances)
+    assert split_utterances(corpus, **sizes) == (training, validation)
+    one_window = sizes | {"batch_size": 1}  # three files would be enough
+    _, validation = split_utterances(corpus_of(30, 8_000, speakers=5), **one_window)
+    assert sorted(u.speaker for u in validation) == list(range(5))
+    _, validation = split_utterances(corpus_of(2, 16_000, speakers=10), **sizes)
+    assert len(validation) == 6  # though each speaker has one usable file only
+    _, validation = split_utterances(corpus_of(3, 16_000), **sizes)
+    assert len(validation) == 3  # half of them
+
+
+def test_a_validation_set_with_a_window_stays_as_it_was():
+    """Runs that resume need the same; also where it has no full batch."""
+    corpus = corpus_of(200, 20_480)
+    for seed in range(5):
+        split = split_utterances(corpus, seed=seed, size_window=20_480, batch_size=64)
+        assert split == set_aside(corpus.utterances, 0.01, seed)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_debugging_takes_1000_and_100_utterances(last):
     split = list(range(1500)), list(range(300))
@@ -678,10 +713,10 @@ def test_integers_stored_as_floats_are_named_once(tmp_path, monkeypatch, capsys)
     AudioDataset(corpus, corpus.utterances, 1600).only_pack()
     load_waveform(tmp_path / "s/0.wav")
     said = capsys.readouterr().out
-    assert len(re.findall(r"warning: .*/s/\d.wav: many of its samples lie far beyond", said)) == 1
+    assert len(re.findall(r"warning: .*/s/\d.wav: many samples lie far beyond", said)) == 1
     monkeypatch.setattr(audio, "_first_warning", threading.Lock())
     load_waveform(tmp_path / "s/0.wav")
-    assert "as integers stored as floats" in capsys.readouterr().out
+    assert "integers stored as floats" in capsys.readouterr().out
 
 
 def test_empty_and_not_finite_files(tmp_path, capsys):
