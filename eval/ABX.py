@@ -39,7 +39,7 @@ from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
 from model import CPCAR
 from utils.data.names import files_by_name
-from utils.files import load_tensors, save_json, writing_to
+from utils.files import load_array, load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, above, at_least, command
@@ -311,8 +311,8 @@ def read_features(path, reader):
 
 READERS = {
     ".pt": load_tensors,
-    ".npy": np.load,
-    ".npz": lambda path: np.load(path)["features"],
+    ".npy": load_array,
+    ".npz": lambda path: load_array(path)["features"],
     ".fea": lambda path: np.loadtxt(path, ndmin=2)[:, 1:],  # the first column is the time
     ".txt": lambda path: np.loadtxt(path, ndmin=2),  # as submitted to ZeroSpeech 2021
 }

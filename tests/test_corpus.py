@@ -654,7 +654,7 @@ def test_textgrid_in_any_encoding(tmp_path):
         ),
         (GRID[GRID.index("        intervals [2]") :], "", "a.TextGrid, line 18: cut off"),
         ('name = "phones"', 'name = "words"', "0 tiers are named phones; there are words"),
-        (GRID, "", "a.TextGrid: not a valid TextGrid"),
+        (GRID, "", "a.TextGrid: can't be read (empty)"),
         (GRID, "hello\n", "a.TextGrid: not a valid TextGrid"),
     ],
 )

@@ -16,11 +16,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from criterion.prediction import build_head
 from dataset import SAMPLINGS
+from eval.center_push import read_centers
 from model import CPCAR, NORMS, build_encoder
 from tests.helpers import GOLDEN, ROOT, assert_close, ends_refused, golden_cases
 from utils.capture import CaptureReader, CaptureWriter, prediction_names, refuse_to_lose
@@ -28,6 +30,7 @@ from utils.files import (
     TEMPORARY_PREFIX,
     atomic_path,
     check_writable,
+    load_array,
     load_json,
     load_tensors,
     remove_leftovers,
@@ -1310,3 +1313,20 @@ def test_a_system_without_fcntl_is_refused_in_one_line(script):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "error: this runs on Linux and macOS; on Windows, use WSL\n"
+
+
+@pytest.mark.parametrize("read", [load_tensors, load_json, load_array])
+def test_an_empty_file_is_called_empty(read, tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises((UserError, OSError), match="empty"):
+        read(tmp_path / "x")
+
+
+def test_an_array_that_its_file_can_not_hold_is_refused(tmp_path):
+    content = {"descr": "<f4", "fortran_order": False, "shape": (10**12, 64)}
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, content)
+    with pytest.raises(ValueError, match="allocate"):
+        load_array(tmp_path / "x.npy")
+    with pytest.raises(UserError, match="--clusters .*x.npy: holds no centers"):
+        read_centers(str(tmp_path / "x.npy"), "--clusters")

@@ -42,7 +42,7 @@ from utils.data.labels import (
     write_symbols,
 )
 from utils.data.names import files_by_name
-from utils.files import refuse_to_replace, writing_to
+from utils.files import check_content, refuse_to_replace, writing_to
 from utils.misc import UserError, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
@@ -198,9 +198,10 @@ def read_textgrids(args):
 def read_textgrid(name, path, tier_name):
     """The `Utterance` of a TextGrid. Raises UserError, with the line, if it is malformed."""
     try:
+        check_content(path)
         grid = textgrid.openTextgrid(path, includeEmptyIntervals=True, reportingMode="silence")
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+        raise UserError(f"{path}: can't be read ({error.strerror or error})") from error
     except (PraatioException, ValueError, LookupError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{faulty_line(path)}: not a valid TextGrid ({problem})") from error

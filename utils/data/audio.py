@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from utils.files import check_regular
+from utils.files import check_content
 from utils.misc import SAMPLE_RATE
 
 LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more isn't believed
@@ -78,10 +78,9 @@ def open_audio(path):
     system get proper messages. Bytes, since file names need not be valid UTF-8.
     """
     name = os.fsencode(path) if os.name == "posix" else path
-    check_regular(name)
+    check_content(name)
     with open(name, "rb", buffering=0) as file:
-        if not file.read(8192):
-            raise OSError("empty")  # libsndfile's reasons for such files mislead
+        file.read(8192)
     return AudioFile(name)
 
 
@@ -129,7 +128,7 @@ def warn_of_loudness(path, waveform):
     if waveform.dtype == np.int16 or np.mean(np.abs(waveform) > 1) <= MOST_BEYOND:
         return
     if _first_warning.acquire(blocking=False):
-        print(f"warning: {path}: {TOO_LOUD} ; other such files aren't named", flush=True)
+        print(f"warning: {path}: {TOO_LOUD}; other such files aren't named", flush=True)
 
 
 def _read_mono(file, waveform):

@@ -195,7 +195,10 @@ def split_corpus(args, corpus):
 def set_aside(utterances, fraction, seed):
     """Split off a random fraction of the utterances, at least one. Returns (the others, these)."""
     if len(utterances) < 2:
-        raise UserError("--pathVal FILE is needed: one utterance can't be split into two sets")
+        problem = next((f"; {u.path}: {u.problem}" for u in utterances if u.problem), "")
+        raise UserError(
+            f"--pathVal FILE is needed: one utterance can't be split into two sets{problem}"
+        )
     order = _shuffled(utterances, seed)
     return _parted(utterances, set(order[: max(1, round(fraction * len(utterances)))]))
 
