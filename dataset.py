@@ -165,10 +165,13 @@ class AudioDataset:
     def require_windows(self, n_windows=None):
         """Raise UserError if there are no windows; n_windows: if not all of them are available."""
         if not (self.n_windows if n_windows is None else n_windows):
+            lists = (
+                "; --pathVal FILE names its files (utils/corpus/make_split.py writes such lists)"
+            )
             raise UserError(
                 f"{self.title}: not a single window of {self.size_window} samples in "
                 f"{counted(len(self.utterances), 'file')}; more audio or a smaller --sizeWindow is "
-                "needed"
+                f"needed{lists if self.title.startswith('validation') else ''}"
             )
 
     def fingerprint(self):

@@ -12,6 +12,7 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import nn
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
 from model import ConcatenatedModel, CPCModelNullspace, build_model, preserved_state
 from transformers import CausalAttention
-from utils.data.audio import open_audio, reason
+from utils.data.audio import open_audio, reason, warn_of_loudness
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import (
     NULLSPACE,
@@ -225,7 +226,7 @@ def load_waveform(path):
     try:
         with open_audio(path) as file:
             rate = file.samplerate
-            waveform = file.read(dtype="float32", always_2d=True).mean(axis=1)
+            waveform = np.concatenate([block.mean(axis=1) for block in file.blocks_to_end()])
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: {reason(error)}") from error
     if rate != SAMPLE_RATE:
@@ -238,6 +239,7 @@ def load_waveform(path):
         raise UserError(f"{path}: contains no audio")
     if not torch.isfinite(waveform).all():
         raise UserError(f"{path}: contains NaN or infinite samples")
+    warn_of_loudness(path, waveform[0].numpy())
     return waveform
 
 

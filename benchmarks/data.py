@@ -25,7 +25,7 @@ from dataset import AudioDataset, BatchLoader
 from utils.data.corpus import scan_corpus
 from utils.files import save_json
 from utils.misc import SAMPLE_RATE
-from utils.run.machine import keep_freed_memory
+from utils.run.machine import keep_freed_memory, n_processors
 
 SECONDS = 12  # of a file, about as in LibriSpeech
 WINDOW, BATCH = 20_480, 8
@@ -53,7 +53,7 @@ def main(argv=None):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hours", type=float, default=1, help="of audio in the corpus")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that decode")
+    parser.add_argument("--threads", type=int, default=n_processors(), help="that decode")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser.parse_args(argv)
 

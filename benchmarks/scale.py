@@ -32,7 +32,7 @@ from utils.files import load_json, save_json
 from utils.misc import SAMPLE_RATE
 from utils.run.distributed import joined_world
 from utils.run.launch import launch
-from utils.run.machine import device_from
+from utils.run.machine import device_from, n_processors
 from utils.run.stopping import StopSignals
 
 N_FILES = 100  # of 12 s
@@ -58,7 +58,7 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--configuration", default="cpcctc-linear", choices=list(CONFIGURATIONS))
     add("--processes", type=int, default=2, metavar="N", help="to compare with one")
-    add("--threads", type=int, default=os.cpu_count(), help="of all processes together")
+    add("--threads", type=int, default=n_processors(), help="of all processes together")
     add("--steps", type=int, default=10, help="timed steps")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"])

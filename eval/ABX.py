@@ -24,6 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import torch
 
+from dataset import allowed_bad_files
 from eval.abx_fastabx import fastabx_errors, require_fastabx
 from eval.abx_groups import (
     across_cells,
@@ -38,11 +39,11 @@ from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
 from model import CPCAR
 from utils.data.names import files_by_name
-from utils.files import load_tensors, save_json, writing_to
+from utils.files import load_array, load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, above, at_least, command
-from utils.run.machine import device_from, keep_freed_memory
+from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_device, add_extension
 
 NO_TRIPLET = {
@@ -61,6 +62,7 @@ DEBUG_FILES = 1000
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
+    set_threads()
     library = require_fastabx() if args.fastabx else "built in"
     items = read_items(args.path_item_file, args.context == "any")
     if args.debug:
@@ -248,7 +250,12 @@ def source(args):
 
 
 def features_of_checkpoint(args, paths):
-    """A function: name -> features (T, D) of that audio file, None without one."""
+    """A function: name -> features (T, D) of that audio file, None without one.
+
+    It also returns None for files that can't be used, and names them. Raises UserError where
+    training would refuse so many.
+    """
+    n_allowed, problems = allowed_bad_files(len(paths), 0.01), []
     model, *_ = load_model([args.path_checkpoint])
     model.to(device_from(args.device))
     for part in model.modules():
@@ -258,14 +265,21 @@ def features_of_checkpoint(args, paths):
     def features(name):
         if name not in paths:
             return None
-        return build_feature(
-            model,
-            paths[name],
-            get_encoded=args.get_encoded,
-            strict=args.strict,
-            max_size=args.max_size_seq,
-            seq_norm=args.seq_norm,
-        )[0]
+        try:
+            return build_feature(
+                model,
+                paths[name],
+                get_encoded=args.get_encoded,
+                strict=args.strict,
+                max_size=args.max_size_seq,
+                seq_norm=args.seq_norm,
+            )[0]
+        except UserError as error:
+            problems.append(str(error))
+            if len(problems) > n_allowed:
+                raise UserError(f"too many unusable files: {first_few(problems)}") from error
+            print(f"{error}; its items are left out")
+            return None
 
     return features
 
@@ -297,8 +311,8 @@ def read_features(path, reader):
 
 READERS = {
     ".pt": load_tensors,
-    ".npy": np.load,
-    ".npz": lambda path: np.load(path)["features"],
+    ".npy": load_array,
+    ".npz": lambda path: load_array(path)["features"],
     ".fea": lambda path: np.loadtxt(path, ndmin=2)[:, 1:],  # the first column is the time
     ".txt": lambda path: np.loadtxt(path, ndmin=2),  # as submitted to ZeroSpeech 2021
 }

@@ -45,7 +45,7 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory
+from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_device, check_same_flags
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
@@ -59,6 +59,7 @@ DECISIVE = (  # flags that the features depend on
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
+    set_threads()
     outputs = name_outputs(args)
     module = build_module(args).to(device_from(args.device))
     open_folder(args)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.files import load_tensors
+from utils.files import load_array, load_tensors
 from utils.misc import UserError
 
 
@@ -36,7 +36,7 @@ def read_centers(path, flag="--centerpushFile"):
     """
     try:
         if path.endswith(".npy"):
-            centers = torch.from_numpy(np.load(path))
+            centers = torch.from_numpy(load_array(path))
         elif path.endswith(".txt"):
             centers = torch.from_numpy(np.loadtxt(path, ndmin=2))
         else:

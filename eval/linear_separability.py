@@ -41,7 +41,7 @@ from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.run.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
 from utils.run.command import CommandLine, at_least, command
 from utils.run.flags import stored_arguments
-from utils.run.machine import device_from, keep_freed_memory
+from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import (
     add_adam,
     add_device,
@@ -63,6 +63,7 @@ def main(argv=None):
     directory = Path(args.pathCheckpoint)
     check_directory(directory, args)
     keep_freed_memory()
+    set_threads()
     torch.manual_seed(args.random_seed)
     device = torch.device(args.device)
     model, architectures = build_model(args, open_checkpoints(args))
@@ -245,7 +246,8 @@ def open_sets(args):
     if not labels:
         warn_of_single_speaker(corpus)
         warn_of_subsets(corpus)
-    split = split_utterances(corpus, args.pathTrain, args.pathVal)
+    sizes = {"size_window": args.size_window, "batch_size": args.batchSizeGPU}
+    split = split_utterances(corpus, args.pathTrain, args.pathVal, **sizes)
     sets = build_sets(
         corpus,
         cut_for_debugging(split) if args.debug else split,

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 
@@ -454,6 +455,22 @@ def test_hidden_state_is_kept_within_a_file_only(tiny_corpus, corpus_items, abx_
         expected, _ = model.gAR.baseNet(encoded)  # all frames in one go
     assert encoded.shape[1] > 100  # more than two chunks
     assert_close(alone, expected[0], 1e-5)
+
+
+def test_an_unusable_file_is_named_and_left_out(
+    tiny_corpus, tmp_path, corpus_items, abx_model, capsys
+):
+    shutil.copytree(tiny_corpus / "audio", tmp_path / "audio")
+    first, second, *others = sorted((tmp_path / "audio").rglob("*.flac"))
+    flags = [tmp_path / "audio", "--file_extension", ".flac", "--out", tmp_path / "out"]
+    call = ["from_checkpoint", *map(str, [abx_model, corpus_items, *flags])]
+    first.write_bytes(b"")
+    ABX.main(call)
+    assert f"{first}: empty; its items are left out\n" in capsys.readouterr().out
+    for other in (second, *others):
+        other.write_bytes(b"")
+    with ends_refused(capsys, "too many unusable files: "):
+        ABX.main(call)
 
 
 def write_pt(path, features):

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from praatio import textgrid
 
-from tests.helpers import ROOT, ends_refused
+from tests.helpers import ROOT, assert_close, ends_refused
 from utils.corpus import adjust_sample_rate, convert_alignments, make_demo, make_split
 from utils.corpus.synthesiser import (
     PHONES,
@@ -41,6 +42,7 @@ from utils.data.labels import (
 from utils.data.names import files_by_name
 from utils.files import load_json, save_json, writing_to
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
+from utils.torchaudio_import import torchaudio
 
 SPEAKERS, UTTERANCES = 4, 10
 SYMBOLS = list(PHONES)
@@ -652,7 +654,7 @@ def test_textgrid_in_any_encoding(tmp_path):
         ),
         (GRID[GRID.index("        intervals [2]") :], "", "a.TextGrid, line 18: cut off"),
         ('name = "phones"', 'name = "words"', "0 tiers are named phones; there are words"),
-        (GRID, "", "a.TextGrid: not a valid TextGrid"),
+        (GRID, "", "a.TextGrid: can't be read (empty)"),
         (GRID, "hello\n", "a.TextGrid: not a valid TextGrid"),
     ],
 )
@@ -863,6 +865,64 @@ def converted_with_block(folder, monkeypatch, seconds):
     out = Path(f"{folder}-out", str(seconds))
     adjust(folder, out, "--file_extension", ".wav")
     return soundfile.read(out / "a.wav", dtype="int16")[0].astype(int)
+
+
+@pytest.mark.parametrize("rates", [(44_100, 16_000), (8_000, 16_000), (4_001, 1_600)])
+def test_interpolation_is_the_filter_of_torchaudio(rates):
+    waveform = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, (2, 9_001))).float()
+    expected = torchaudio.functional.resample(waveform, *rates)
+    found = adjust_sample_rate.interpolate(waveform, *rates)
+    assert_close(found, expected, 1e-4)  # torchaudio calculates the filter in float32
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(44_101, 1), (47_999, 2), (15_991, 20)])
+def test_rates_of_any_ratio_take_little_memory(tmp_path, monkeypatch, rate, channels):
+    """torchaudio's table would have 700 million numbers."""
+    monkeypatch.setattr(torchaudio.functional, "resample", None)
+    monkeypatch.setattr(adjust_sample_rate, "BLOCK", 2)
+    write_tone(tmp_path / "in" / "a.wav", rate, seconds=6, channels=channels)
+    adjust(tmp_path / "in", tmp_path / "out", "--file_extension", ".wav")
+    new, _ = soundfile.read(tmp_path / "out" / "a.wav", always_2d=True)
+    assert new.shape == (6 * 16_000, channels)
+    assert np.abs(new[1000:-1000, -1] - tone(16_000, 6)[1000:-1000]).max() < 2e-3
+
+
+@pytest.mark.parametrize("rate", [1, 2_000_000_000])
+def test_impossible_rates_are_refused(tmp_path, capsys, rate):
+    write_tone(tmp_path / "in" / "a.wav", 16_000)
+    content = bytearray((tmp_path / "in" / "a.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "in" / "a.wav").write_bytes(content)
+    refused(adjust_sample_rate.main, tmp_path / "in", tmp_path / "out", "--file_extension", ".wav")
+    assert f"a.wav: its header gives an impossible rate: {rate} Hz" in capsys.readouterr().err
+
+
+def test_clipped_samples_are_counted_and_what_is_no_audio_refused(tmp_path, capsys):
+    quiet, loud = np.full(8_000, 0.5, np.float32), np.full(8_000, 0.5, np.float32)
+    loud[4_000:4_010] = -3
+    nan = quiet.copy()
+    nan[7] = np.nan
+    files = {"quiet": quiet, "loud": loud, "numbers": 32768 * quiet, "nan": nan}
+    (tmp_path / "in").mkdir()
+    for name, wave in files.items():
+        soundfile.write(tmp_path / "in" / f"{name}.wav", wave, 16_000, subtype="FLOAT")
+    flags = ["--file_extension", ".wav", "--out_extension", ".flac"]
+    refused(adjust_sample_rate.main, tmp_path / "in", tmp_path / "out", *flags)
+    said = capsys.readouterr()
+    assert "2 files converted" in said.out
+    assert "beyond [-1, 1] were clipped in 1 file: loud.wav (10 of 8,000)\n" in said.out
+    assert "2 of 4 files can't be converted: nan.wav: contains NaN" in said.err
+    assert "numbers.wav: many samples lie far beyond [-1, 1] (integers" in said.err
+    assert sorted(os.listdir(tmp_path / "out")) == ["loud.flac", "quiet.flac"]
+
+
+def test_a_file_from_a_pipe_gets_a_length(tmp_path):
+    write_tone(tmp_path / "in" / "a.flac", 16_000)
+    content = bytearray((tmp_path / "in" / "a.flac").read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    (tmp_path / "in" / "a.flac").write_bytes(content)
+    adjust(tmp_path / "in", tmp_path / "out", "--file_extension", ".flac")
+    assert soundfile.info(tmp_path / "out" / "a.flac").frames == int(1.3 * 16_000)
 
 
 def test_a_second_call_converts_what_is_missing_or_old(tmp_path, capsys):

@@ -34,7 +34,7 @@ from utils.run import distributed
 from utils.run.command import command
 from utils.run.distributed import World, joined_world
 from utils.run.flags import build_parser
-from utils.run.launch import launch
+from utils.run.launch import launch, processes_to_start
 from utils.run.stopping import StopSignals
 
 CRITERIA = {"CPC": [], "CPC-CTC": EXAMPLE[2:], "heads": ["--rnnMode", "transformer"]}
@@ -423,6 +423,28 @@ def test_half_an_environment_of_torchrun_is_refused(name, monkeypatch):
     monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "two"} | rest)
     with pytest.raises(UserError, match="isn't as torchrun sets it"):
         meet_on("cpu")
+
+
+@pytest.mark.parametrize(
+    ("environment", "started", "note"),
+    [
+        ({}, 2, ""),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, 2, ""),  # not by torchrun
+        ({"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, 0, "is 1\n"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2"}, 0, ""),
+        ({"WORLD_SIZE": "6", "RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 0, "is 3\n"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, 0, ""),  # another rank says it
+    ],
+)
+def test_the_environment_of_torchrun_wins_over_a_flag_and_says_so(
+    monkeypatch, capsys, environment, started, note
+):
+    monkeypatch.setattr(os, "environ", environment)
+    args = build_parser().parse_args(["--nGPU", "2", "--device", "cpu"])
+    assert processes_to_start(args) == started
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == bool(note)
+    assert note in out
 
 
 def test_a_process_without_a_gpu_is_refused(monkeypatch):

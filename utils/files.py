@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.serialization import safe_globals
 
@@ -94,6 +95,22 @@ def check_regular(path):
         raise OSError("not a regular file")
 
 
+def check_content(path):
+    """Raise OSError for an empty file, too: of one, libraries say what misleads."""
+    check_regular(path)
+    if not os.path.getsize(path):
+        raise OSError("empty")
+
+
+def load_array(path):
+    """`np.load`. Raises OSError or ValueError for a file without an array, or with too little."""
+    check_content(path)
+    try:
+        return np.load(path)
+    except (MemoryError, EOFError) as error:
+        raise ValueError(str(error)) from error
+
+
 def lines_of(path):
     """Yield the lines of a text file, with any line ending and without a byte order mark."""
     try:
@@ -147,7 +164,7 @@ def save_json(path, value):
 def load_json(path):
     """The content of a JSON file. Raises UserError, naming the file, if it can't be read."""
     try:
-        check_regular(path)
+        check_content(path)
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except (OSError, ValueError, RecursionError) as error:
@@ -173,7 +190,7 @@ def load_tensors(path, device="cpu"):
     Raises UserError, naming the file, if it is missing, damaged, or holds anything else.
     """
     try:
-        check_regular(path)
+        check_content(path)
         with warnings.catch_warnings(), safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about odd pickles: unreadable ones raise below
             value = torch.load(path, map_location=device, weights_only=True)

@@ -7,9 +7,11 @@ Converts every file below AUDIO, at any rate and in any format that libsndfile r
 Ogg, Opus, MP3 and more), to 16-bit files in the same folders below OUT. With LABELS.txt, only files
 whose name without extension is the first word of one of its lines. Files that exist already aren't
 converted again, so repeating an interrupted call resumes it. Unreadable files are listed at the
-end; the exit status is then 2.
+end; the exit status is then 2. Samples beyond [-1, 1], which 16 bits can't hold, are clipped and
+counted; files that consist of them are refused.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -19,19 +21,23 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import numpy as np
 import soundfile
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
-from utils.data.audio import open_audio, read_header, reason
+from utils.data.audio import MOST_BEYOND, TOO_LOUD, open_audio, read_header, reason
 from utils.data.labels import read_text
 from utils.data.listing import find_files
 from utils.data.names import name_of
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
-from utils.misc import SAMPLE_RATE, UserError, first_few
+from utils.misc import SAMPLE_RATE, UserError, counted, first_few
 from utils.run.command import CommandLine, at_least, command
+from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
 
 BLOCK, MARGIN = 60, 1  # seconds resampled at once, and additional ones at both ends
-CONVERTED, EXISTING = "converted", "exists already"
+CONVERTED, EXISTING = DONE = ("converted", "exists already")
+LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz; what a header claims beyond is no audio
+LARGEST_KERNEL = 2**20  # numbers in torchaudio's table; between usual rates it has up to 2**19
 
 
 @command
@@ -47,12 +53,17 @@ def main(argv=None):
     for folder in {os.path.dirname(target_of(args, path)) for path in paths}:
         remove_leftovers(folder)
     results = Workers(convert, paths, args.n_threads).results("converting", " files")
-    outcomes = [outcome for _, outcome in results]
+    outcomes = [outcome for _, (outcome, _) in results]
     n_converted, n_existing = outcomes.count(CONVERTED), outcomes.count(EXISTING)
     print(f"{n_converted} files converted, {n_existing} existed already: {args.path_out}")
-    failures = [
-        f"{path}: {outcome}" for path, outcome in results if outcome not in (CONVERTED, EXISTING)
-    ]
+    clipped = [f"{path} ({n_samples})" for path, (_, n_samples) in results if n_samples]
+    if clipped:
+        print(
+            f"warning: samples beyond [-1, 1] were clipped in {counted(len(clipped), 'file')}: "
+            f"{first_few(clipped, 20)}"
+        )
+    failed = [(path, outcome) for path, (outcome, _) in results if outcome not in DONE]
+    failures = [f"{path}: {outcome}" for path, outcome in failed]
     if failures:
         raise UserError(
             f"{len(failures)} of {len(paths)} files can't be converted: {first_few(failures, 20)}"
@@ -75,8 +86,8 @@ def build_parser():
     add_extension(add, ".mp3")
     add("--out_extension", metavar="EXT", help="of the new files, which also sets their format "
         "(default: that of the old ones); .flac is lossless, .mp3 compresses a second time")
-    add("--n_threads", type=int, default=os.cpu_count(), metavar="N",
-        help="files converted in parallel (default: one per processor)")
+    add("--n_threads", type=int, default=n_processors(), metavar="N",
+        help="files converted in parallel (default: one per processor that may be used)")
     return parser
 
 
@@ -125,23 +136,24 @@ def target_of(args, path):
 
 
 def convert_file(args, path, resample):
-    """Convert one file. Returns CONVERTED, EXISTING or the reason it can't be converted."""
+    """Convert one file. Returns CONVERTED, EXISTING or the reason it can't be converted, and what
+    the conversion lost, if anything."""
     source, target = os.path.join(args.path_db, path), target_of(args, path)
     try:
         if is_converted(source, target, args.out_sample_rate):
-            return EXISTING
+            return EXISTING, ""
         with open_audio(source) as audio:
             if audio.frames == 0:
-                return "empty"
+                return "empty", ""
             same_format = args.out_extension == args.file_extension
             with atomic_path(target) as temporary:
-                if same_format and audio.samplerate == args.out_sample_rate:
+                same_rate = audio.samplerate == args.out_sample_rate
+                if same_format and same_rate and audio.knows_length:
                     shutil.copyfile(source, temporary)
-                else:
-                    write_audio(temporary, audio, args.out_sample_rate, resample)
-    except (OSError, soundfile.SoundFileError) as error:
-        return reason(error)
-    return CONVERTED
+                    return CONVERTED, ""
+                return CONVERTED, write_audio(temporary, audio, args.out_sample_rate, resample)
+    except (OSError, soundfile.SoundFileError, UserError) as error:
+        return reason(error), ""
 
 
 def is_converted(source, target, rate):
@@ -153,12 +165,25 @@ def is_converted(source, target, rate):
 
 
 def write_audio(path, audio, rate, resample):
-    """Write the open file `audio` at `rate` Hz, with 16 bits if the format supports them."""
+    """Write the open file `audio` at `rate` Hz, with 16 bits if the format supports them.
+
+    Returns how many samples were clipped, as text, or "" if none was. Raises UserError for what
+    can't be audio.
+    """
+    if not LOWEST_RATE <= audio.samplerate <= HIGHEST_RATE:
+        raise UserError(f"its header gives an impossible rate: {audio.samplerate} Hz")
     format_ = format_of(path)
     subtype = "PCM_16" if soundfile.check_format(format_, "PCM_16") else None
+    n_samples = n_beyond = 0
     with soundfile.SoundFile(path, "w", rate, audio.channels, subtype, format=format_) as new:
         for block in resampled_blocks(audio, rate, resample):
+            if not np.isfinite(block).all():
+                raise UserError("contains NaN or infinite samples")
+            n_samples, n_beyond = n_samples + block.size, n_beyond + int((abs(block) > 1).sum())
             new.write(block.clip(-1, 1))
+    if n_beyond > MOST_BEYOND * n_samples:
+        raise UserError(TOO_LOUD)
+    return f"{n_beyond:,} of {n_samples:,}" if n_beyond else ""
 
 
 def format_of(path):
@@ -172,17 +197,46 @@ def resampled_blocks(audio, rate, resample):
     Blocks of whole seconds begin at whole samples at both rates, and each is resampled together
     with a margin that is cut off: the result is the same as resampling the whole file at once.
     """
-    old = audio.samplerate
-    samples, before = audio.read((BLOCK + MARGIN) * old, dtype="float32", always_2d=True), 0
+    old, seconds = audio.samplerate, max(MARGIN, BLOCK // -(-audio.channels // 8))
+    samples = audio.read((seconds + MARGIN) * old, dtype="float32", always_2d=True)
+    before = 0
+    if (old // math.gcd(old, rate)) * (rate // math.gcd(old, rate)) > LARGEST_KERNEL:
+        resample = interpolate
     while True:
-        following = audio.read(BLOCK * old, dtype="float32", always_2d=True)
+        following = audio.read(seconds * old, dtype="float32", always_2d=True)
         block = resample(torch.from_numpy(samples.T.copy()), old, rate).T.numpy()
         if len(following) == 0:
             yield block[before * rate :]
             return
-        yield block[before * rate : (before + BLOCK) * rate]
-        samples = np.concatenate([samples[(before + BLOCK - MARGIN) * old :], following])
+        yield block[before * rate : (before + seconds) * rate]
+        samples = np.concatenate([samples[(before + seconds - MARGIN) * old :], following])
         before = MARGIN
+
+
+def interpolate(waveform, old, rate):
+    """As torchaudio's `resample`, by the same filter: a sinc under a Hann window, six zero
+    crossings to each side (Smith, "Digital Audio Resampling", 2002).
+
+    Its table of the filter at all distances between samples of both rates takes memory and time by
+    the product of the reduced rates, this by the number of samples alone: the filter is evaluated
+    for each.
+
+    waveform: (channels, n) float32 -> (channels, n * rate / old rounded up)
+    """
+    cutoff = 0.99 * min(old, rate) / old  # relative to half the old rate
+    reach = math.ceil(6 / cutoff)  # old samples on each side of a new one
+    padded = np.pad(waveform.numpy(), [(0, 0), (reach, reach)])
+    around = sliding_window_view(padded, 2 * reach + 1, axis=1)  # (channels, n, 2 * reach + 1)
+    new = np.empty((len(waveform), -(-waveform.shape[1] * rate // old)), dtype=np.float32)
+    step = max(1, 2**20 // (around.shape[2] * len(waveform)))
+    for start in range(0, new.shape[1], step):
+        index = np.arange(start, min(start + step, new.shape[1]))
+        nearest, rest = np.divmod(index * old, rate)
+        t = (np.arange(-reach, reach + 1) - rest[:, None] / rate) * cutoff
+        window = np.cos(t.clip(-6, 6) * np.pi / 12) ** 2
+        weights = (cutoff * np.sinc(t) * window).astype(np.float32)
+        new[:, index] = np.einsum("cnt,nt->cn", around[:, nearest], weights)
+    return torch.from_numpy(new)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ from utils.data.labels import (
     write_symbols,
 )
 from utils.data.names import files_by_name
-from utils.files import refuse_to_replace, writing_to
+from utils.files import check_content, refuse_to_replace, writing_to
 from utils.misc import UserError, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
+from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
 
 STRESS = re.compile(r"([A-Z]+)[0-2]")  # AH0, AH1, AH2
@@ -112,8 +113,8 @@ def build_parser():
     add("--tier", default="phones", help='tier of the TextGrids; "SPEAKER - TIER" is accepted if '
         "there is only one speaker")
     add_extension(add, ".TextGrid", "TextGrids")
-    add("--n_process", type=int, default=os.cpu_count(), metavar="N",
-        help="processes that read TextGrids (default: one per processor)")
+    add("--n_process", type=int, default=n_processors(), metavar="N",
+        help="processes that read TextGrids (default: one per processor that may be used)")
     add("--force", action="store_true", help="replace existing files")
     return parser
 
@@ -197,9 +198,10 @@ def read_textgrids(args):
 def read_textgrid(name, path, tier_name):
     """The `Utterance` of a TextGrid. Raises UserError, with the line, if it is malformed."""
     try:
+        check_content(path)
         grid = textgrid.openTextgrid(path, includeEmptyIntervals=True, reportingMode="silence")
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
+        raise UserError(f"{path}: can't be read ({error.strerror or error})") from error
     except (PraatioException, ValueError, LookupError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{faulty_line(path)}: not a valid TextGrid ({problem})") from error

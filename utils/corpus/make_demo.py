@@ -54,6 +54,7 @@ from utils.files import (
 from utils.misc import SAMPLE_RATE, UserError
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
+from utils.run.machine import n_processors
 
 VERSION = 1  # of the corpus: increase it when the same seed gives other bytes
 MANIFEST = "demo_corpus.json"
@@ -187,7 +188,7 @@ def write_corpus(out, settings):
         return len(samples), labels
 
     positions = settings.positions()
-    threads = ThreadPoolExecutor(N_THREADS)
+    threads = ThreadPoolExecutor(min(N_THREADS, n_processors()))
     try:
         written = threads.map(write_utterance, positions)
         bar = progress(written, what="synthesising", unit=" utterances", total=len(positions))

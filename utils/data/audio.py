@@ -1,16 +1,22 @@
 """Reading audio files: their headers, and their samples directly into memory."""
 
 import os
+import threading
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
 
+from utils.files import check_content
 from utils.misc import SAMPLE_RATE
 
-LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more is broken
+LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more isn't believed
 SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital silence
+BLOCK = 2**20  # samples read at once where nobody knows how many there are
 FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
+MOST_BEYOND = 0.1  # fraction of samples beyond [-1, 1] in loud audio; with more, it is none
+TOO_LOUD = "many samples lie far beyond [-1, 1] (integers stored as floats? divide by 32768)"
+_first_warning = threading.Lock()  # never released
 
 
 class Header(NamedTuple):
@@ -23,37 +29,59 @@ class Header(NamedTuple):
 
 
 def read_header(path):
-    """The `Header` of an audio file; errors end up in `problem` and are never raised."""
+    """The `Header` of an audio file; errors end up in `problem` and are never raised.
+
+    A file that claims an impossible length is decoded to its end, to count its samples.
+    """
     try:
         with open_audio(path) as file:
-            problem = _length_problem(file, os.path.getsize(path))
-            samples = 0 if problem else file.frames
-            return Header(samples, file.samplerate, fits_int16(file), problem)
+            samples = file.frames if file.knows_length else sum(map(len, file.blocks_to_end()))
+            if samples:
+                return Header(samples, file.samplerate, fits_int16(file))
+            return Header(0, file.samplerate, fits_int16(file), "empty")
     except (OSError, soundfile.SoundFileError) as error:
         return Header(0, problem=reason(error))
 
 
+class AudioFile(soundfile.SoundFile):
+    """An audio file that is read from its beginning to its end.
+
+    knows_length: whether `frames` can be true. An encoder that writes to a pipe can't go back to
+        the header to fill in the length: some leave it out, others claim the largest there is.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.knows_length = self.frames <= min(
+            LONGEST_FILE, SAMPLES_PER_BYTE * os.path.getsize(path)
+        )
+
+    def seekable(self):
+        """No: soundfile would seek after each `read`, which fails where the length is unknown."""
+        return False
+
+    def blocks_to_end(self):
+        """Yield the rest of the file as arrays (n, channels) float32, all at once if possible."""
+        size = self.frames if self.knows_length else BLOCK
+        while True:
+            block = self.read(size, dtype="float32", always_2d=True)
+            yield block
+            if self.knows_length or len(block) < size:
+                return
+
+
 def open_audio(path):
-    """An open `soundfile.SoundFile`. Raises OSError or soundfile.SoundFileError.
+    """An open `AudioFile`. Raises OSError or soundfile.SoundFileError.
 
     soundfile opens one file at a time, whatever the number of threads. So the beginning of the
     file is read first: threads then wait for slow storage in parallel, and errors of the file
     system get proper messages. Bytes, since file names need not be valid UTF-8.
     """
     name = os.fsencode(path) if os.name == "posix" else path
-    if os.path.exists(name) and not os.path.isfile(name):
-        raise OSError("not a regular file")
+    check_content(name)
     with open(name, "rb", buffering=0) as file:
         file.read(8192)
-    return soundfile.SoundFile(name)
-
-
-def _length_problem(file, n_bytes):
-    if file.frames <= 0:
-        return "empty"
-    if file.frames > min(LONGEST_FILE, SAMPLES_PER_BYTE * n_bytes):
-        return f"its header gives an impossible length: {file.frames} samples in {n_bytes} bytes"
-    return ""
+    return AudioFile(name)
 
 
 def fits_int16(file):
@@ -77,7 +105,8 @@ def decode_into(waveform, path, listed_samples):
     """
     try:
         with open_audio(path) as file:
-            if (file.frames, file.samplerate) != (listed_samples, SAMPLE_RATE):
+            length = file.frames if file.knows_length else listed_samples
+            if (length, file.samplerate) != (listed_samples, SAMPLE_RATE):
                 return "changed since the database was listed; --ignore_cache lists it again"
             if waveform.dtype == np.int16 and not fits_int16(file):
                 return "no longer a 16-bit mono file; --ignore_cache lists the database again"
@@ -90,7 +119,16 @@ def decode_into(waveform, path, listed_samples):
         return f"ends after {n_read} samples, but its header says {listed_samples}"
     if waveform.dtype == np.float32 and not np.isfinite(waveform).all():
         return "contains NaN or infinite samples"
+    warn_of_loudness(path, waveform)
     return ""
+
+
+def warn_of_loudness(path, waveform):
+    """Print a warning if an array (n,) can hardly be audio; of the first such file only."""
+    if waveform.dtype == np.int16 or np.mean(np.abs(waveform) > 1) <= MOST_BEYOND:
+        return
+    if _first_warning.acquire(blocking=False):
+        print(f"warning: {path}: {TOO_LOUD}; other such files aren't named", flush=True)
 
 
 def _read_mono(file, waveform):

@@ -1,7 +1,9 @@
 """The utterances (audio files) of a corpus, their speakers, and how subsets are chosen."""
 
+import math
 import os
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -156,21 +158,28 @@ def listed_utterances(corpus, path=None):
     return select_utterances(corpus.utterances, read_utterance_list(path), path)
 
 
-def split_utterances(corpus, train_list=None, validation_list=None, *, seed=0):
+def split_utterances(
+    corpus, train_list=None, validation_list=None, *, seed=0, size_window=0, batch_size=1
+):
     """Training and validation utterances, from two lists.
 
     Without a training list, that is the whole corpus; without a validation list, 1 % of the
-    training utterances are set aside, at random by `seed`.
+    training utterances are set aside, at random by `seed`, or where these haven't a single window
+    of `size_window` samples, as many as `enough_for_a_batch` takes.
     """
     training = listed_utterances(corpus, train_list)
     if not validation_list:
-        return set_aside(training, 0.01, seed)
+        split = set_aside(training, 0.01, seed)
+        if total_samples(split[1]) < size_window:
+            split = enough_for_a_batch(training, seed, batch_size * size_window)
+        return split
     return training, listed_utterances(corpus, validation_list)
 
 
 def split_corpus(args, corpus):
     """The utterances that a run trains and validates on, with a warning if some are in both."""
-    split = split_utterances(corpus, args.pathTrain, args.pathVal, seed=args.random_seed)
+    sizes = {"size_window": args.sizeWindow, "batch_size": args.batchSizeGPU}
+    split = split_utterances(corpus, args.pathTrain, args.pathVal, seed=args.random_seed, **sizes)
     training, validation = cut_for_debugging(split, last=True) if args.debug else split
     trained_on = {utterance.path for utterance in training}
     shared = [utterance.path for utterance in validation if utterance.path in trained_on]
@@ -186,9 +195,48 @@ def split_corpus(args, corpus):
 def set_aside(utterances, fraction, seed):
     """Split off a random fraction of the utterances, at least one. Returns (the others, these)."""
     if len(utterances) < 2:
-        raise UserError("--pathVal FILE is needed: one utterance can't be split into two sets")
-    order = torch.randperm(len(utterances), generator=generator_from(seed, "validation set"))
-    chosen = set(order[: max(1, round(fraction * len(utterances)))].tolist())
+        problem = next((f"; {u.path}: {u.problem}" for u in utterances if u.problem), "")
+        raise UserError(
+            f"--pathVal FILE is needed: one utterance can't be split into two sets{problem}"
+        )
+    order = _shuffled(utterances, seed)
+    return _parted(utterances, set(order[: max(1, round(fraction * len(utterances)))]))
+
+
+def enough_for_a_batch(utterances, seed, n_samples):
+    """Set aside usable utterances of all speakers in turn, `n_samples` and one of each if possible.
+
+    At most half of them are set aside, and the last one of a speaker only where it takes that.
+    Returns (the others, these).
+    """
+    n_usable = Counter(u.speaker for u in utterances if not u.problem)
+    turns, n_of = [], Counter()
+    for index in _shuffled(utterances, seed):
+        speaker = utterances[index].speaker
+        if not utterances[index].problem:
+            n_of[speaker] += 1
+            is_last = n_of[speaker] == n_usable[speaker]
+            turns.append((math.inf if is_last else n_of[speaker], index))
+    chosen, total = set(), 0
+    for turn, index in sorted(turns, key=lambda pair: pair[0])[: len(utterances) // 2]:
+        if turn > 1 and total >= n_samples:
+            break
+        chosen.add(index)
+        total += utterances[index].samples
+    return _parted(utterances, chosen)
+
+
+def total_samples(utterances):
+    return sum(u.samples for u in utterances if not u.problem)
+
+
+def _shuffled(utterances, seed):
+    generator = generator_from(seed, "validation set")
+    return torch.randperm(len(utterances), generator=generator).tolist()
+
+
+def _parted(utterances, chosen):
+    """The utterances whose indices aren't in the set `chosen`, and those whose are."""
     return (
         [u for index, u in enumerate(utterances) if index not in chosen],
         [u for index, u in enumerate(utterances) if index in chosen],

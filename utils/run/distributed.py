@@ -218,6 +218,15 @@ def joined_world(stop, device):
     dist.destroy_process_group()  # after an error it might wait for a process that is gone
 
 
+def is_one_of_several():
+    """Whether this process was started as one of a run's: by utils/run/launch.py, torchrun or srun.
+
+    WORLD_SIZE=1, which notebooks and schedulers leave in the environment, counts as unset unless it
+    is torchrun's.
+    """
+    return os.environ.get("WORLD_SIZE", "1") != "1" or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _place():
     """Rank, size, local rank and local size of this process, by the environment of torchrun."""
     size = os.environ.get("WORLD_SIZE", "1")

@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 
 from utils.misc import UserError
 from utils.run.command import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
+from utils.run.distributed import is_one_of_several
 from utils.run.stopping import SIGNALS, signals_held_back
 
 DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
@@ -24,10 +25,18 @@ FAREWELL = 1.5  # seconds for those that know of another's error to tell the use
 def processes_to_start(args):
     """How many processes this program has to start: 0 if it does the work itself.
 
-    So it is where torchrun started it, and where one process is enough. `--nGPU -1` is one for
-    each GPU, and a single one on a CPU.
+    So it is where torchrun started it, which a note says if `--nGPU` differs, and where one process
+    is enough. `--nGPU -1` is one for each GPU, and a single one on a CPU.
     """
-    if "WORLD_SIZE" in os.environ or args.only_classif_metric:
+    if args.only_classif_metric:
+        return 0
+    if is_one_of_several():
+        started = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        if str(args.nGPU) not in ("-1", started) and os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: --nGPU {args.nGPU} has no effect: the number of processes that the "
+                f"environment gives (LOCAL_WORLD_SIZE) is {started}"
+            )
         return 0
     n_devices = torch.cuda.device_count() if args.device != "cpu" else 0
     size = args.nGPU if args.nGPU > 0 else max(1, n_devices)

@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -62,12 +64,54 @@ def _left_in_container():
     return limit - taken
 
 
-def set_threads(n_threads, n_processes):
-    """Compute with so many CPU threads; 0: PyTorch's choice, shared by the machine's processes."""
+def n_processors():
+    """How many processors this process may use, by its affinity mask and its containers' quotas."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(own, _quota()))
+
+
+def _quota(root="/"):
+    """Processors that the control groups of this process leave it: a fraction, or infinity.
+
+    A group can't use more than the groups it is in, so all are asked, in version 1 and 2.
+    """
+    try:
+        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf
+    mounted, quotas = Path(root, "sys/fs/cgroup"), [math.inf]
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        tops = (mounted / "cpu", mounted / controllers) if controllers else (mounted,)
+        for top in tops:
+            group = top / path.strip("/")
+            groups = [place for place in (group, *group.parents) if place.is_relative_to(top)]
+            quotas += map(_quota_of, groups)
+    return min(quotas)
+
+
+def _quota_of(group):
+    """Processors that one group leaves, infinity without a limit (-1 or "max")."""
+    names = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")  # version 2, version 1
+    for files in names:
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+    return math.inf
+
+
+def set_threads(n_threads=0, n_processes=1):
+    """Compute with so many CPU threads; 0: PyTorch's choice, as far as there are processors for
+    it, shared by the machine's processes."""
     if n_threads:
         torch.set_num_threads(n_threads)
-    elif n_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // n_processes))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        own = torch.get_num_threads()
+        share = max(1, min(own, n_processors()) // n_processes)
+        if share != own:
+            torch.set_num_threads(share)
 
 
 def set_precision(precision):
