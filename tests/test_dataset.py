@@ -266,6 +266,24 @@ def test_speakers_and_utterances_are_sorted(tmp_path):
     assert scan_corpus(tmp_path, ".wav", speaker_level=2).speakers == ("", "a", "a/1", "a/2", "b/1")
 
 
+def test_names_that_begin_with_a_dot_are_left_out(tmp_path, capsys):
+    """As a Mac writes `._name` beside each file, and keeps deleted files in `.Trashes`."""
+    root = tmp_path / ".hidden" / "audio"  # what is above the root doesn't count
+    write_audio(root, {"s/a.wav": noise(200), "s/.wav/b.wav": noise(200), ".t/1/c.wav": noise(200)})
+    for path in ("s/._a.wav", "s/.DS_Store", "._s", ".t/._c.wav"):
+        (root / path).write_bytes(b"\0\5\26\7")
+    assert [u.path for u in scan_corpus(root, ".wav").utterances] == ["s/a.wav"]
+    assert f"{root}: left out 4 files whose path has a name with a dot first" in capsys.readouterr().out
+    cached = root / listing.LISTING  # as an earlier version wrote it
+    cached.write_text(cached.read_text().replace("s/a.wav", "s/._a.wav"))
+    assert [u.path for u in scan_corpus(root, ".wav").utterances] == ["s/a.wav"]
+    (root / "s" / "a.wav").unlink()
+    with pytest.raises(UserError, match="no file ends with"):
+        scan_corpus(root, ".wav", ignore_cache=True)
+    assert listing.find_files(root / ".t", ".wav") == ["1/c.wav"]
+    assert "left out 1 file " in capsys.readouterr().out
+
+
 def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, capsys):
     libri = {f"train/{speaker}/1/{speaker}-1-0.flac": noise(200) for speaker in (19, 26)}
     write_audio(tmp_path, libri)
