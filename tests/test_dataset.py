@@ -43,6 +43,7 @@ from utils.data.corpus import (
     warn_of_subsets,
 )
 from utils.data.labels import read_phone_labels
+from utils.data.names import files_by_name
 from utils.data.packs import allocate_audio
 from utils.data.windows import Layout, plan_pack, plan_rows, split_into_packs
 from utils.data.workers import Workers
@@ -273,7 +274,7 @@ def test_names_that_begin_with_a_dot_are_left_out(tmp_path, capsys):
     for path in ("s/._a.wav", "s/.DS_Store", "._s", ".t/._c.wav"):
         (root / path).write_bytes(b"\0\5\26\7")
     assert [u.path for u in scan_corpus(root, ".wav").utterances] == ["s/a.wav"]
-    assert f"{root}: left out 4 files whose path has a name with a dot first" in capsys.readouterr().out
+    assert f"{root}: left out 4 files, hidden by a dot" in capsys.readouterr().out
     cached = root / listing.LISTING  # as an earlier version wrote it
     cached.write_text(cached.read_text().replace("s/a.wav", "s/._a.wav"))
     assert [u.path for u in scan_corpus(root, ".wav").utterances] == ["s/a.wav"]
@@ -281,7 +282,7 @@ def test_names_that_begin_with_a_dot_are_left_out(tmp_path, capsys):
     with pytest.raises(UserError, match="no file ends with"):
         scan_corpus(root, ".wav", ignore_cache=True)
     assert listing.find_files(root / ".t", ".wav") == ["1/c.wav"]
-    assert "left out 1 file " in capsys.readouterr().out
+    assert "left out 1 file, " in capsys.readouterr().out
 
 
 def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, capsys):
@@ -593,6 +594,23 @@ def test_missing_names_are_counted_and_the_first_few_named(small_corpus, capsys)
     said = capsys.readouterr().out
     assert "9 of 11 names" in said
     assert "gone-0, gone-1, gone-2, gone-3, gone-4 and 4 more" in said
+
+
+def test_names_are_compared_in_composed_form(tmp_path):
+    """The names of files decomposed, as a Mac writes them, those in lists and labels not."""
+    composed, decomposed = "Zo\u00e9", "Zoe\u0301"
+    write_audio(tmp_path / "nfd", {f"s/{decomposed}.wav": noise(3200)})
+    write_audio(tmp_path / "nfc", {f"s/{composed}.wav": noise(3200)})
+    for place in ("nfd", "nfc"):
+        corpus = scan_corpus(tmp_path / place, ".wav")
+        for name in (composed, decomposed):
+            (tmp_path / "list").write_text(name)
+            (tmp_path / "labels").write_text(f"{name} 1 2 3")
+            chosen = listed_utterances(corpus, tmp_path / "list")
+            labels = read_phone_labels(tmp_path / "labels")
+            labelled = AudioDataset(corpus, chosen, 160, phone_labels=labels)
+            assert labelled.samples.tolist() == [480]
+            assert files_by_name(tmp_path / place, ".wav").keys() == {composed}
 
 
 def test_phone_labels_in_any_layout(tmp_path):

@@ -43,7 +43,7 @@ from utils.data.labels import (
 )
 from utils.data.names import files_by_name
 from utils.files import refuse_to_replace, writing_to
-from utils.misc import UserError, first_few
+from utils.misc import UserError, first_few, nfc
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
 from utils.run.shared_flags import add_extension
@@ -72,6 +72,8 @@ class Utterance(NamedTuple):
 @command
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    args.silence = [nfc(symbol) for symbol in args.silence]
+    args.silence_symbol = nfc(args.silence_symbol)
     symbols = given_symbols(args)
     in_folder = os.path.isdir(args.alignments)
     utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments)
@@ -212,7 +214,9 @@ def read_textgrid(name, path, tier_name):
     tier = grid.getTier(tiers[0])
     if not isinstance(tier, textgrid.IntervalTier):
         raise UserError(f"{path}: the tier {tiers[0]} has points, not intervals (--tier)")
-    intervals = [Interval(start, end, "_".join(text.split())) for start, end, text in tier.entries]
+    intervals = [
+        Interval(start, end, nfc("_".join(text.split()))) for start, end, text in tier.entries
+    ]
     if not intervals or intervals[-1].end < tier.maxTimestamp - ROUNDING:
         raise UserError(
             f"{faulty_line(path)}: cut off, the intervals of {tiers[0]} end before "

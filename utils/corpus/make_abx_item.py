@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
 from utils.files import write_lines, writing_to
-from utils.misc import UserError, first_few
+from utils.misc import UserError, first_few, nfc
 from utils.run.command import CommandLine, command
 
 HEADER = "#file onset offset #phone prev-phone next-phone speaker"
@@ -28,7 +28,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     labels = read_phone_labels(args.labels).labels
     symbol_of = {number: symbol for symbol, number in read_symbols(args.phones).items()}
-    silence = {number for number, symbol in symbol_of.items() if symbol in args.silence.split(",")}
+    silence = {
+        number for number, symbol in symbol_of.items() if symbol in nfc(args.silence).split(",")
+    }
     lines, used = [], set()
     for name, ids in labels.items():
         unknown = set(ids.tolist()) - symbol_of.keys()

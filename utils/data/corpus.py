@@ -8,7 +8,7 @@ import torch
 
 from utils.data.listing import list_audio_files
 from utils.files import lines_of
-from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from
+from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from, nfc
 
 LIBRISPEECH_FOLDERS = 2  # folders above a file: speaker and chapter
 LONGEST_NAME = 255  # of a file name, on any common system
@@ -29,8 +29,8 @@ class Utterance(NamedTuple):
 
     @property
     def name(self):
-        """The file name without folder and extension, as in lists and label files."""
-        file = self.path.rpartition("/")[2]
+        """The file name in NFC, without folder and extension, as in lists and label files."""
+        file = nfc(self.path.rpartition("/")[2])
         return file.rpartition(".")[0] or file
 
 

@@ -114,7 +114,7 @@ def find_files(root, extension):
     if unreadable:
         print(f"{root}: {len(unreadable)} folders can't be read: {first_few(unreadable)}")
     if n_hidden:
-        print(f"{root}: left out {counted(n_hidden, 'file')} whose path has a name with a dot first")
+        print(f"{root}: left out {counted(n_hidden, 'file')}, hidden by a dot before a name")
     if not found:
         raise UserError(f"{root}: no file ends with {extension!r}; {_describe(others)}")
     return sorted(found)

@@ -3,12 +3,12 @@
 import os
 
 from utils.data.listing import find_files
-from utils.misc import UserError
+from utils.misc import UserError, nfc
 
 
 def name_of(path, extension):
-    """The name of a file, without its folder and `extension`."""
-    return os.path.basename(path)[: -len(extension) or None]
+    """The name of a file in NFC, without its folder and `extension`."""
+    return nfc(os.path.basename(path)[: -len(extension) or None])
 
 
 def files_by_name(root, extension, wanted=None):

@@ -85,7 +85,7 @@ def pictures_of_run(run, flags):
 
 def pictures_in(directories):
     for directory in directories:
-        yield from sorted(directory.glob("[!.]*.png")  # not the `._name.png` of a Mac)
+        yield from sorted(directory.glob("[!.]*.png"))  # not the `._name.png` of a Mac
 
 
 def as_seen_from_here(path):
