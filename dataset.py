@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.data.corpus import sort_utterances
+from utils.data.corpus import labels_by_path, sort_utterances
 from utils.data.packs import PackDecoding
 from utils.data.windows import Layout, cumulative, plan_pack, split_into_packs
 from utils.misc import (
@@ -73,6 +73,8 @@ class AudioDataset:
         self._n_allowed = allowed_bad_files(self._n_files, max_bad_files)
         self._only_pack = None
         usable = self._usable(sort_utterances(utterances))
+        if phone_labels:
+            self._labels = labels_by_path(phone_labels, usable, corpus)
         self.utterances = tuple(self._labelled(usable, labelled_only) if phone_labels else usable)
         self.n_unlabelled = len(usable) - len(self.utterances)
         self.samples = self._lengths_in_use(whole_frames)
@@ -109,7 +111,7 @@ class AudioDataset:
         print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
 
     def _labelled(self, utterances, labelled_only):
-        labelled = [u for u in utterances if u.name in self.phone_labels.labels]
+        labelled = [u for u in utterances if u.path in self._labels]
         if not labelled:
             raise UserError(
                 f"{self.phone_labels.path}: has labels for none of the {len(utterances)} "
@@ -125,8 +127,8 @@ class AudioDataset:
         n_frames = samples // SAMPLES_PER_FRAME
         if not self.phone_labels:
             return n_frames * SAMPLES_PER_FRAME if whole_frames else samples
-        labels = self.phone_labels.labels
-        n_labels = np.array([len(labels[u.name]) for u in self.utterances], dtype=np.int64)
+        labels = self._labels
+        n_labels = np.array([len(labels[u.path]) for u in self.utterances], dtype=np.int64)
         too_few, too_many = n_frames - n_labels, n_labels - np.ceil(samples / SAMPLES_PER_FRAME)
         difference = np.maximum(too_few, too_many).astype(np.int64)
         if (difference > USUAL_DIFFERENCE).any():
@@ -136,7 +138,7 @@ class AudioDataset:
                 f"warning: {self.title}: {(difference > 0).sum()} of {len(samples)} files are "
                 f"shorter or longer than their labels, by {by} at most: "
                 f"{first_few([worst.path])} ({worst.samples} samples, "
-                f"{len(labels[worst.name])} labels); both are cut to the shorter"
+                f"{len(labels[worst.path])} labels); both are cut to the shorter"
             )
         return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
 
@@ -185,8 +187,8 @@ class AudioDataset:
         """(frames,) int16 labels of the utterances with these indices; None without labels."""
         if not self.phone_labels:
             return None
-        labels, n_frames = self.phone_labels.labels, self.samples // SAMPLES_PER_FRAME
-        parts = [labels[self.utterances[i].name][: n_frames[i]] for i in files]
+        labels, n_frames = self._labels, self.samples // SAMPLES_PER_FRAME
+        parts = [labels[self.utterances[i].path][: n_frames[i]] for i in files]
         return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int16), *parts]))
 
     def only_pack(self, world=ALONE):

@@ -38,7 +38,7 @@ from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
 from model import CPCAR
-from utils.data.names import files_by_name
+from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
@@ -228,7 +228,7 @@ def find_paths(args, items):
     """Name -> path of the files of `items`; prints the names that have no file."""
     root = args.path_audio_data if args.load == "from_checkpoint" else args.path_features
     wanted = dict.fromkeys(items.files)
-    paths = files_by_name(root, args.file_extension, wanted)
+    paths = files_by_key(root, args.file_extension, wanted, args.path_item_file)
     missing = [name for name in wanted if name not in paths]
     if missing:
         print(

@@ -29,7 +29,7 @@ from torch import nn
 from criterion.seq_alignment import best_label_sequences, phone_error_rate
 from eval.utterances import UtteranceSet, features_of
 from feature_loader import load_model, shortest_input
-from utils.data.corpus import listed_utterances, scan_corpus
+from utils.data.corpus import labels_by_path, listed_utterances, scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import load_json, load_tensors, save_json, save_tensors, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from, percent
@@ -228,7 +228,8 @@ def choose_utterances(args, corpus, labels):
         if args.pathTrain:
             return training, validation
     else:
-        labelled = [u for u in training if u.name in labels.labels]
+        phones = labels_by_path(labels, training, corpus)
+        labelled = [u for u in training if u.path in phones]
         if len(labelled) == 1:
             raise UserError("--pathVal is needed: one utterance can't be split into two sets")
         generator = generator_from(args.random_seed, "validation set")

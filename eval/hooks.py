@@ -7,7 +7,12 @@ import torch
 from dataset import AudioDataset, BatchLoader, set_options
 from eval.probe import ProbeOptions, run_probe
 from utils.capture import CaptureWriter, refuse_to_lose
-from utils.data.corpus import keep_percentage, keep_total, listed_utterances
+from utils.data.corpus import (
+    keep_percentage,
+    keep_total,
+    labels_by_path,
+    listed_utterances,
+)
 from utils.misc import counted, generator_from
 from utils.run.console import progress
 from utils.run.flags import captured_names
@@ -186,7 +191,7 @@ def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None)
     if names and checkpoint:
         refuse_to_lose(Path(args.pathCaptureSave, str(checkpoint.epoch)), names)
     is_optional = "phone_align" in names and "phone_align" not in stats.needs
-    if is_optional and not any(utterance.name in labels.labels for utterance in utterances):
+    if is_optional and not labels_by_path(labels, utterances, corpus):
         print(
             f"warning: {args.path_phone_data} has labels for none of the {len(utterances)} "
             "sequences to capture: everything but phone_align is captured"

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dataset import AudioDataset
 from eval.probe_features import storage_for
 from feature_loader import load_waveform, longest_input
+from utils.data.corpus import labels_by_path
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.console import progress
 
@@ -77,7 +78,8 @@ class UtteranceSet:
     def __init__(self, corpus, candidates, labels, shortest, *, n_threads, max_bad_files, title):
         self.root, self.title = corpus.root, title
         self.shortest, self.n_threads = shortest, n_threads
-        labelled = [c for c in candidates if c.name in labels.labels]
+        phones = labels_by_path(labels, candidates, corpus)
+        labelled = [c for c in candidates if c.path in phones]
         if not labelled:
             names = first_few(c.name for c in candidates)
             raise UserError(f"{labels.path}: has phones for none of the {title}, e.g. {names}")
@@ -87,7 +89,7 @@ class UtteranceSet:
         )
         usable = self.files.utterances
         self.utterances = [
-            LabelledUtterance(u.path, u.samples, torch.from_numpy(labels.labels[u.name]).long())
+            LabelledUtterance(u.path, u.samples, torch.from_numpy(phones[u.path]).long())
             for u in usable
             if u.samples >= shortest
         ]

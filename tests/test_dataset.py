@@ -43,7 +43,8 @@ from utils.data.corpus import (
     warn_of_single_speaker,
     warn_of_subsets,
 )
-from utils.data.labels import read_phone_labels
+from utils.data.labels import PhoneLabels, read_phone_labels
+from utils.data.names import files_by_name
 from utils.data.packs import allocate_audio
 from utils.data.windows import Layout, plan_pack, plan_rows, split_into_packs
 from utils.data.workers import Workers
@@ -265,6 +266,24 @@ def test_speakers_and_utterances_are_sorted(tmp_path):
     assert listing.find_files(tmp_path, ".wav") == sorted(paths)
     assert scan_corpus(tmp_path, ".wav", speaker_level=0).speakers == ("",)
     assert scan_corpus(tmp_path, ".wav", speaker_level=2).speakers == ("", "a", "a/1", "a/2", "b/1")
+
+
+def test_names_that_begin_with_a_dot_are_left_out(tmp_path, capsys):
+    """As a Mac writes `._name` beside each file, and keeps deleted files in `.Trashes`."""
+    root = tmp_path / ".hidden" / "audio"  # what is above the root doesn't count
+    write_audio(root, {"s/a.wav": noise(200), "s/.wav/b.wav": noise(200), ".t/1/c.wav": noise(200)})
+    for path in ("s/._a.wav", "s/.DS_Store", "._s", ".t/._c.wav"):
+        (root / path).write_bytes(b"\0\5\26\7")
+    assert [u.path for u in scan_corpus(root, ".wav").utterances] == ["s/a.wav"]
+    assert f"{root}: left out 4 files, hidden by a dot" in capsys.readouterr().out
+    cached = root / listing.LISTING  # as an earlier version wrote it
+    cached.write_text(cached.read_text().replace("s/a.wav", "s/._a.wav"))
+    assert [u.path for u in scan_corpus(root, ".wav").utterances] == ["s/a.wav"]
+    (root / "s" / "a.wav").unlink()
+    with pytest.raises(UserError, match="no file ends with"):
+        scan_corpus(root, ".wav", ignore_cache=True)
+    assert listing.find_files(root / ".t", ".wav") == ["1/c.wav"]
+    assert "left out 1 file, " in capsys.readouterr().out
 
 
 def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, capsys):
@@ -489,10 +508,11 @@ def test_strange_file_names(tmp_path, capsys):
     write_audio(tmp_path, {"t/café.wav": noise(1600)})
     corpus = scan_corpus(tmp_path, ".wav")
     assert scan_corpus(tmp_path, ".wav") == corpus
-    text = "\ufeff" + "\r\n".join([*names, "", "café", "gone\udce9 "]) + "\r\n"
+    listed_names = [name.replace("café", "s/café") for name in names]  # there are two
+    text = "\ufeff" + "\r\n".join([*listed_names, "", "t/café", "gone\udce9 "]) + "\r\n"
     (tmp_path / "list.txt").write_text(text, errors="surrogateescape")
     listed = read_utterance_list(tmp_path / "list.txt")
-    assert listed == [*names, "café", "gone\udce9"]
+    assert listed == [*listed_names, "t/café", "gone\udce9"]
     chosen = select_utterances(corpus.utterances, listed, "list.txt")
     assert Counter(u.name for u in chosen) == {**dict.fromkeys(names, 1), "café": 2}
     assert "list.txt: 1 of 6 names have no file" in capsys.readouterr().out
@@ -611,6 +631,44 @@ def test_missing_names_are_counted_and_the_first_few_named(small_corpus, capsys)
     said = capsys.readouterr().out
     assert "9 of 11 names" in said
     assert "gone-0, gone-1, gone-2, gone-3, gone-4 and 4 more" in said
+
+
+def test_a_name_of_two_files_needs_its_folders(tmp_path):
+    write_audio(tmp_path, {f"{s}/day/{n}.wav": noise(320) for s in ("s1", "s2") for n in "ab"})
+    corpus = scan_corpus(tmp_path, ".wav")
+    both = corpus.utterances[0], corpus.utterances[2]
+    assert select_utterances(corpus.utterances, ["s2/a", "s1/day/a", "s1/a"], "list") == list(both)
+    ways = "may be s1/day/a.wav, s2/day/a.wav: write .*, as in s1/day/a, s2/day/a, in lists"
+    with pytest.raises(UserError, match=f"list: a {ways}"):
+        select_utterances(corpus.utterances, ["a"], "list")
+    labels = PhoneLabels({"s1/a": np.array([1, 2]), "s2/a": np.array([3, 4])}, 5, "labels")
+    labelled = AudioDataset(corpus, both, 160, phone_labels=labels)
+    assert labelled.labels_of([0, 1]).tolist() == [1, 2, 3, 4]
+    labels = PhoneLabels({"s1/a": np.array([1, 2]), "a": np.array([3, 4])}, 5, "labels")
+    for chosen in (both, both[1:]):  # the other one may be in another set
+        with pytest.raises(UserError, match=f"labels: a {ways}"):
+            AudioDataset(corpus, chosen, 160, phone_labels=labels)
+    assert AudioDataset(corpus, both[:1], 160, phone_labels=labels).labels_of([0]).tolist() == [
+        1,
+        2,
+    ]
+
+
+def test_names_are_compared_in_composed_form(tmp_path):
+    """The names of files decomposed, as a Mac writes them, those in lists and labels not."""
+    composed, decomposed = "Zo\u00e9", "Zoe\u0301"
+    write_audio(tmp_path / "nfd", {f"s/{decomposed}.wav": noise(3200)})
+    write_audio(tmp_path / "nfc", {f"s/{composed}.wav": noise(3200)})
+    for place in ("nfd", "nfc"):
+        corpus = scan_corpus(tmp_path / place, ".wav")
+        for name in (composed, decomposed):
+            (tmp_path / "list").write_text(name)
+            (tmp_path / "labels").write_text(f"{name} 1 2 3")
+            chosen = listed_utterances(corpus, tmp_path / "list")
+            labels = read_phone_labels(tmp_path / "labels")
+            labelled = AudioDataset(corpus, chosen, 160, phone_labels=labels)
+            assert labelled.samples.tolist() == [480]
+            assert files_by_name(tmp_path / place, ".wav").keys() == {composed}
 
 
 def test_phone_labels_in_any_layout(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.serialization import safe_globals
 
-from utils.misc import UserError
+from utils.misc import UserError, nfc
 
 TEMPORARY_PREFIX = ".writing-"  # marks temporary files, so that those of killed runs can be found
 
@@ -112,10 +112,13 @@ def load_array(path):
 
 
 def lines_of(path):
-    """Yield the lines of a text file, with any line ending and without a byte order mark."""
+    """Yield the lines of a text file, with any line ending and without a byte order mark.
+
+    In Unicode's form NFC: names in them are compared with those of files (utils/misc.py).
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            yield from file
+            yield from map(nfc, file)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
 

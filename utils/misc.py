@@ -1,6 +1,7 @@
 """Small things that every floor of the program uses: units, errors, positions, seeds."""
 
 import hashlib
+import unicodedata
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,14 @@ def first_few(items, limit=5):
     cut = (f"{item[:LONGEST_SHOWN]}..." if item[LONGEST_SHOWN:] else item for item in items[:limit])
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
     return "".join(c if c.isprintable() else "?" for c in ", ".join(cut) + rest)
+
+
+def nfc(text):
+    """The text in Unicode's composed form: a Mac writes é in file names as e and an accent.
+
+    Names are compared in this form only, else two that look the same could differ.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def counted(n, noun):

@@ -26,7 +26,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from utils.data.audio import MOST_BEYOND, TOO_LOUD, open_audio, read_header, reason
 from utils.data.labels import read_text
 from utils.data.listing import find_files
-from utils.data.names import name_of
+from utils.data.names import keys_of, name_of
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few
@@ -117,9 +117,9 @@ def chosen_files(args):
         return paths
     lines = read_text(args.path_phone_files).splitlines()
     wanted = {line.split()[0] for line in lines if line.strip()}
-    names = [name_of(path, args.file_extension) for path in paths]
-    chosen = [path for path, name in zip(paths, names, strict=True) if name in wanted]
-    missing = sorted(wanted - set(names))
+    keys = {path: keys_of(path, name_of(path, args.file_extension)) for path in paths}
+    chosen = [path for path in paths if not wanted.isdisjoint(keys[path])]
+    missing = sorted(wanted.difference(*keys.values()))
     if missing:
         print(
             f"{args.path_phone_files}: {len(missing)} of {len(wanted)} names have no file in "

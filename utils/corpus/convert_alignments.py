@@ -9,9 +9,10 @@ are included), or a CTM file with one `name channel start duration phone` per li
     phones.txt                      one `id symbol` per line, silence first, the others sorted
 
 Label i is the phone at sample 160 i + 80 of the audio at 16 kHz. The name of an utterance is that
-of its TextGrid without extension. To label more audio with the ids of an earlier call or of a
-trained model, give its phones.txt with --phones. Existing files that differ are replaced only with
---force, since a model may have been trained with their ids.
+of its TextGrid without extension, after its folders where several have the same name. To label more
+audio with the ids of an earlier call or of a trained model, give its phones.txt with --phones.
+Existing files that differ are replaced only with --force, since a model may have been trained with
+their ids.
 """
 
 import math
@@ -41,9 +42,9 @@ from utils.data.labels import (
     write_labels,
     write_symbols,
 )
-from utils.data.names import files_by_name
+from utils.data.names import files_by_shortest_key
 from utils.files import check_content, refuse_to_replace, writing_to
-from utils.misc import UserError, first_few
+from utils.misc import UserError, first_few, nfc
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
 from utils.run.machine import n_processors
@@ -73,6 +74,8 @@ class Utterance(NamedTuple):
 @command
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    args.silence = [nfc(symbol) for symbol in args.silence]
+    args.silence_symbol = nfc(args.silence_symbol)
     symbols = given_symbols(args)
     in_folder = os.path.isdir(args.alignments)
     utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments)
@@ -185,7 +188,7 @@ def ids_of(name, phones, symbols, args):
 
 def read_textgrids(args):
     """The `Utterance`s of all TextGrids below a folder, by path."""
-    found = files_by_name(args.alignments, args.file_extension)
+    found = files_by_shortest_key(args.alignments, args.file_extension)
     names, paths = list(found), [os.path.join(args.alignments, path) for path in found.values()]
     read = partial(read_textgrid, tier_name=args.tier)
     if len(paths) < MIN_FILES_FOR_PROCESSES or args.n_process < 2:
@@ -214,7 +217,8 @@ def read_textgrid(name, path, tier_name):
     tier = grid.getTier(tiers[0])
     if not isinstance(tier, textgrid.IntervalTier):
         raise UserError(f"{path}: the tier {tiers[0]} has points, not intervals (--tier)")
-    intervals = [Interval(start, end, "_".join(text.split())) for start, end, text in tier.entries]
+    entries = ((start, end, nfc(text)) for start, end, text in tier.entries)
+    intervals = [Interval(start, end, "_".join(text.split())) for start, end, text in entries]
     if not intervals or intervals[-1].end < tier.maxTimestamp - ROUNDING:
         raise UserError(
             f"{faulty_line(path)}: cut off, the intervals of {tiers[0]} end before "

@@ -6,8 +6,8 @@ LABELS.txt has one utterance per line, `name id id ...`, with a label for every 
 has one `id symbol` per line. utils/corpus/convert_alignments.py and make_demo.py write both. An
 item is a phone together with the phones before and after it, as in the ZeroSpeech challenges; these
 two are its context. Phones next to silence or to an end of the utterance are skipped. The speaker
-is the part of the name before the first `-`. Two equal phones in a row can't be distinguished in
-labels and count as one.
+is the folder before the name if it has one, else its part before the first `-`. Two equal phones in
+a row can't be distinguished in labels and count as one.
 """
 
 import os
@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
 from utils.files import write_lines, writing_to
-from utils.misc import UserError, first_few
+from utils.misc import UserError, first_few, nfc
 from utils.run.command import CommandLine, command
 
 HEADER = "#file onset offset #phone prev-phone next-phone speaker"
@@ -28,7 +28,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     labels = read_phone_labels(args.labels).labels
     symbol_of = {number: symbol for symbol, number in read_symbols(args.phones).items()}
-    silence = {number for number, symbol in symbol_of.items() if symbol in args.silence.split(",")}
+    silent = nfc(args.silence).split(",")
+    silence = {number for number, symbol in symbol_of.items() if symbol in silent}
     lines, used = [], set()
     for name, ids in labels.items():
         unknown = set(ids.tolist()) - symbol_of.keys()
@@ -81,7 +82,7 @@ def item_lines(name, ids, symbol_of, silence, args):
             first, end = phone[:2] if args.extent == "phone" else (before[0], after[1])
             previous_phone, symbol, next_phone = (symbol_of[label] for label in labels)
             times = f"{first / FRAMES_PER_SECOND:.2f} {end / FRAMES_PER_SECOND:.2f}"
-            speaker = name.split(args.separator)[0]
+            speaker = os.path.dirname(name) or name.split(args.separator)[0]
             yield f"{name} {times} {symbol} {previous_phone} {next_phone} {speaker}"
 
 

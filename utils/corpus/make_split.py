@@ -4,11 +4,11 @@
     python utils/corpus/make_split.py AUDIO OUT --by speaker
 
 Writes OUT/train.txt and OUT/val.txt, for --pathTrain and --pathVal, with one file name per line,
-without folder and extension. By utterance, speakers with at least two utterances are in both lists,
-as speaker probes need; by speaker, no speaker is in both, to test a model on unseen voices. The
-same seed gives the same lists; by utterance, adding speakers doesn't change the split of the
-others. Existing lists that differ are replaced only with --force, since an experiment may depend on
-them.
+without extension, and without folder where no other file has its name. By utterance, speakers with
+at least two utterances are in both lists, as speaker probes need; by speaker, no speaker is in
+both, to test a model on unseen voices. The same seed gives the same lists; by utterance, adding
+speakers doesn't change the split of the others. Existing lists that differ are replaced only with
+--force, since an experiment may depend on them.
 """
 
 import os
@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from utils.data.corpus import read_utterance_list
-from utils.data.names import files_by_name
+from utils.data.names import files_by_key, files_by_shortest_key
 from utils.files import refuse_to_replace, write_lines, writing_to
 from utils.misc import UserError, first_few, seed_from
 from utils.run.command import CommandLine, command
@@ -89,7 +89,11 @@ def parse_arguments(argv):
 def names_by_speaker(args):
     """Speaker -> names, both sorted; prints which names of --list are missing."""
     listed = set(read_utterance_list(args.list)) if args.list else None
-    speakers, paths = {}, files_by_name(args.pathDB, args.file_extension, listed)
+    speakers = {}
+    if listed is None:
+        paths = files_by_shortest_key(args.pathDB, args.file_extension)
+    else:
+        paths = files_by_key(args.pathDB, args.file_extension, listed, args.list)
     for name, path in paths.items():
         folders = path.split("/")[:-1]
         speakers.setdefault("/".join(folders[: args.speaker_level]), []).append(name)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from utils.data.listing import list_audio_files
+from utils.data.names import keys_of, refuse_ambiguous
 from utils.files import lines_of
-from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from
+from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from, nfc
 
 LIBRISPEECH_FOLDERS = 2  # folders above a file: speaker and chapter
 LONGEST_NAME = 255  # of a file name, on any common system
@@ -31,8 +32,8 @@ class Utterance(NamedTuple):
 
     @property
     def name(self):
-        """The file name without folder and extension, as in lists and label files."""
-        file = self.path.rpartition("/")[2]
+        """The file name in NFC, without folder and extension, as in lists and label files."""
+        file = nfc(self.path.rpartition("/")[2])
         return file.rpartition(".")[0] or file
 
 
@@ -121,7 +122,7 @@ def read_utterance_list(path):
     names = [name for line in lines_of(path) if (name := line.rstrip())]
     if not names:
         raise UserError(f"{path}: an empty list of utterances")
-    if any(len(name) > LONGEST_NAME or CONTROL.search(name) for name in names):
+    if any(max(map(len, name.split("/"))) > LONGEST_NAME or CONTROL.search(name) for name in names):
         raise UserError(
             f"{path}: doesn't look like a list of names, one per line: some are longer than "
             f"{LONGEST_NAME} characters or contain control characters"
@@ -129,25 +130,53 @@ def read_utterance_list(path):
     return names
 
 
-def select_utterances(utterances, names, list_path):
-    """The utterances whose name is in `names`, sorted by name; `list_path` is for messages.
+def utterances_by_key(utterances, keys):
+    """Each of these keys (`keys_of` in utils/data/names.py) -> the utterances it may stand for."""
+    found = {}
+    for utterance in utterances:
+        for key in keys_of(utterance.path, utterance.name):
+            if key in keys:
+                found.setdefault(key, []).append(utterance)
+    return found
 
-    Files with the same name in different folders are all selected. Reports names without a file;
-    raises UserError if all are.
+
+def select_utterances(utterances, names, list_path):
+    """The utterances called by `names`, sorted by name; `list_path` is for messages.
+
+    A name that several files have needs their folders before it, as in speaker/name. Reports names
+    without a file; raises UserError if all are, or if one stands for several files.
     """
     wanted = set(names)
-    chosen = sorted((u for u in utterances if u.name in wanted), key=lambda u: u.name)
-    missing = sorted(wanted - {u.name for u in chosen})
+    found = utterances_by_key(utterances, wanted)
+    for name, candidates in found.items():
+        refuse_ambiguous(list_path, name, [u.path for u in candidates])
+    chosen = sorted({u for (u,) in found.values()}, key=lambda u: (u.name, u.path))
+    missing = sorted(wanted - found.keys())
     if not missing:
         return chosen
     found = (
         f"{list_path}: {len(missing)} of {len(wanted)} names have no file in the database: "
-        f"{first_few(missing)} (names have no folder and no extension; --ignore_cache finds new "
-        "files)"
+        f"{first_few(missing)} (names have no extension, and no folder or the first ones "
+        "below the root; --ignore_cache finds new files)"
     )
     if not chosen:
         raise UserError(found)
     print(found)
+    return chosen
+
+
+def labels_by_path(labels, utterances, corpus):
+    """Path -> labels of those of the `utterances` of `corpus` that `labels` (PhoneLabels) has.
+
+    Raises UserError if a line of labels may be that of several files in the corpus.
+    """
+    found, chosen = utterances_by_key(corpus.utterances, labels.labels), {}
+    for utterance in utterances:
+        keys = keys_of(utterance.path, utterance.name)
+        key = next((key for key in reversed(keys) if key in labels.labels), None)
+        if key is not None:
+            refuse_ambiguous(labels.path, key, [u.path for u in found[key]])
+            chosen[utterance.path] = labels.labels[key]
     return chosen
 
 

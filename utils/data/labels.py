@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.files import lines_of, write_lines
-from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few, nfc
 
 FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
 LABELS, SYMBOLS = "converted_aligned_phones.txt", "phones.txt"
@@ -107,10 +107,10 @@ def symbols_beside(labels, n_phones=0):
 
 
 def read_text(path):
-    """The content of a text file. Raises UserError, naming it, if it can't be read."""
+    """The content of a text file, in NFC. Raises UserError, naming it, if it can't be read."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return file.read()
+            return nfc(file.read())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read as text ({error})") from error
 

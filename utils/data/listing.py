@@ -85,33 +85,44 @@ def _read_headers(root, paths, n_threads):
 def find_files(root, extension):
     """Sorted paths, relative to `root` and with "/", of all files ending with `extension`.
 
-    Follows links to folders, except to those that contain the link. Reports unreadable folders.
-    Raises UserError, with the extensions found, if no file ends with this one.
+    Follows links to folders, except to those that contain the link. Leaves out what begins with a
+    dot, such as the `._name` that a Mac writes beside a file, and says how many files that were.
+    Reports unreadable folders. Raises UserError, with the extensions found, if none is left.
     """
-    found, others, unreadable = [], Counter(), []
+    found, others, unreadable, n_hidden = [], Counter(), [], 0
     pending = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
+        hidden = _is_hidden(folder)
         try:
             status = os.stat(os.path.join(root, folder))
             entries = list(os.scandir(os.path.join(root, folder)))
         except OSError as error:
-            unreadable.append(f"{folder or '.'} ({error.strerror})")
+            unreadable += [] if hidden else [f"{folder or '.'} ({error.strerror})"]
             continue
         this = (status.st_dev, status.st_ino)
         for entry in entries if this not in above else ():
             path = f"{folder}/{entry.name}" if folder else entry.name
             if _is_folder(entry):
                 pending.append((path, above | {this}))
+            elif _is_hidden(path):
+                n_hidden += entry.name.endswith(extension) and entry.name != LISTING
             elif entry.name.endswith(extension):
                 found.append(path)
-            elif entry.name != LISTING:
+            else:
                 others[os.path.splitext(entry.name)[1]] += 1
     if unreadable:
         print(f"{root}: {len(unreadable)} folders can't be read: {first_few(unreadable)}")
+    if n_hidden:
+        print(f"{root}: left out {counted(n_hidden, 'file')}, hidden by a dot before a name")
     if not found:
         raise UserError(f"{root}: no file ends with {extension!r}; {_describe(others)}")
     return sorted(found)
+
+
+def _is_hidden(path):
+    """Whether a name in the path, relative to the root, begins with a dot."""
+    return "/." in f"/{path}"
 
 
 def _is_folder(entry):
@@ -162,7 +173,9 @@ def _checked(columns, extension):
     if {len(column) for column in columns.values()} != {len(set(paths))}:
         raise ValueError("its columns don't fit together")
     text = os.fsencode("/" + "/".join(paths))  # raises ValueError for invalid paths
-    strange = b"\0" in text or b"//" in text or b"/../" in text
+    if b"/." in text:
+        raise ValueError("it has names that begin with a dot")
+    strange = b"\0" in text or b"//" in text
     if strange or not all(path.endswith(extension) for path in paths):
         raise ValueError("it has paths that can't be those of such files in the database")
     if min(columns["samples"]) < 0 or max(columns["samples"]) > LONGEST_FILE:

@@ -1,26 +1,45 @@
 """Files by their names without folder and extension, as lists, labels and items refer to them."""
 
 import os
+from collections import Counter
 
 from utils.data.listing import find_files
-from utils.misc import UserError
+from utils.misc import UserError, first_few, nfc
 
 
 def name_of(path, extension):
-    """The name of a file, without its folder and `extension`."""
-    return os.path.basename(path)[: -len(extension) or None]
+    """The name of a file in NFC, without its folder and `extension`."""
+    return nfc(os.path.basename(path)[: -len(extension) or None])
 
 
-def files_by_name(root, extension, wanted=None):
-    """Name -> path relative to `root` of all files below it, or of those with `wanted` names.
+def keys_of(path, name):
+    """What lists and labels may call a file: its name, also after the first folders of its path.
+
+    s1/day/a.wav is a, s1/a and s1/day/a.
+    """
+    folders = nfc(path).split("/")[:-1]
+    return [name, *("/".join([*folders[:n], name]) for n in range(1, len(folders) + 1))]
+
+
+def refuse_ambiguous(source, key, paths):
+    """Raise UserError if `key`, in the file `source`, stands for several of these paths."""
+    if len(paths) > 1:
+        name = os.path.basename(key)
+        shown = first_few(os.path.join(os.path.dirname(path), name) for path in paths)
+        raise UserError(
+            f"{source}: {first_few([key])} may be {first_few(paths)}: write the folder (the "
+            f"speaker) before the name, as in {shown}, in lists and labels"
+        )
+
+
+def files_by_name(root, extension):
+    """Name -> path relative to `root` of all files below it.
 
     Raises UserError if two files have the same name, or none ends with `extension`.
     """
     paths = {}
     for path in find_files(root, extension):
         name = name_of(path, extension)
-        if wanted is not None and name not in wanted:
-            continue
         if name in paths:
             raise UserError(
                 f"{root}: {paths[name]} and {path} have the same name without folder and "
@@ -28,3 +47,33 @@ def files_by_name(root, extension, wanted=None):
             )
         paths[name] = path
     return paths
+
+
+def files_by_key(root, extension, wanted, source):
+    """Key -> path relative to `root` of the files that `wanted` keys, read from `source`, name.
+
+    Keys are those of `keys_of`. Raises UserError if one stands for two files, or no file ends with
+    `extension`.
+    """
+    paths = {}
+    for path in find_files(root, extension):
+        for key in keys_of(path, name_of(path, extension)):
+            if key in wanted:
+                paths.setdefault(key, []).append(path)
+    for key, candidates in paths.items():
+        refuse_ambiguous(source, key, candidates)
+    return {key: path for key, (path,) in paths.items()}
+
+
+def files_by_shortest_key(root, extension):
+    """Key -> path relative to `root` of all files below it.
+
+    The key is the file's name where no other file has it, else its path without extension.
+    """
+    paths = find_files(root, extension)
+    counts = Counter(name_of(path, extension) for path in paths)
+    keys = (keys_of(path, name_of(path, extension)) for path in paths)
+    return {
+        key[0] if counts[key[0]] == 1 else key[-1]: path
+        for key, path in zip(keys, paths, strict=True)
+    }

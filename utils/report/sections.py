@@ -3,6 +3,7 @@
 import re
 import shlex
 
+from utils.data.corpus import utterances_by_key
 from utils.misc import SAMPLE_RATE
 from utils.report.elements import (
     chart,
@@ -185,7 +186,8 @@ def corpus_row(dataset, labels):
     """An AudioDataset as a row of the table of the corpus."""
     n_files = len(dataset.utterances)
     n_all = n_files + dataset.n_unlabelled
-    n_labelled = sum(u.name in labels.labels for u in dataset.utterances) if labels else 0
+    found = utterances_by_key(dataset.utterances, labels.labels if labels else ())
+    n_labelled = len(set().union(*found.values()))
     covered = f"{n_labelled:,} of {n_all:,} files ({100 * n_labelled / n_all:.1f} %)"
     return [
         dataset.title,

@@ -74,8 +74,8 @@ def pictures_of_run(run, flags):
     """The pictures in a run's directory and in those named by its flags (a dict)."""
     yield from pictures_in([run])
     for flag, pattern in (
-        ("linsep_logs_dir", "*/*/*.png"),
-        ("pathCaptureSave", "*/pictures/*.png"),
+        ("linsep_logs_dir", "*/*/[!.]*.png"),
+        ("pathCaptureSave", "*/pictures/[!.]*.png"),
     ):
         if flags.get(flag):
             yield from sorted(as_seen_from_here(flags[flag]).glob(pattern))
@@ -85,7 +85,7 @@ def pictures_of_run(run, flags):
 
 def pictures_in(directories):
     for directory in directories:
-        yield from sorted(directory.glob("*.png"))
+        yield from sorted(directory.glob("[!.]*.png"))  # not the `._name.png` of a Mac
 
 
 def as_seen_from_here(path):
