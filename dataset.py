@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from utils.data.audio import SILENT
 from utils.data.corpus import sort_utterances
 from utils.data.packs import PackDecoding
 from utils.data.windows import Layout, cumulative, plan_pack, split_into_packs
@@ -69,7 +70,7 @@ class AudioDataset:
         self.root, self.size_window, self.title = corpus.root, size_window, title
         self.max_size_loaded, self.n_threads = max_size_loaded, n_threads
         self.phone_labels = phone_labels
-        self._problems, self._n_files = {}, len(utterances)
+        self._problems, self._n_files, self._silent = {}, len(utterances), set()
         self._n_allowed = allowed_bad_files(self._n_files, max_bad_files)
         self._only_pack = None
         usable = self._usable(sort_utterances(utterances))
@@ -107,6 +108,16 @@ class AudioDataset:
                 f"{'nothing is left' if nothing_left else allows}: {first_few(named)}"
             )
         print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
+
+    def warn_of_silence(self, paths):
+        """Name files that were decoded and hold nothing to learn from, each once."""
+        new = sorted(set(paths) - self._silent)
+        self._silent.update(new)
+        if new:
+            print(
+                f"warning: {self.title}: {len(new)} of {self._n_files} files are {SILENT}: "
+                f"{first_few(new)}"
+            )
 
     def _labelled(self, utterances, labelled_only):
         labelled = [u for u in utterances if u.name in self.phone_labels.labels]

@@ -686,6 +686,22 @@ def test_a_file_that_ends_early(tmp_path, capsys):
     assert "its header says 80000)" in said
 
 
+def test_silent_files_are_named_once_and_used(own_corpus, capsys):
+    left = noise(8_000)
+    quiet = np.zeros(8_000, dtype=np.int16)
+    files = {"b/zero.flac": quiet, "b/cancel.flac": np.stack([left, -left], axis=1)}
+    files |= {"b/offset.flac": quiet + 7, "b/late.flac": np.append(quiet, noise(8_000))}
+    write_audio(own_corpus, files)
+    audio = small_set(scan_corpus(own_corpus), max_size_loaded=20_000)
+    loader = BatchLoader(audio, 4, "uniform", seed=0, training=False)
+    for epoch in range(2):
+        assert sum(len(batch.window) for _, batch in loader.epoch(epoch)) > 30
+    printed = capsys.readouterr().out
+    named = re.findall(r"b/\w+\.flac", printed)
+    assert sorted(named) == ["b/cancel.flac", "b/offset.flac", "b/zero.flac"]
+    assert "of 11 files are digital silence" in printed
+
+
 def test_too_many_bad_files(own_corpus):
     break_files(own_corpus)
     corpus = scan_corpus(own_corpus)

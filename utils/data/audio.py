@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from utils.misc import SAMPLE_RATE
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more is broken
 SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital silence
+SILENT = "digital silence, or channels that cancel: all samples, averaged over channels, are equal"
 FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
 
 
@@ -91,6 +92,13 @@ def decode_into(waveform, path, listed_samples):
     if waveform.dtype == np.float32 and not np.isfinite(waveform).all():
         return "contains NaN or infinite samples"
     return ""
+
+
+def is_silent(waveform):
+    """Whether all samples (n,) are equal; a glance at the beginning is enough for most files."""
+    return len(waveform) > 1 and all(
+        (part == waveform[0]).all() for part in (waveform[:SAMPLES_PER_FRAME], waveform)
+    )
 
 
 def _read_mono(file, waveform):
