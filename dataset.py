@@ -14,6 +14,7 @@ import torch
 
 from utils.data.audio import SILENT
 from utils.data.corpus import sort_utterances
+from utils.data.labels import compare_lengths
 from utils.data.packs import PackDecoding
 from utils.data.windows import Layout, cumulative, plan_pack, split_into_packs
 from utils.misc import (
@@ -27,7 +28,6 @@ from utils.misc import (
 from utils.run.distributed import ALONE
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
-USUAL_DIFFERENCE = 2  # frames by which alignments often differ from their audio
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
@@ -138,17 +138,8 @@ class AudioDataset:
             return n_frames * SAMPLES_PER_FRAME if whole_frames else samples
         labels = self.phone_labels.labels
         n_labels = np.array([len(labels[u.name]) for u in self.utterances], dtype=np.int64)
-        too_few, too_many = n_frames - n_labels, n_labels - np.ceil(samples / SAMPLES_PER_FRAME)
-        difference = np.maximum(too_few, too_many).astype(np.int64)
-        if (difference > USUAL_DIFFERENCE).any():
-            worst = self.utterances[int(np.argmax(difference))]
-            by = counted(int(difference.max()), "frame")
-            print(
-                f"warning: {self.title}: {(difference > 0).sum()} of {len(samples)} files are "
-                f"shorter or longer than their labels, by {by} at most: "
-                f"{first_few([worst.path])} ({worst.samples} samples, "
-                f"{len(labels[worst.name])} labels); both are cut to the shorter"
-            )
+        paths = [u.path for u in self.utterances]
+        compare_lengths(n_labels, samples, paths, self.phone_labels.path, self.title)
         return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
 
     @property
