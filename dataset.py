@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from utils.data.audio import SILENT
 from utils.data.corpus import labels_by_path, sort_utterances
+from utils.data.labels import compare_lengths
 from utils.data.packs import PackDecoding
 from utils.data.windows import Layout, cumulative, plan_pack, split_into_packs
 from utils.misc import (
@@ -26,7 +28,6 @@ from utils.misc import (
 from utils.run.distributed import ALONE
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
-USUAL_DIFFERENCE = 2  # frames by which alignments often differ from their audio
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
@@ -69,7 +70,7 @@ class AudioDataset:
         self.root, self.size_window, self.title = corpus.root, size_window, title
         self.max_size_loaded, self.n_threads = max_size_loaded, n_threads
         self.phone_labels = phone_labels
-        self._problems, self._n_files = {}, len(utterances)
+        self._problems, self._n_files, self._silent = {}, len(utterances), set()
         self._n_allowed = allowed_bad_files(self._n_files, max_bad_files)
         self._only_pack = None
         usable = self._usable(sort_utterances(utterances))
@@ -110,6 +111,16 @@ class AudioDataset:
             )
         print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
 
+    def warn_of_silence(self, paths):
+        """Name files that were decoded and hold nothing to learn from, each once."""
+        new = sorted(set(paths) - self._silent)
+        self._silent.update(new)
+        if new:
+            print(
+                f"warning: {self.title}: {len(new)} of {self._n_files} files are {SILENT}: "
+                f"{first_few(new)}"
+            )
+
     def _labelled(self, utterances, labelled_only):
         labelled = [u for u in utterances if u.path in self._labels]
         if not labelled:
@@ -127,19 +138,9 @@ class AudioDataset:
         n_frames = samples // SAMPLES_PER_FRAME
         if not self.phone_labels:
             return n_frames * SAMPLES_PER_FRAME if whole_frames else samples
-        labels = self._labels
-        n_labels = np.array([len(labels[u.path]) for u in self.utterances], dtype=np.int64)
-        too_few, too_many = n_frames - n_labels, n_labels - np.ceil(samples / SAMPLES_PER_FRAME)
-        difference = np.maximum(too_few, too_many).astype(np.int64)
-        if (difference > USUAL_DIFFERENCE).any():
-            worst = self.utterances[int(np.argmax(difference))]
-            by = counted(int(difference.max()), "frame")
-            print(
-                f"warning: {self.title}: {(difference > 0).sum()} of {len(samples)} files are "
-                f"shorter or longer than their labels, by {by} at most: "
-                f"{first_few([worst.path])} ({worst.samples} samples, "
-                f"{len(labels[worst.path])} labels); both are cut to the shorter"
-            )
+        labels, paths = self._labels, [u.path for u in self.utterances]
+        n_labels = np.array([len(labels[path]) for path in paths], dtype=np.int64)
+        compare_lengths(n_labels, samples, paths, self.phone_labels.path, self.title)
         return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
 
     @property

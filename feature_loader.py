@@ -7,6 +7,7 @@
 files of configuration and weights, in which models are published.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -21,7 +22,7 @@ from torch import nn
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
 from model import ConcatenatedModel, CPCModelNullspace, build_model, preserved_state
 from transformers import CausalAttention
-from utils.data.audio import open_audio, reason, warn_of_loudness
+from utils.data.audio import SILENT, is_silent, open_audio, reason, warn_of_loudness
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import (
     NULLSPACE,
@@ -240,7 +241,14 @@ def load_waveform(path):
     if not torch.isfinite(waveform).all():
         raise UserError(f"{path}: contains NaN or infinite samples")
     warn_of_loudness(path, waveform[0].numpy())
+    if is_silent(waveform[0]):
+        _warn_of_silence(path)
     return waveform
+
+
+@functools.cache  # once for each file
+def _warn_of_silence(path):
+    print(f"warning: {path}: {SILENT}")
 
 
 class _Chunk(NamedTuple):

@@ -1,6 +1,5 @@
 """Contrastive predictive coding, and a criterion that learns nothing."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -30,10 +29,8 @@ class CPCCriterion(ContrastiveCriterion):
         predictions = self.predict(context, speaker)
         scores = self.score_candidates(predictions, encoded, generator)
         # Prediction k is scored against the k-th following frame only.
-        positives, best_negative = scores.positives.diagonal(dim1=1, dim2=2), scores.best_negative
+        positives, hits = (s.diagonal(dim1=1, dim2=2) for s in (scores.positives, scores.hits))
         losses = -F.logsigmoid(positives - scores.negatives).mean(dim=0, keepdim=True)
-        # A negative may be the true frame itself, up to rounding of its score: not a mistake.
-        hits = (positives > best_negative) | torch.isclose(positives, best_negative)
         captured = {"pred": predictions.detach().transpose(2, 3).float()} if capture else {}
         return CriterionOutput(losses, hits.float().mean(dim=0, keepdim=True), captured)
 

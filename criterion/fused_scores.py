@@ -42,20 +42,21 @@ class FusedScores(torch.autograd.Function):
         scores = predictions.new_empty(n_anchors, n_predictions, candidates.size(1))
         log_sum = predictions.new_empty(n_anchors, n_predictions)
         best = torch.empty_like(log_sum)
+        place = torch.empty_like(log_sum, dtype=torch.int64)
         blocks = _blocks(n_predictions, FEATURES_FORWARD, WARPS_FORWARD)
         with torch.cuda.device_of(pool):
             _score_anchor[(n_anchors,)](
-                *(pool, predictions, candidates, scores, log_sum, best),
+                *(pool, predictions, candidates, scores, log_sum, best, place),
                 *(n_predictions, candidates.size(1), n_positives, pool.size(1)),
                 **blocks,
             )
         ctx.save_for_backward(pool, predictions, candidates, scores, log_sum)
-        ctx.mark_non_differentiable(best)
-        return scores[..., :n_positives].clone(), log_sum, best
+        ctx.mark_non_differentiable(best, place)
+        return scores[..., :n_positives].clone(), log_sum, best, place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, positives_gradient, log_sum_gradient, _):
+    def backward(ctx, positives_gradient, log_sum_gradient, *_):
         pool, predictions, candidates, scores, log_sum = ctx.saved_tensors
         n_anchors, n_predictions, dim = predictions.shape
         pool_gradient = torch.zeros_like(pool)
@@ -96,6 +97,7 @@ def _score_anchor(
     scores,  # (X, K, C), written
     log_sum,  # (X, K), written
     best,  # (X, K), written
+    place,  # (X, K) int64, written
     n_predictions: tl.constexpr,
     n_candidates: tl.constexpr,
     n_positives: tl.constexpr,
@@ -104,13 +106,14 @@ def _score_anchor(
     CANDIDATES: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Scores of an anchor's candidates; maximum and log-sum-exp over its negatives."""
+    """Scores of an anchor's candidates; log-sum-exp, maximum and its place over its negatives."""
     anchor = tl.program_id(0).to(tl.int64)
     prediction = tl.arange(0, PREDICTIONS)
     row = anchor * n_predictions + prediction
     in_rows = prediction < n_predictions
     # Finite, since a block that holds positives only would compute -inf - -inf.
     highest = tl.full((PREDICTIONS,), -3e38, tl.float32)
+    highest_at = tl.full((PREDICTIONS,), n_positives, tl.int32)
     total = tl.zeros((PREDICTIONS,), tl.float32)  # of exp(score - highest)
 
     for first in range(0, n_candidates, CANDIDATES):
@@ -126,26 +129,24 @@ def _score_anchor(
                 mask=in_rows[:, None] & in_dim[None, :],
                 other=0.0,
             )
-            vectors = tl.load(
-                pool + frame[None, :] * dim + feature[:, None],
-                mask=in_columns[None, :] & in_dim[:, None],
-                other=0.0,
-            )
+            vectors_at = frame[None, :] * dim + feature[:, None]
+            in_vectors = in_columns[None, :] & in_dim[:, None]
+            vectors = tl.load(pool + vectors_at, mask=in_vectors, other=0.0)
             products = tl.dot(predicted, vectors, products, input_precision="ieee")
         block = products * (1.0 / dim)
-        tl.store(
-            scores + row[:, None] * n_candidates + column[None, :],
-            block,
-            mask=in_rows[:, None] & in_columns[None, :],
-        )
+        scores_at = row[:, None] * n_candidates + column[None, :]
+        tl.store(scores + scores_at, block, mask=in_rows[:, None] & in_columns[None, :])
         is_negative = in_columns & (column >= n_positives)
         block = tl.where(is_negative[None, :], block, -float("inf"))
-        higher = tl.maximum(highest, tl.max(block, axis=1))
+        best_in_block, at = tl.max(block, axis=1, return_indices=True)
+        highest_at = tl.where(best_in_block > highest, first + at, highest_at)
+        higher = tl.maximum(highest, best_in_block)
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(block - higher[:, None]), axis=1)
         highest = higher
 
     tl.store(log_sum + row, highest + tl.log(total), mask=in_rows)
     tl.store(best + row, highest, mask=in_rows)
+    tl.store(place + row, (highest_at - n_positives).to(tl.int64), mask=in_rows)
 
 
 @triton.jit

@@ -61,6 +61,19 @@ class CandidateScores(NamedTuple):
     positives: torch.Tensor  # (X, K, n_positives), each prediction with each positive
     negatives: torch.Tensor  # (X, K), log-sum-exp of the scores of the negatives
     best_negative: torch.Tensor  # (X, K), highest score of a negative; without gradient
+    is_best_negative: torch.Tensor  # (X, K, n_positives) bool: is that negative this positive?
+
+    @property
+    def hits(self):
+        """Whether each positive scores higher than any other frame, (X, K, n_positives) bool.
+
+        A negative may be the positive frame itself: no mistake, and known by its index, since
+        rounding may part their scores. A tie with another frame is a miss, or a network that gives
+        all frames the same score would be right everywhere.
+        """
+        best = self.best_negative.unsqueeze(2)
+        higher = (self.positives > best) & ~torch.isclose(self.positives, best)
+        return higher | self.is_best_negative
 
 
 def score_candidates(pool, predictions, candidates, n_positives, fused=False):
@@ -73,10 +86,11 @@ def score_candidates(pool, predictions, candidates, n_positives, fused=False):
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     form = _fused_form() if fused and pool.is_cuda and dtype == torch.float32 else _ChunkedScores
     with torch.autocast(pool.device.type, enabled=False):
-        scores = form.apply(
+        *scores, place = form.apply(
             pool.to(dtype), predictions.to(dtype), candidates.contiguous(), n_positives
         )
-    return CandidateScores(*scores)
+    frame = candidates[:, n_positives:].gather(1, place)
+    return CandidateScores(*scores, frame.unsqueeze(2) == candidates[:, None, :n_positives])
 
 
 def _fused_form():
@@ -92,7 +106,8 @@ class _ChunkedScores(torch.autograd.Function):
     """Gathers candidates chunk by chunk, forward and backward; only scores are kept in between.
 
     `index_select` and `index_add_` instead of indexing, whose backward pass sums in an order that
-    changes from run to run.
+    changes from run to run. The last output, (X, K) int64, is the place of the best negative among
+    the negatives.
     """
 
     @staticmethod
@@ -110,14 +125,14 @@ class _ChunkedScores(torch.autograd.Function):
             )
         positives, negatives = scores[..., :n_positives], scores[..., n_positives:]
         log_sum = negatives.logsumexp(dim=2)
-        best = negatives.amax(dim=2)
+        best, place = negatives.max(dim=2)
         ctx.save_for_backward(pool, predictions, candidates, scores, log_sum)
-        ctx.mark_non_differentiable(best)
-        return positives.clone(), log_sum, best
+        ctx.mark_non_differentiable(best, place)
+        return positives.clone(), log_sum, best, place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, positives_gradient, log_sum_gradient, _):
+    def backward(ctx, positives_gradient, log_sum_gradient, *_):
         pool, predictions, candidates, scores, log_sum = ctx.saved_tensors
         n_positives, dim = positives_gradient.size(2), pool.size(1)
         gradient = (scores - log_sum.unsqueeze(2)).exp_().mul_(log_sum_gradient.unsqueeze(2) / dim)

@@ -98,12 +98,10 @@ class CPCCTCCriterion(ContrastiveCriterion):
         cost, alignment = soft_align(
             log_scores / self.loss_temperature, *self.skips, blank=self.blank_type
         )
-        best_negative = scores.best_negative.unsqueeze(1)
-        # Unlike in plain CPC, a negative that is the true frame itself counts as a mistake.
-        hits = (positives > best_negative) & ~torch.isclose(positives, best_negative)
+        hits = scores.hits.transpose(1, 2)
         loss = cost.mean() * self.loss_temperature
         losses = loss * self.loss_fractions(log_scores.detach(), alignment)
-        accuracies = aligned_entries(hits.float(), alignment).mean(dim=0, keepdim=True)
+        accuracies = aligned_entries(hits, alignment).float().mean(dim=0, keepdim=True)
         captured = {
             "pred": predictions.transpose(2, 3).float(),
             "cpcctc_align": alignment.unflatten(0, predictions.shape[:2]),

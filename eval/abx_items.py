@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from eval.abx_distances import Frames, ranges
-from utils.data.labels import read_text
-from utils.misc import UserError
+from utils.data.labels import common_factor, differ_widely, read_text
+from utils.misc import UserError, first_few, percent
 from utils.run.console import progress
 
 COLUMNS = "file onset offset phone previous-phone next-phone speaker"
+SUSPICIOUS_FACTOR = 1.5  # by which features go on after the last item in most files
+FILES_TO_COMPARE = 3  # at least, for that
 SLICINGS = {
     "librilight": "frames whose centre is within the item, without the last of them",
     "centres": "frames whose centre is within the item",
@@ -106,13 +108,14 @@ def cut_items(items, features_of, frame_rate, slicing="librilight"):
     numbers_of = {}
     for number, name in enumerate(items.files):
         numbers_of.setdefault(name, []).append(number)
-    pieces, kept, sizes = [], [], []
+    pieces, kept, sizes, lengths = [], [], [], {}
     for name, numbers in progress(numbers_of.items(), what="features", unit=" files"):
         features = features_of(name)
         if features is None:
             continue
         check_features(name, features, pieces)
         numbers = torch.tensor(numbers)
+        lengths[name] = len(features), frame_rate * items.offset[numbers].max().item()
         first, end = frame_span(
             items.onset[numbers], items.offset[numbers], len(features), frame_rate, slicing
         )
@@ -120,6 +123,7 @@ def cut_items(items, features_of, frame_rate, slicing="librilight"):
         kept.append(numbers[long_enough])
         sizes.append((end - first)[long_enough])
         pieces.append(features[ranges(first[long_enough], sizes[-1])[1]])
+    check_ends(lengths, frame_rate)
     if sum(map(len, kept)) == 0:
         raise UserError(
             "no item has a frame of features: check the directory, the file extension and the "
@@ -129,6 +133,33 @@ def cut_items(items, features_of, frame_rate, slicing="librilight"):
     order = kept.argsort()
     starts = sizes.cumsum(0) - sizes
     return items.select(kept[order]), Frames(torch.cat(pieces), starts[order], sizes[order])
+
+
+def check_ends(lengths, frame_rate):
+    """Question features that are shorter or much longer than the items of their files.
+
+    lengths: file -> (frames, end of its last item in frames). Raises UserError if in most files
+    items end widely after the features; warns if in most they end at the same fraction of these.
+    """
+    if not lengths:
+        return
+    n_frames, ends = torch.tensor(list(lengths.values()), dtype=torch.float64).T
+    factor = common_factor(n_frames.numpy(), ends.numpy())
+    suggestion = f"; by that, a frame lasts {1 / frame_rate / factor:.3g} s" if factor else ""
+    beyond = (ends > n_frames) & differ_widely(n_frames, ends)
+    name = list(lengths)[int((ends - n_frames).argmax())]
+    if 2 * beyond.sum() > len(lengths):
+        frames, end = lengths[name]
+        raise UserError(
+            f"in {beyond.sum()} of {len(lengths)} files the items end after the features, such as "
+            f"{first_few([name])} (items to {end / frame_rate:.2f} s, features to "
+            f"{frames / frame_rate:.2f} s with --feature_size {1 / frame_rate:g}){suggestion}"
+        )
+    if factor and factor > SUSPICIOUS_FACTOR and len(lengths) >= FILES_TO_COMPARE:
+        print(
+            f"warning: in most of {len(lengths)} files the items end at {percent(1 / factor)} of "
+            f"the features: is --feature_size {1 / frame_rate:g} right?"
+        )
 
 
 def check_features(name, features, pieces):

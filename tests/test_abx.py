@@ -311,6 +311,29 @@ def test_frame_spans():
     assert frame_span(onset, offset, 60, 100.0, "centres")[1].tolist() == [10, 20, 20, 60]
 
 
+@pytest.mark.parametrize(("size", "said"), [(100, ""), (98, ""), (50, "lasts 0.02 s")])
+def test_features_at_another_rate_than_the_items_are_refused(size, said):
+    """Files of 1, 2 and 3 s with an item at their end, and so many frames per second."""
+    onset = torch.tensor([0.5, 1.5, 2.5, 0.0], dtype=torch.float64)
+    ids = torch.zeros(4, dtype=torch.long)
+    items = Items(("a", "b", "c", "a"), onset, onset + 0.5, ids, ids, ids)
+    features = {name: torch.zeros(size * n, 2) for n, name in enumerate("abc", 1)}
+    if not said:
+        assert len(cut_items(items, features.get, 100.0)[0]) == 4
+        return
+    with pytest.raises(UserError, match=f"in 3 of 3 files .* end after the features.* {said}"):
+        cut_items(items, features.get, 100.0)
+
+
+def test_features_much_longer_than_the_items_are_questioned(capsys):
+    onset = torch.tensor([0.5, 1.5, 2.5], dtype=torch.float64)
+    ids = torch.zeros(3, dtype=torch.long)
+    items = Items(("a", "b", "c"), onset, onset + 0.5, ids, ids, ids)
+    cut_items(items, {name: torch.zeros(200 * n, 2) for n, name in enumerate("abc", 1)}.get, 100.0)
+    said = capsys.readouterr().out
+    assert "the items end at 50.0 % of the features: is --feature_size 0.01 right?" in said
+
+
 def test_items_without_frames_are_left_out():
     time = torch.tensor([0.0, 0.2, 0.0, 5.0], dtype=torch.float64)
     ids = torch.arange(4)

@@ -598,6 +598,38 @@ def test_broken_ctm_is_named(tmp_path, capsys, line, message):
     assert f"a.ctm, {message}" in capsys.readouterr().err
 
 
+def test_two_channels_of_a_ctm_are_not_merged(tmp_path, capsys):
+    ctm, out = tmp_path / "a.ctm", tmp_path / "out"
+    ctm.write_text("c A 0 0.02 X\nc B 0.05 0.02 Y\nd B 0 0.03 Y\n")
+    refused(convert_alignments.main, ctm, out)
+    assert "a.ctm, line 2: c has two channels, A and B: " in capsys.readouterr().err
+    convert_alignments.main([str(ctm), str(out), "--channel", "B"])
+    labels = read_phone_labels(out / "converted_aligned_phones.txt").labels
+    assert {name: row.tolist() for name, row in labels.items()} == {
+        "c": [0] * 5 + [1] * 2,
+        "d": [1] * 3,
+    }
+    refused(convert_alignments.main, ctm, out, "--channel", "C")
+    assert "phone` of channel C" in capsys.readouterr().err
+    refused(convert_alignments.main, tmp_path, out, "--channel", "A")
+    assert "--channel: for CTM files only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_cut", [1, 2])
+def test_textgrids_of_another_origin_are_questioned(n_cut, tmp_path, capsys):
+    moved = GRID.replace("xmin = 0\n", "xmin = 0.05\n")
+    for number in range(3):
+        text = moved if number < n_cut else GRID
+        (tmp_path / f"{number}.TextGrid").write_text(text)
+    call, said = [str(tmp_path), str(tmp_path / "out")], f": {n_cut} of 3 TextGrids don't begin at"
+    if n_cut == 1:
+        convert_alignments.main(call)
+        assert f"warning: {tmp_path}{said}" in capsys.readouterr().out
+    else:
+        refused(convert_alignments.main, *call)
+        assert f"{tmp_path}{said} 0 s, such as 0 (0.05 s)" in capsys.readouterr().err
+
+
 def test_labels_of_frames_are_no_ctm(tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("u1 0 0 0 0\nu2 0 0 0 1 1\n")
     with ends_refused(

@@ -804,6 +804,22 @@ def test_a_file_that_ends_early(tmp_path, capsys):
     assert "its header says 80000)" in said
 
 
+def test_silent_files_are_named_once_and_used(own_corpus, capsys):
+    left = noise(8_000)
+    quiet = np.zeros(8_000, dtype=np.int16)
+    files = {"b/zero.flac": quiet, "b/cancel.flac": np.stack([left, -left], axis=1)}
+    files |= {"b/offset.flac": quiet + 7, "b/late.flac": np.append(quiet, noise(8_000))}
+    write_audio(own_corpus, files)
+    audio = small_set(scan_corpus(own_corpus), max_size_loaded=20_000)
+    loader = BatchLoader(audio, 4, "uniform", seed=0, training=False)
+    for epoch in range(2):
+        assert sum(len(batch.window) for _, batch in loader.epoch(epoch)) > 30
+    printed = capsys.readouterr().out
+    named = re.findall(r"b/\w+\.flac", printed)
+    assert sorted(named) == ["b/cancel.flac", "b/offset.flac", "b/zero.flac"]
+    assert "of 11 files are digital silence" in printed
+
+
 def test_too_many_bad_files(own_corpus):
     break_files(own_corpus)
     corpus = scan_corpus(own_corpus)
@@ -952,6 +968,36 @@ def test_labels_that_differ_by_a_frame_or_two_are_no_news(small_corpus, tmp_path
         assert ("than their labels" in capsys.readouterr().out) == is_news
 
 
+def labels_by_factor(tmp_path, factor, names=None):
+    path = tmp_path / "labels.txt"
+    frames = {path[4:7]: n // 160 for path, n in LENGTHS.items() if not names or path[4:7] in names}
+    lines = (f"{name}{' 1' * round(factor * n)}\n" for name, n in frames.items())
+    path.write_text("".join(lines))
+    return read_phone_labels(path)
+
+
+@pytest.mark.parametrize(("factor", "duration"), [(0.5, "20"), (0.8, "12.5"), (2, "5")])
+def test_labels_at_another_rate_are_refused(small_corpus, tmp_path, factor, duration):
+    labels = labels_by_factor(tmp_path, factor)
+    with pytest.raises(UserError, match=rf"files of the training .* lasts {duration} ms instead"):
+        small_set(small_corpus, phone_labels=labels)
+
+
+def test_labels_of_other_audio_are_refused(small_corpus, tmp_path):
+    labels = labels_by_factor(tmp_path, 1)
+    names, rows = list(labels.labels), list(labels.labels.values())
+    swapped = labels._replace(labels=dict(zip(names, rows[::-1], strict=True)))
+    with pytest.raises(UserError, match="6 of 7 files .* are they those of other audio"):
+        small_set(small_corpus, phone_labels=swapped)
+
+
+def test_few_files_of_another_length_are_only_a_warning(small_corpus, tmp_path, capsys):
+    labels = labels_by_factor(tmp_path, 1)
+    labels.labels["a-1"] = labels.labels["a-1"][:50]
+    small_set(small_corpus, phone_labels=labels)
+    assert "warning: training set: 1 of 7 files are shorter or longer" in capsys.readouterr().out
+
+
 def test_whole_frames(small_corpus):
     audio = small_set(small_corpus, whole_frames=True)
     assert audio.samples.tolist() == [n // 160 * 160 for n in LENGTHS.values()]
@@ -990,7 +1036,7 @@ def test_training_and_validation_set(small_corpus, tmp_path, capsys):
     assert [audio.n_threads for audio in sets] == [3, 3]
     assert [audio.phone_labels for audio in sets] == [None, None]
 
-    (tmp_path / "labels.txt").write_text("b-1 1 2 3\nc-2 1 2 3\n")
+    (tmp_path / "labels.txt").write_text(f"b-1{' 1' * 74}\nc-2{' 2' * 128}\n")
     labels = read_phone_labels(tmp_path / "labels.txt")
     sets = build_sets(small_corpus, split, WINDOW, labels=labels)
     said = capsys.readouterr().out

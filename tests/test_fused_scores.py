@@ -19,6 +19,7 @@ needs_triton = pytest.mark.skipif(
     reason="Triton, which comes with PyTorch for GPUs, is not installed",
 )
 NAMES = ("positives", "log-sum-exp", "best negative", "gradient of pool", "of predictions")
+PLACE = 3  # of the place of the best negative in what a form returns
 
 SIZES = [  # anchors, predictions, positives, negatives, features
     (1, 1, 1, 1, 1),  # the least
@@ -53,7 +54,15 @@ def results(form, pool, predictions, candidates, n_positives):
     ]
     assert not scores[2].requires_grad
     gradients = torch.autograd.grad(scores[:2], leaves, upstream)
-    return [values.detach().cpu().double() for values in (*scores, *gradients)]
+    assert_place(candidates[:, n_positives:], *leaves, *scores[2:])
+    return [values.detach().cpu().double() for values in (*scores[:PLACE], *gradients)]
+
+
+def assert_place(negatives, pool, predictions, best, place):
+    """The negative at `place` has the best score: of several equal ones, any."""
+    vectors = pool[negatives.gather(1, place)].double()
+    scores = (predictions.double() * vectors).mean(dim=2)
+    torch.testing.assert_close(scores, best.double(), rtol=1e-4, atol=1e-4)
 
 
 def relative_errors(actual, expected):

@@ -69,6 +69,7 @@ class Utterance(NamedTuple):
     name: str
     intervals: list[Interval]
     duration: float
+    begin: float = 0.0  # where its time begins in seconds
 
 
 @command
@@ -78,7 +79,10 @@ def main(argv=None):
     args.silence_symbol = nfc(args.silence_symbol)
     symbols = given_symbols(args)
     in_folder = os.path.isdir(args.alignments)
-    utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments)
+    if in_folder and args.channel is not None:
+        raise UserError("--channel: for CTM files only, TextGrids have tiers (--tier)")
+    utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments, args.channel)
+    check_origins(args, utterances)
     phones = {utterance.name: phones_of(utterance, args) for utterance in utterances}
     too_short = [name for name in phones if not phones[name]]
     phones = {name: row for name, row in phones.items() if row}
@@ -116,6 +120,8 @@ def build_parser():
     add("--tier", default="phones", help='tier of the TextGrids; "SPEAKER - TIER" is accepted if '
         "there is only one speaker")
     add_extension(add, ".TextGrid", "TextGrids")
+    add("--channel", metavar="NAME", help="channel of a CTM file to convert; needed where an "
+        "utterance has several (default: its only one)")
     add("--n_process", type=int, default=n_processors(), metavar="N",
         help="processes that read TextGrids (default: one per processor that may be used)")
     add("--force", action="store_true", help="replace existing files")
@@ -224,7 +230,24 @@ def read_textgrid(name, path, tier_name):
             f"{faulty_line(path)}: cut off, the intervals of {tiers[0]} end before "
             f"{tier.maxTimestamp} s"
         )
-    return Utterance(name, intervals, grid.maxTimestamp)
+    return Utterance(name, intervals, grid.maxTimestamp, grid.minTimestamp)
+
+
+def check_origins(args, utterances):
+    """Question TextGrids that don't begin at 0 s, where the audio of their labels begins."""
+    late = [u for u in utterances if abs(u.begin) > ROUNDING]
+    if not late:
+        return
+    said = (
+        f"{args.alignments}: {len(late)} of {len(utterances)} TextGrids don't begin at 0 s, such "
+        f"as {first_few([late[0].name])} ({late[0].begin:g} s)"
+    )
+    if 2 * len(late) > len(utterances):
+        raise UserError(
+            f"{said}: were they cut out of longer ones? Labels begin with the audio: shift the "
+            "times, in Praat by Modify, Shift times to"
+        )
+    print(f"warning: {said}; labels begin at 0 s all the same")
 
 
 def faulty_line(path):
@@ -255,15 +278,27 @@ def faulty_line(path):
 # ------------------------------------------------------------------------------------------ CTM
 
 
-def read_ctm(path):
-    """The `Utterance`s of a CTM file, in its order. Raises UserError with the line."""
-    intervals = {}
+def read_ctm(path, channel=None):
+    """The `Utterance`s of a CTM file, or of one of its channels, in its order.
+
+    Raises UserError with the line.
+    """
+    intervals, channel_of = {}, {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip() and not line.startswith(";;"):
-            name, interval = ctm_row(f"{path}, line {number}", line)
+            name, its_channel, interval = ctm_row(f"{path}, line {number}", line)
+            if channel not in (None, its_channel):
+                continue
+            if channel_of.setdefault(name, its_channel) != its_channel:
+                raise UserError(
+                    f"{path}, line {number}: {name} has two channels, {channel_of[name]} and "
+                    f"{its_channel}: convert one at a time, with --channel {its_channel}, and "
+                    "train on audio of that channel alone"
+                )
             intervals.setdefault(name, []).append((*interval, number))
     if not intervals:
-        raise UserError(f"{path}: no line `name channel start duration phone`")
+        of_channel = f" of channel {channel}" if channel else ""
+        raise UserError(f"{path}: no line `name channel start duration phone`{of_channel}")
     utterances = []
     for name, rows in intervals.items():
         rows.sort()
@@ -279,9 +314,9 @@ def read_ctm(path):
 
 
 def ctm_row(where, line):
-    """Name and `Interval` of one line."""
+    """Name, channel and `Interval` of one line."""
     try:
-        name, _, start, duration, symbol, *more = line.split()
+        name, channel, start, duration, symbol, *more = line.split()
         start, duration = float(start), float(duration)
         within = 0 <= start < math.inf and 0 <= duration < math.inf
         if not within or 5 + len(more) > MAX_CTM_FIELDS:
@@ -290,7 +325,7 @@ def ctm_row(where, line):
         raise UserError(
             f"{where}: not `name channel start duration phone`: {line[:80]!r}"
         ) from None
-    return name, Interval(start, start + duration, symbol)
+    return name, channel, Interval(start, start + duration, symbol)
 
 
 if __name__ == "__main__":

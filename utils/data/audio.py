@@ -8,11 +8,12 @@ import numpy as np
 import soundfile
 
 from utils.files import check_content
-from utils.misc import SAMPLE_RATE
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more isn't believed
 SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital silence
 BLOCK = 2**20  # samples read at once where nobody knows how many there are
+SILENT = "digital silence, or channels that cancel: all samples, averaged over channels, are equal"
 FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
 MOST_BEYOND = 0.1  # fraction of samples beyond [-1, 1] in loud audio; with more, it is none
 TOO_LOUD = "many samples lie far beyond [-1, 1] (integers stored as floats? divide by 32768)"
@@ -129,6 +130,13 @@ def warn_of_loudness(path, waveform):
         return
     if _first_warning.acquire(blocking=False):
         print(f"warning: {path}: {TOO_LOUD}; other such files aren't named", flush=True)
+
+
+def is_silent(waveform):
+    """Whether all samples (n,) are equal; a glance at the beginning is enough for most files."""
+    return len(waveform) > 1 and all(
+        (part == waveform[0]).all() for part in (waveform[:SAMPLES_PER_FRAME], waveform)
+    )
 
 
 def _read_mono(file, waveform):

@@ -13,11 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.files import lines_of, write_lines
-from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few, nfc
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, counted, first_few, nfc
 
 FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
 LABELS, SYMBOLS = "converted_aligned_phones.txt", "phones.txt"
 SILENCE = "SIL"
+USUAL_DIFFERENCE = 2  # frames by which alignments often differ from their audio
+LARGE_DIFFERENCE = 3, 0.05  # frames, and as a fraction of the audio: what is above both is no noise
+SAME_FACTOR = 0.03  # relative difference of two files' factors that still counts as the same
 
 
 class Interval(NamedTuple):
@@ -41,6 +44,52 @@ def frame_symbols(intervals, duration, between=SILENCE):
         first, after = frames_before(start), min(frames_before(end), len(symbols))
         symbols[first:after] = [symbol] * (after - first)
     return symbols
+
+
+def differ_widely(found, expected):
+    """Whether each length differs by more than alignments do; arrays or tensors, in frames."""
+    frames, fraction = LARGE_DIFFERENCE
+    return (abs(found - expected) > frames) & (abs(found - expected) > fraction * expected)
+
+
+def common_factor(found, expected):
+    """The factor by which most of several lengths (n,) differ from what is expected, or None."""
+    if len(found) < 2:
+        return None
+    factors = np.asarray(found) / np.maximum(expected, 1)
+    factor = float(np.median(factors))
+    same = np.abs(factors - factor) <= SAME_FACTOR * factor
+    return factor if same.mean() > 0.5 and abs(factor - 1) > LARGE_DIFFERENCE[1] else None
+
+
+def compare_lengths(labels, samples, paths, path, title):
+    """Raise UserError if most files differ widely from their labels; warn if any differs unusually.
+
+    labels, samples: (n,) numbers of labels and of samples; paths: of the audio files; path: of the
+    labels; title: of the set.
+    """
+    n_frames = samples // SAMPLES_PER_FRAME
+    too_many = labels - np.ceil(samples / SAMPLES_PER_FRAME).astype(np.int64)
+    difference = np.maximum(n_frames - labels, too_many)
+    if not (difference > USUAL_DIFFERENCE).any():
+        return
+    at = int(np.argmax(difference))
+    worst = f"{first_few([paths[at]])} ({samples[at]} samples, {labels[at]} labels)"
+    wide = differ_widely(labels, n_frames)
+    if 2 * wide.sum() > len(labels):
+        factor = common_factor(labels, n_frames)
+        cause = "are they those of other audio, or of audio that was cut in another way?"
+        if factor:
+            cause = f"by their number, a label lasts {10 / factor:.3g} ms instead of 10 ms"
+        raise UserError(
+            f"{path}: {wide.sum()} of {len(labels)} files of the {title} are much shorter or "
+            f"longer than their labels, such as {worst}; {cause}"
+        )
+    print(
+        f"warning: {title}: {(difference > 0).sum()} of {len(labels)} files are shorter or longer "
+        f"than their labels, by {counted(int(difference.max()), 'frame')} at most: {worst}; both "
+        "are cut to the shorter"
+    )
 
 
 def runs(labels):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.data.audio import decode_into
+from utils.data.audio import decode_into, is_silent
 from utils.data.windows import Layout
 from utils.data.workers import Workers
 from utils.misc import UserError
@@ -62,11 +62,14 @@ class PackDecoding:
         ]
         self.own = range(world.local_rank, len(items), world.local_size)
         own_items = [items[i] for i in self.own]
-        self.workers = Workers(lambda item: decode_into(*item), own_items, dataset.n_threads)
+        self.workers = Workers(_decode, own_items, dataset.n_threads)
 
     def finish(self):
         """The `Pack`, without files that turned out to be bad (see `AudioDataset.skip`)."""
-        problems, files = self._problems(), self.layout.files
+        found, files = self._results(), self.layout.files
+        problems = {i: problem for i, (problem, _) in found.items() if problem}
+        silent = [self.dataset.utterances[files[i]].path for i in found.keys() - problems.keys()]
+        self.dataset.warn_of_silence(silent)
         good = np.ones(len(files), dtype=bool)
         good[list(problems)] = False
         if problems:
@@ -80,11 +83,18 @@ class PackDecoding:
         audio = self.audio[: int(layout.boundaries[-1])]
         return Pack(audio, self.dataset.labels_of(layout.files), layout)
 
-    def _problems(self):
-        """Wait for the threads of all processes. Returns a dict: index in the pack -> problem."""
+    def _results(self):
+        """Wait for the threads of all processes. Returns a dict: index in the pack -> what
+        `_decode` found, without files that are as they should be."""
         own = zip(self.own, self.workers.results("decoding", " files"), strict=True)
-        found = self.world.all_gather({i: problem for i, problem in own if problem})
-        return {i: problem for part in reversed(found) for i, problem in part.items()}
+        found = self.world.all_gather({i: result for i, result in own if any(result)})
+        return {i: result for part in reversed(found) for i, result in part.items()}
+
+
+def _decode(item):
+    """Why a file is unusable ("" if it isn't), and whether it is digital silence."""
+    problem = decode_into(*item)
+    return problem, not problem and is_silent(item[0])
 
 
 def close_gaps(audio, boundaries, good):
