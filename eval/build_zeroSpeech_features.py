@@ -43,7 +43,7 @@ from utils.files import (
 )
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, at_least, command
+from utils.run.command import CommandLine, at_least, command, extension
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_device, check_same_flags
@@ -127,7 +127,7 @@ def build_parser():
     add("pathDB", help="folder of the audio files; subfolders are included")
     add("pathOut", help="folder to write the features to")
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
-    add("--extension", "--file_extension", default=".wav", metavar="EXT",
+    add("--extension", "--file_extension", type=extension, default=".wav", metavar="EXT",
         help="ending of the names of the audio files")
     add("--format", choices=["npz", "fea", "npy", "pt", "af"], default="fea",
         help="of the feature files; fea is text")

@@ -34,7 +34,7 @@ from utils.data.labels import read_phone_labels
 from utils.files import load_json, load_tensors, save_json, save_tensors, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from, percent
 from utils.run.checkpoint import load_weights, open_checkpoint
-from utils.run.command import CommandLine, at_least, command
+from utils.run.command import CommandLine, at_least, command, extension
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_adam, add_device, add_extension, add_reading
@@ -125,7 +125,8 @@ def add_measuring_flags(add):
     add("--pathPhone", metavar="FILE", help="phones of the utterances (default: as in training)")
     add("--pathVal", metavar="FILE", help="names of the utterances (default: the validation set of "
         "training; with another --pathDB or --pathPhone, all)")
-    add("--file_extension", metavar="EXT", help="of the audio files (default: as in training)")
+    add("--file_extension", type=extension, metavar="EXT",
+        help="of the audio files (default: as in training)")
     add("--name", default="0", help="part of the names of the result files")
 
 

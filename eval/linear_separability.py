@@ -32,8 +32,7 @@ from utils.data.corpus import (
     cut_for_debugging,
     scan_corpus,
     split_utterances,
-    warn_of_single_speaker,
-    warn_of_subsets,
+    warn_of_speakers,
 )
 from utils.data.labels import read_phone_labels
 from utils.files import check_writable, load_json, load_tensors, save_json
@@ -53,7 +52,7 @@ from utils.run.shared_flags import (
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
 DECISIVE = (  # flags that define what is measured; the others define the training
     "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
-    "pathVal",
+    "pathVal", "speaker_level",
 )  # fmt: skip
 
 
@@ -217,6 +216,8 @@ def add_training_flags(add):
 
 def add_data_flags(add):
     add_extension(add, ".flac")
+    add("--speaker_level", type=at_least(1), default=1, metavar="N",
+        help="number of folders below the root that name the speaker of a file")
     add("--size_window", type=int, metavar="SAMPLES",
         help="a multiple of 160 (default: --sizeWindow of the run of the first checkpoint, 20480 "
         "if unknown)")
@@ -239,13 +240,13 @@ def open_sets(args):
     corpus = scan_corpus(
         args.pathDB,
         args.file_extension,
+        args.speaker_level,
         ignore_cache=args.ignore_cache,
         n_threads=args.n_process_loader,
     )
     labels = read_phone_labels(args.pathPhone) if args.pathPhone else None
     if not labels:
-        warn_of_single_speaker(corpus)
-        warn_of_subsets(corpus)
+        warn_of_speakers(corpus)
     sizes = {"size_window": args.size_window, "batch_size": args.batchSizeGPU}
     split = split_utterances(corpus, args.pathTrain, args.pathVal, **sizes)
     sets = build_sets(
@@ -359,7 +360,7 @@ def check_directory(directory, args):
     record = directory / "checkpoint_args.json"
     if not record.is_file() and not saved_checkpoints(directory):
         return
-    stored = load_json(record)
+    stored = {"speaker_level": 1} | load_json(record)  # older ones don't have it
     if "dim_inter" not in stored:
         raise UserError(
             f"--pathCheckpoint {directory}: holds the checkpoints of a training run; name another "

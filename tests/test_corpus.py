@@ -806,6 +806,19 @@ def test_split_of_a_list(tmp_path, capsys):
     assert "1 names aren't in" in capsys.readouterr().out
 
 
+def test_phones_of_timit(tmp_path):
+    (tmp_path / "DR1" / "FAAA0").mkdir(parents=True)
+    file = tmp_path / "DR1" / "FAAA0" / "SA1.PHN"
+    file.write_text("0 320 h#\n320 800 ae\n800 1120 s\n1120 1280 epi\n")
+    convert_alignments.main([str(tmp_path), str(tmp_path / "out"), "--file_extension", "PHN"])
+    assert (
+        tmp_path / "out" / "converted_aligned_phones.txt"
+    ).read_text() == "SA1 0 0 1 1 1 2 2 0\n"
+    assert (tmp_path / "out" / "phones.txt").read_text() == "0 SIL\n1 ae\n2 s\n"
+    file.write_text("0 320 h#\n160 800 ae\n")
+    refused(convert_alignments.main, tmp_path, tmp_path / "out", "--file_extension", ".PHN")
+
+
 def test_files_are_found_by_their_names(tmp_path):
     root = empty_corpus(tmp_path, {"a": 2, "b": 1})
     expected = {name: f"{name[0]}/chapter/{name}.flac" for name in ("a-0", "a-1", "b-0")}

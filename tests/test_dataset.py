@@ -41,6 +41,7 @@ from utils.data.corpus import (
     set_aside,
     split_utterances,
     warn_of_single_speaker,
+    warn_of_speakers,
     warn_of_subsets,
 )
 from utils.data.labels import PhoneLabels, read_phone_labels
@@ -286,6 +287,24 @@ def test_names_that_begin_with_a_dot_are_left_out(tmp_path, capsys):
     assert "left out 1 file, " in capsys.readouterr().out
 
 
+def test_groups_of_speakers_that_count_as_speakers_are_warned_of(tmp_path, capsys):
+    timit = [f"TRAIN/{s}/{n}.WAV" for s in ("DR1/FAAA0", "DR1/MBBB0", "DR2/FCCC0") for n in "ab"]
+    chapters = [
+        f"{speaker}/{chapter}/{speaker}-{chapter}.WAV" for speaker in "xy" for chapter in "12"
+    ]
+    write_audio(tmp_path, {path: noise(200) for path in timit})
+    write_audio(tmp_path / "books", {path: noise(200) for path in chapters})
+    for level, root, warned in ((1, "TRAIN", True), (2, "TRAIN", False), (1, "books", False)):
+        corpus = scan_corpus(tmp_path / root, ".WAV", speaker_level=level)
+        warn_of_speakers(corpus)
+        assert ("give --speaker_level 2" in capsys.readouterr().out) == warned
+    assert scan_corpus(tmp_path / "TRAIN", ".WAV", speaker_level=2).speakers == (
+        "DR1/FAAA0",
+        "DR1/MBBB0",
+        "DR2/FCCC0",
+    )
+
+
 def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, capsys):
     libri = {f"train/{speaker}/1/{speaker}-1-0.flac": noise(200) for speaker in (19, 26)}
     write_audio(tmp_path, libri)
@@ -515,7 +534,7 @@ def test_strange_file_names(tmp_path, capsys):
     assert listed == [*listed_names, "t/café", "gone\udce9"]
     chosen = select_utterances(corpus.utterances, listed, "list.txt")
     assert Counter(u.name for u in chosen) == {**dict.fromkeys(names, 1), "café": 2}
-    assert "list.txt: 1 of 6 names have no file" in capsys.readouterr().out
+    assert "list.txt: 1 of 7 names have no file" in capsys.readouterr().out
     audio = AudioDataset(corpus, chosen, WINDOW)
     assert sum(len(b.window) for _, b in BatchLoader(audio, 4, "uniform", **FIXED).epoch(0)) == 11
 
@@ -663,11 +682,11 @@ def test_names_are_compared_in_composed_form(tmp_path):
         corpus = scan_corpus(tmp_path / place, ".wav")
         for name in (composed, decomposed):
             (tmp_path / "list").write_text(name)
-            (tmp_path / "labels").write_text(f"{name} 1 2 3")
+            (tmp_path / "labels").write_text(f"{name} {'1 ' * 20}")
             chosen = listed_utterances(corpus, tmp_path / "list")
             labels = read_phone_labels(tmp_path / "labels")
             labelled = AudioDataset(corpus, chosen, 160, phone_labels=labels)
-            assert labelled.samples.tolist() == [480]
+            assert labelled.samples.tolist() == [3200]
             assert files_by_name(tmp_path / place, ".wav").keys() == {composed}
 
 

@@ -109,6 +109,12 @@ def test_flags_of_the_original_keep_their_names_and_defaults():
     assert {name: defaults[name] for name in ORIGINAL_DEFAULTS} == ORIGINAL_DEFAULTS
 
 
+def test_an_extension_needs_no_dot():
+    endings = {"flac": ".flac", ".wav": ".wav", "_a.wav": "_a.wav", "": ""}
+    for given, meant in endings.items():
+        assert build_parser().parse_args(["--file_extension", given]).file_extension == meant
+
+
 def test_every_flag_is_in_exactly_one_class():
     classes = [ARCHITECTURE, DATA_ORDER, INHERITED, THIS_CALL]
     flags = vars(build_parser().parse_args([]))

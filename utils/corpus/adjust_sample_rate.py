@@ -30,7 +30,7 @@ from utils.data.names import keys_of, name_of
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few
-from utils.run.command import CommandLine, at_least, command
+from utils.run.command import CommandLine, at_least, command, extension
 from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
 
@@ -84,7 +84,8 @@ def build_parser():
     add("--out_sample_rate", type=at_least(1), default=SAMPLE_RATE, metavar="HZ",
         help="of the new files (default: 16000)")
     add_extension(add, ".mp3")
-    add("--out_extension", metavar="EXT", help="of the new files, which also sets their format "
+    add("--out_extension", type=extension, metavar="EXT",
+        help="of the new files, which also sets their format "
         "(default: that of the old ones); .flac is lossless, .mp3 compresses a second time")
     add("--n_threads", type=int, default=n_processors(), metavar="N",
         help="files converted in parallel (default: one per processor that may be used)")

@@ -3,7 +3,9 @@
     python utils/corpus/convert_alignments.py ALIGNMENTS OUT --strip_stress
 
 ALIGNMENTS is a folder of Praat TextGrids, as the Montreal Forced Aligner writes them (subfolders
-are included), or a CTM file with one `name channel start duration phone` per line. Written to OUT:
+are included), or with --file_extension .PHN of TIMIT's files with one `begin end phone` per line,
+in samples at 16 kHz; or a CTM file with one `name channel start duration phone` per line. Written
+to OUT:
 
     converted_aligned_phones.txt    one utterance per line, `name id id ...`, an id for every 10 ms
     phones.txt                      one `id symbol` per line, silence first, the others sorted
@@ -44,7 +46,7 @@ from utils.data.labels import (
 )
 from utils.data.names import files_by_shortest_key
 from utils.files import check_content, refuse_to_replace, writing_to
-from utils.misc import UserError, first_few, nfc
+from utils.misc import SAMPLE_RATE, UserError, first_few, nfc
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
 from utils.run.machine import n_processors
@@ -53,6 +55,7 @@ from utils.run.shared_flags import add_extension
 STRESS = re.compile(r"([A-Z]+)[0-2]")  # AH0, AH1, AH2
 POSITION = re.compile(r"(.+)_[BIES]")  # Kaldi's AH0_B: beginning, inside, end, single
 NOT_SPEECH = ("sil", "sp", "SIL", "<sil>", "<eps>")
+PHN, TIMIT_SILENCE = ".phn", ("h#", "pau", "epi")
 ROUNDING = 0.011  # seconds that intervals may overlap: CTM files are often rounded to 10 ms
 MIN_FILES_FOR_PROCESSES = 200
 MAX_CTM_FIELDS = 8  # confidence, type and speaker may follow the phone
@@ -75,6 +78,9 @@ class Utterance(NamedTuple):
 @command
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    is_phn = args.file_extension.lower() == PHN
+    if args.silence is None:
+        args.silence = TIMIT_SILENCE if is_phn else NOT_SPEECH
     args.silence = [nfc(symbol) for symbol in args.silence]
     args.silence_symbol = nfc(args.silence_symbol)
     symbols = given_symbols(args)
@@ -111,9 +117,9 @@ def build_parser():
     add("out", help=f"folder to write {LABELS} and {SYMBOLS} to")
     add("--strip_stress", action="store_true", help="AH0, AH1, AH2 become AH")
     add("--strip_position", action="store_true", help="AH_B, AH_I, AH_E, AH_S (Kaldi) become AH")
-    add("--silence", nargs="*", default=NOT_SPEECH, metavar="SYMBOL",
+    add("--silence", nargs="*", metavar="SYMBOL",
         help="symbols that aren't speech, besides gaps and empty intervals; one symbol replaces "
-        f"them (default: {' '.join(NOT_SPEECH)})")
+        f"them (default: {' '.join(NOT_SPEECH)}; of {PHN} files {' '.join(TIMIT_SILENCE)})")
     add("--silence_symbol", default=SILENCE, metavar="SYMBOL",
         help=f"the symbol that replaces them (default: {SILENCE})")
     add("--phones", metavar="FILE", help="phones.txt with the ids to use (default: new ids)")
@@ -197,6 +203,8 @@ def read_textgrids(args):
     found = files_by_shortest_key(args.alignments, args.file_extension)
     names, paths = list(found), [os.path.join(args.alignments, path) for path in found.values()]
     read = partial(read_textgrid, tier_name=args.tier)
+    if args.file_extension.lower() == PHN:
+        read = read_phn
     if len(paths) < MIN_FILES_FOR_PROCESSES or args.n_process < 2:
         return [read(*file) for file in zip(names, paths, strict=True)]
     with ProcessPoolExecutor(args.n_process) as pool:
@@ -275,7 +283,26 @@ def faulty_line(path):
     return f"{path}, line {len(lines)}" if long_format else path
 
 
-# ------------------------------------------------------------------------------------------ CTM
+# ------------------------------------------------------------------------------------ TIMIT, CTM
+
+
+def read_phn(name, path):
+    """The `Utterance` of a .PHN file of TIMIT. Raises UserError, with the line, if malformed."""
+    intervals, before = [], 0
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            begin, end, symbol = line.split()
+            begin, end = int(begin), int(end)
+            if not before <= begin <= end:
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"{path}, line {number}: not `begin end phone`, in samples, after the line before "
+                f"it: {line[:80]!r}"
+            ) from None
+        intervals.append(Interval(begin / SAMPLE_RATE, end / SAMPLE_RATE, symbol))
+        before = end
+    return Utterance(name, intervals, before / SAMPLE_RATE)
 
 
 def read_ctm(path, channel=None):

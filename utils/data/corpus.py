@@ -14,6 +14,7 @@ from utils.files import lines_of
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from, nfc
 
 LIBRISPEECH_FOLDERS = 2  # folders above a file: speaker and chapter
+GROUP = re.compile(r"dr\d|(train|dev|test|val)(id\w*)?", re.IGNORECASE)  # no speakers' names
 LONGEST_NAME = 255  # of a file name, on any common system
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # LibriSpeech: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-...
@@ -72,16 +73,44 @@ def open_corpus(args):
     corpus = scan_corpus(
         args.pathDB,
         args.file_extension,
+        args.speaker_level,
         ignore_cache=args.ignore_cache,
         n_threads=args.n_process_loader,
     )
-    warn_of_single_speaker(corpus)
-    warn_of_subsets(corpus)
+    warn_of_speakers(corpus)
     return corpus
 
 
 def sort_utterances(utterances):
     return sorted(utterances, key=lambda u: (u.speaker, u.name, u.path))
+
+
+def warn_of_speakers(corpus):
+    """Warn where what counts as speakers may be something else, unless --speaker_level says so."""
+    warn_of_single_speaker(corpus)
+    if not any("/" in speaker for speaker in corpus.speakers):
+        warn_of_subsets(corpus)
+        warn_of_groups(corpus)
+
+
+def warn_of_groups(corpus):
+    """Warn if speakers hold folders that may be the speakers, as TIMIT's dialect regions do.
+
+    Told from chapters of one speaker by the names: those of regions or subsets, or of files that
+    are in several of these folders, as the sentences that all speakers of TIMIT read.
+    """
+    folders = {}  # (speaker, name of a file) -> folders with such a file
+    for utterance in corpus.utterances:
+        parts = utterance.path.split("/")
+        if len(parts) <= LIBRISPEECH_FOLDERS:
+            return
+        folders.setdefault((parts[0], utterance.name), set()).add(parts[1])
+    named = all(GROUP.fullmatch(speaker) for speaker in corpus.speakers)
+    if named or any(len(holding) > 1 for holding in folders.values()):
+        print(
+            f"warning: {corpus.root}: {first_few(corpus.speakers)} count as speakers, and each "
+            "holds only folders: if these are the speakers, give --speaker_level 2"
+        )
 
 
 def warn_of_single_speaker(corpus):

@@ -186,7 +186,7 @@ def corpus_row(dataset, labels):
     """An AudioDataset as a row of the table of the corpus."""
     n_files = len(dataset.utterances)
     n_all = n_files + dataset.n_unlabelled
-    found = utterances_by_key(dataset.utterances, labels.labels if labels else ())
+    found = utterances_by_key(dataset.utterances, labels.labels) if labels else {}
     n_labelled = len(set().union(*found.values()))
     covered = f"{n_labelled:,} of {n_all:,} files ({100 * n_labelled / n_all:.1f} %)"
     return [

@@ -100,6 +100,11 @@ def _number(kind, is_allowed, bound):
 decay_rate = _number(float, lambda n: 0 <= n < 1, "in [0, 1)")  # Adam's betas
 
 
+def extension(text):
+    """The ending of file names: `flac` means .flac; one with a dot, as _a.flac, stays."""
+    return f".{text}" if text and "." not in text else text
+
+
 @contextlib.contextmanager
 def flushed_output():
     """A block whose output is written at its end, where a closed pipe can still be handled."""

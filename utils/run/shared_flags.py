@@ -1,7 +1,7 @@
 """Flags, and a check of them, that several of the smaller commands share."""
 
 from utils.misc import UserError
-from utils.run.command import above, at_least, decay_rate
+from utils.run.command import above, at_least, decay_rate, extension
 
 # A flag on two lines reads better than on seven, hence:
 # fmt: off
@@ -12,7 +12,7 @@ def add_device(add):
 
 
 def add_extension(add, default, files="audio files"):
-    add("--file_extension", default=default, metavar="EXT",
+    add("--file_extension", type=extension, default=default, metavar="EXT",
         help=f"ending of the names of the {files} (default: {default})")
 
 
