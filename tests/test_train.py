@@ -981,6 +981,11 @@ def test_a_run_that_learns_nothing_says_so(rate, is_stuck, tiny_corpus, tmp_path
     assert ("note: the validation loss, " in capsys.readouterr().out) == is_stuck
 
 
+def test_the_first_two_epochs_are_too_few_for_a_note(tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path, "--learningRate", "1e-9", "--rnnMode", "linear", epochs=2)
+    assert "note: the validation loss" not in capsys.readouterr().out
+
+
 def test_files_without_labels_are_captured_as_with_labels(tiny_corpus, tmp_path):
     trained(tiny_corpus, tmp_path / "run", epochs=1)
     names = (tiny_corpus / "test.txt").read_text().split()
