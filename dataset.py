@@ -50,6 +50,7 @@ class AudioDataset:
         *,
         phone_labels=None,
         labelled_only=False,
+        keep_unlabelled=False,
         whole_frames=False,
         max_size_loaded=MAX_SIZE_LOADED,
         n_threads=8,
@@ -59,7 +60,8 @@ class AudioDataset:
         """Prepare `utterances` of `corpus` to be cut into windows of `size_window` samples.
 
         phone_labels: PhoneLabels; utterances are cut to whole labelled frames. Those without labels
-            are left out if `labelled_only`, otherwise a ValueError
+            are left out if `labelled_only`, have the label -1 everywhere if `keep_unlabelled`,
+            otherwise a ValueError
         whole_frames: cut utterances to whole frames, also without labels
         max_size_loaded: samples in memory at a time (twice that while the next pack is decoded)
         max_bad_files: fraction of files that may be unusable, see `allowed_bad_files`
@@ -76,8 +78,12 @@ class AudioDataset:
         usable = self._usable(sort_utterances(utterances))
         if phone_labels:
             self._labels = labels_by_path(phone_labels, usable, corpus)
-        self.utterances = tuple(self._labelled(usable, labelled_only) if phone_labels else usable)
-        self.n_unlabelled = len(usable) - len(self.utterances)
+        labelled = self._labelled(usable) if phone_labels else usable
+        self.n_unlabelled = len(usable) - len(labelled)
+        if self.n_unlabelled and not (labelled_only or keep_unlabelled):
+            raise ValueError("some utterances have no labels: labelled_only=True leaves them out")
+        self.utterances = tuple(usable if keep_unlabelled else labelled)
+        self._n_usable = len(usable)
         self.samples = self._lengths_in_use(whole_frames)
         self.speakers = np.array([u.speaker for u in self.utterances], dtype=np.int64)
         exact = all(u.fits_int16 for u in self.utterances)
@@ -121,7 +127,7 @@ class AudioDataset:
                 f"{first_few(new)}"
             )
 
-    def _labelled(self, utterances, labelled_only):
+    def _labelled(self, utterances):
         labelled = [u for u in utterances if u.path in self._labels]
         if not labelled:
             raise UserError(
@@ -129,8 +135,6 @@ class AudioDataset:
                 f"utterances of the {self.title}, such as {first_few([utterances[0].name])}; is it "
                 "for another corpus?"
             )
-        if len(labelled) < len(utterances) and not labelled_only:
-            raise ValueError("some utterances have no labels: labelled_only=True leaves them out")
         return labelled
 
     def _lengths_in_use(self, whole_frames):
@@ -138,10 +142,12 @@ class AudioDataset:
         n_frames = samples // SAMPLES_PER_FRAME
         if not self.phone_labels:
             return n_frames * SAMPLES_PER_FRAME if whole_frames else samples
-        labels, paths = self._labels, [u.path for u in self.utterances]
-        n_labels = np.array([len(labels[path]) for path in paths], dtype=np.int64)
-        compare_lengths(n_labels, samples, paths, self.phone_labels.path, self.title)
-        return np.minimum(n_frames, n_labels) * SAMPLES_PER_FRAME
+        labels = self._labels
+        n_labels = np.array([len(labels.get(u.path, ())) for u in self.utterances], dtype=np.int64)
+        has = n_labels > 0
+        paths = [self.utterances[i].path for i in np.flatnonzero(has)]
+        compare_lengths(n_labels[has], samples[has], paths, self.phone_labels.path, self.title)
+        return np.where(has, np.minimum(n_frames, n_labels), n_frames) * SAMPLES_PER_FRAME
 
     @property
     def n_windows(self):
@@ -162,7 +168,8 @@ class AudioDataset:
             f"{self.size_window / SAMPLE_RATE:.2f} s"
         )
         if self.phone_labels:
-            text += f", {n_files} of {n_files + self.n_unlabelled} files have phone labels"
+            n_labelled = self._n_usable - self.n_unlabelled
+            text += f", {n_labelled} of {self._n_usable} files have phone labels"
         return text
 
     def require_windows(self, n_windows=None):
@@ -185,11 +192,13 @@ class AudioDataset:
         return digest.hexdigest()
 
     def labels_of(self, files):
-        """(frames,) int16 labels of the utterances with these indices; None without labels."""
+        """(frames,) int16 labels of the utterances with these indices, -1 in those without any;
+        None without labels."""
         if not self.phone_labels:
             return None
         labels, n_frames = self._labels, self.samples // SAMPLES_PER_FRAME
-        parts = [labels[self.utterances[i].path][: n_frames[i]] for i in files]
+        unknown = np.full(max((n_frames[i] for i in files), default=0), -1, dtype=np.int16)
+        parts = [labels.get(self.utterances[i].path, unknown)[: n_frames[i]] for i in files]
         return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int16), *parts]))
 
     def only_pack(self, world=ALONE):

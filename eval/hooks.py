@@ -202,7 +202,7 @@ def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None)
         corpus,
         utterances,
         phone_labels=labels if with_phones else None,
-        labelled_only=with_phones,
+        keep_unlabelled=with_phones,
         whole_frames=True,
         title="capture set",
         **set_options(args),

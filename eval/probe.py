@@ -30,6 +30,7 @@ from utils.run.logs import RunningMeans, append_epoch
 
 BEAM = 20  # label sequences kept in CTC decoding; 100 would take four times as long
 MAX_CONFUSION_CLASSES = 1000  # with more classes, confusions aren't counted
+NEAR_MAJORITY = 0.02  # of the frames: a probe no better than its majority class by more than this
 VALIDATION_BATCH = 64  # windows in a batch of stored features
 
 
@@ -436,6 +437,7 @@ class Probe:
             f"{percent(self.baseline)}",
             flush=True,
         )
+        self._warn_if_nothing_was_learned()
         result = ProbeResult(
             self.task,
             self.metric_name,
@@ -457,6 +459,19 @@ class Probe:
         if best.confusion is not None:
             self.logs["class_accuracy"] = accuracy_by_class(best.confusion)
         return result
+
+    def _warn_if_nothing_was_learned(self):
+        """Warn of a result that is hardly better than always saying the majority class."""
+        best, room = self.best.metric, self.baseline if self.options.ctc else 1 - self.baseline
+        gain = self.baseline - best if self.options.ctc else best - self.baseline
+        if self.n_classes > 1 and gain <= min(NEAR_MAJORITY, room / 2):
+            print(
+                f"warning: {self.name}: hardly better than always saying the majority {self.task}. "
+                "Likely causes: labels of another corpus, or that begin at another time than the "
+                "audio; features that learned nothing; too low a learning rate of the probe, or "
+                "too few epochs",
+                flush=True,
+            )
 
     def draw_confusion(self, path):
         """Draw the confusion matrix of the best classifier, if it labels single frames.

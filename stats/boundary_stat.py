@@ -28,6 +28,8 @@ class BoundaryStat(Stat):
     this `prominence`. Since it is chosen on the set that is measured, the figures only serve to
     compare models. The picture shows the metrics at every prominence, and one window.
 
+    Frames without a label (-1) are left out.
+
     The value: {"found": (60,), "peaks": (60,), "boundaries": (), "example": tensors of a window}.
     """
 
@@ -44,21 +46,24 @@ class BoundaryStat(Stat):
 
     def computeForBatch(self, batch):
         phones = batch["phone_align"]
-        boundaries = phones[:, 1:] != phones[:, :-1]
-        change = scaled_to_one(frame_distances(batch[self.representation], self.metric))
+        labelled = (phones[:, 1:] >= 0) & (phones[:, :-1] >= 0)
+        boundaries = (phones[:, 1:] != phones[:, :-1]) & labelled
+        change = frame_distances(batch[self.representation], self.metric)
+        change = scaled_to_one(lowest_where(~labelled, change))
         prominence = peak_prominence(change)
-        peaks = prominence >= THRESHOLDS.to(prominence).view(-1, 1, 1)
+        peaks = (prominence >= THRESHOLDS.to(prominence).view(-1, 1, 1)) & labelled
+        shown = int(labelled.sum(1).argmax())
         example = {"change": change, "prominence": prominence, "boundaries": boundaries}
         return {
             "found": count_found(peaks, boundaries).cpu(),
             "peaks": peaks.sum((1, 2)).cpu(),
             "boundaries": boundaries.sum().cpu(),
-            "example": {name: of_batch[0].cpu() for name, of_batch in example.items()},
+            "example": {name: of_batch[shown].cpu() for name, of_batch in example.items()},
         }
 
     def mergeStatResults(self, prev, current):
         sums = {name: prev[name] + current[name] for name in ("found", "peaks", "boundaries")}
-        return {**sums, "example": prev["example"]}
+        return {**sums, "example": (prev if prev["boundaries"] else current)["example"]}
 
     def logStat(self, statValue, epochNr):
         if statValue["boundaries"] == 0:
@@ -80,6 +85,12 @@ class BoundaryStat(Stat):
         _draw_metrics(below, metrics, best)
         save_picture(self.directory, f"{self.getStatName()}_{epochNr}", figure)
         return logged
+
+
+def lowest_where(unknown, curves):
+    """`curves` (B, N) with the lowest value of their row where `unknown`: no peak there."""
+    lowest = curves.masked_fill(unknown | curves.isnan(), math.inf).amin(dim=1, keepdim=True)
+    return torch.where(unknown, lowest.nan_to_num(posinf=0.0), curves)
 
 
 def scaled_to_one(curves):

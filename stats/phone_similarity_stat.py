@@ -15,7 +15,8 @@ class PhoneSimilarityStat(Stat):
 
     All pairs of different frames in the set count, even neighbours within a phone: the mean over
     the pairs of two classes is the product of the classes' mean unit vectors, so one pass suffices
-    and pairs aren't enumerated. Frames of zeros have no direction and are left out.
+    and pairs aren't enumerated. Frames of zeros have no direction and are left out, as
+    are frames without a label (-1).
 
     Logged: `within`, the mean similarity within a class, and `between`, that of two classes, each
     class or pair of classes counting once. Features that separate phones have a `within` well above
@@ -35,12 +36,14 @@ class PhoneSimilarityStat(Stat):
         return f"phoneSim_{self.representation}"
 
     def computeForBatch(self, batch):
-        frames = batch[self.representation].flatten(0, 1).double()
         phones = batch["phone_align"].flatten()
+        labelled = phones >= 0
+        phones = phones[labelled]
+        frames = batch[self.representation].flatten(0, 1)[labelled].double()
         norms = torch.linalg.vector_norm(frames, dim=-1, keepdim=True)
         usable = (norms > 0) & norms.isfinite()
         units = torch.where(usable, frames / norms, 0.0)
-        n_classes = int(phones.max()) + 1
+        n_classes = int(phones.max()) + 1 if len(phones) else 0
         total = units.new_zeros(n_classes, units.shape[1]).index_add_(0, phones, units)
         count = units.new_zeros(n_classes).index_add_(0, phones, usable.squeeze(1).double())
         return {"count": count.cpu(), "sum": total.cpu()}

@@ -126,6 +126,24 @@ def test_ctc_reports_the_phone_error_rate_and_goes_by_it(phone_probe):
     }
 
 
+NO_BETTER = "hardly better than always saying the majority phone"
+
+
+def test_a_probe_of_labels_at_another_time_is_noticed(corpus, labels, phone_probe, capsys):
+    phone_probe().run()
+    assert NO_BETTER not in capsys.readouterr().out
+    shuffle = np.random.default_rng(0).permutation
+    moved = labels._replace(labels={name: shuffle(row) for name, row in labels.labels.items()})
+    Probe("phone", SpectralModel(), *make_sets(corpus, moved), labels.n_phones, options()).run()
+    assert NO_BETTER in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "n_epochs"), [(0.01, 12), (1e-9, 1)])
+def test_a_ctc_probe_that_learned_nothing_says_so(rate, n_epochs, phone_probe, capsys):
+    phone_probe(ctc=True, learning_rate=rate, n_epochs=n_epochs).run()
+    assert (NO_BETTER in capsys.readouterr().out) == (n_epochs == 1)
+
+
 def test_the_best_epoch_has_the_highest_accuracy(phone_probe):
     probe = phone_probe(learning_rate=3.0)  # so large that accuracy goes up and down
     result = probe.run()

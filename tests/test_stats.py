@@ -56,6 +56,28 @@ def value_of(stat, batches):
     return value
 
 
+@pytest.mark.parametrize("build", [PhoneSimilarityStat, BoundaryStat])
+def test_frames_without_labels_are_left_out(build, tmp_path):
+    """The figures of labelled windows, whatever unlabelled ones, or parts of them, come along."""
+    stat = build(*(["cosine"] * (build is BoundaryStat)), "ctx_repr", str(tmp_path))
+    features, labels = speech_like(noise=0.3)
+    value = stat.computeForBatch({"ctx_repr": features, "phone_align": labels})
+    alone = stat.logStat(value, 0)
+    others = {"ctx_repr": 9 * torch.randn(3, 60, 16), "phone_align": torch.full((3, 60), -1)}
+    both = {name: torch.cat([others[name], tensor]) for name, tensor in
+            (("ctx_repr", features), ("phone_align", labels))}  # fmt: skip
+    assert stat.logStat(stat.computeForBatch(both), 0) == pytest.approx(alone)
+    merged = stat.mergeStatResults(stat.computeForBatch(others), value)
+    assert stat.logStat(merged, 0) == pytest.approx(alone)
+    partly = labels.clone()
+    partly[:, 30:] = -1
+    strange = features.clone()
+    strange[:, 30:] = 50 * torch.randn(4, 30, 16)
+    found = [stat.logStat(stat.computeForBatch({"ctx_repr": f, "phone_align": partly}), 0)
+             for f in (features, strange)]  # fmt: skip
+    assert found[0] == pytest.approx(found[1])
+
+
 # ------------------------------------------------------------------------------------ reprDiff
 
 

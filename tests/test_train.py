@@ -976,10 +976,12 @@ def test_a_capture_says_that_it_replaces_another(tiny_corpus, tmp_path, capsys):
 
 def test_a_probe_without_a_window_is_noticed_at_the_start(tiny_corpus, tmp_path, capsys):
     lines = (tiny_corpus / "phones.txt").read_text().splitlines()
-    labels = written(tmp_path / "labels", "".join(f"{line.split()[0]} 1 2\n" for line in lines))
+    names = {(tiny_corpus / f"{name}.txt").read_text().split()[0] for name in ("train", "test")}
+    chosen = [line for line in lines if line.split()[0] in names]
+    labels = written(tmp_path / "labels", "\n".join(chosen))
     probe = ["--supervised_classif_metric", "--path_phone_data", labels, "--linsep_logs_dir", "L"]
     words = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", *probe]
-    assert run(*words, "--nEpoch", 30) == 2
+    assert run(*words, "--nEpoch", 30, "--sizeWindow", 64000) == 2
     assert "with phone labels: not a single window" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pt"))
 
@@ -988,6 +990,37 @@ def test_a_probe_without_a_window_is_noticed_at_the_start(tiny_corpus, tmp_path,
 def test_a_run_that_learns_nothing_says_so(rate, is_stuck, tiny_corpus, tmp_path, capsys):
     trained(tiny_corpus, tmp_path, "--learningRate", rate, "--rnnMode", "linear", epochs=3)
     assert ("note: the validation loss, " in capsys.readouterr().out) == is_stuck
+
+
+def test_the_first_two_epochs_are_too_few_for_a_note(tiny_corpus, tmp_path, capsys):
+    trained(tiny_corpus, tmp_path, "--learningRate", "1e-9", "--rnnMode", "linear", epochs=2)
+    assert "note: the validation loss" not in capsys.readouterr().out
+
+
+def test_files_without_labels_are_captured_as_with_labels(tiny_corpus, tmp_path):
+    trained(tiny_corpus, tmp_path / "run", epochs=1)
+    names = (tiny_corpus / "test.txt").read_text().split()
+    lines = (tiny_corpus / "phones.txt").read_text().splitlines()
+    one = written(
+        tmp_path / "one", "\n".join(line for line in lines if line.split()[0] == names[1])
+    )
+    found = []
+    for labels in (tiny_corpus / "phones.txt", one):
+        flags = capture_flags(tiny_corpus, tmp_path / f"capture{len(found)}")
+        flags[-1] = labels
+        again = ["--onlyCapture", "--pathCheckpoint", tmp_path / "run", *on(tiny_corpus)[:2]]
+        assert run(*again, *flags) == 0
+        found.append(captured(flags[flags.index("--pathCaptureSave") + 1]))
+    (every, few), seen = found, set()
+    assert every.keys() == few.keys()
+    for path, tensor in few.items():
+        if "phone_align" not in path.parts:
+            assert torch.equal(tensor, every[path])
+            continue
+        has = tensor >= 0
+        seen |= set(has.flatten().tolist())
+        assert torch.equal(tensor[has], every[path][has])
+    assert seen == {True, False}
 
 
 def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(

@@ -10,7 +10,7 @@ in a window, M matched frames, W = S - M anchors (the frames predicted from) and
     conv_repr          (B, S, E)     float32   output of the encoder
     ctx_repr           (B, S, A)     float32   output of the autoregressive network
     speaker_align      (B,)          int64     speaker
-    phone_align        (B, S)        int64     phone label of each frame
+    phone_align        (B, S)        int64     phone label of each frame, -1 in files without labels
     pred               (B, W, E, P)  float32   predictions, in the order of `prediction_names`
     cpcctc_align       (B, W, M)     int64     the prediction that each matched frame is aligned to
     cpcctc_log_scores  (B, W, M, P)  float32   log-score of each matched frame under each prediction

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
 from utils.files import write_lines, writing_to
-from utils.misc import UserError, first_few, nfc
+from utils.misc import UserError, counted, first_few, nfc
 from utils.run.command import CommandLine, command
 
 HEADER = "#file onset offset #phone prev-phone next-phone speaker"
@@ -28,8 +28,13 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     labels = read_phone_labels(args.labels).labels
     symbol_of = {number: symbol for symbol, number in read_symbols(args.phones).items()}
-    silent = nfc(args.silence).split(",")
+    silent = set(nfc(args.silence).split(","))
     silence = {number for number, symbol in symbol_of.items() if symbol in silent}
+    if absent := sorted(silent - set(symbol_of.values())):
+        print(
+            f"warning: {args.phones} has no {first_few(absent)}: --silence names the symbols that "
+            "aren't speech; other symbols for silence count as phones"
+        )
     lines, used = [], set()
     for name, ids in labels.items():
         unknown = set(ids.tolist()) - symbol_of.keys()
@@ -41,7 +46,11 @@ def main(argv=None):
         raise UserError(f"{args.labels}: no phone has a phone that isn't silence on both sides")
     with writing_to(args.out):
         write_lines(args.out, [HEADER, *lines])
-    print(f"{len(lines)} items of {len(labels)} utterances: {args.out}")
+    speakers = {line.rpartition(" ")[2] for line in lines}
+    print(
+        f"{len(lines)} items of {len(labels)} utterances and {counted(len(speakers), 'speaker')} "
+        f"({first_few(sorted(speakers))}, by their names up to {args.separator!r}): {args.out}"
+    )
     unused = [symbol for number, symbol in symbol_of.items() if number not in used]
     if unused:
         print(

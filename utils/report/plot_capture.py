@@ -256,13 +256,17 @@ def _assemble(panels, title, length):
 
 
 def phone_segments(labels, symbols):
-    """The `Segment`s of labels (S,); a class without a symbol is labelled with its id."""
+    """The `Segment`s of labels (S,); a class without a symbol is labelled with its id.
+
+    Frames without a label (-1) belong to none.
+    """
     labels = labels.tolist()
     starts = [at for at in range(len(labels)) if at == 0 or labels[at] != labels[at - 1]]
     ends = [*starts[1:], len(labels)]
     return [
         Segment(start, end, symbols.get(labels[start], str(labels[start])))
         for start, end in zip(starts, ends, strict=True)
+        if labels[start] >= 0
     ]
 
 

@@ -13,6 +13,7 @@ from utils.misc import counted, mean, percent
 
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
 MIN_IMPROVEMENT = 0.02  # of the initial validation loss: below this a run has not learned yet
+FEWEST_EPOCHS = 3  # of a run whose last loss says something
 EPOCHS_BETWEEN_NOTES = 10  # on a loss that stays where it was
 
 # ----------------------------------------------------------------------------- where output goes
@@ -191,7 +192,8 @@ class Console(Listener):
     def note_if_stuck(self, epoch, values, logs, args):
         """Note, now and then, a validation loss that is hardly below that before training."""
         done = epoch + 1
-        if done % EPOCHS_BETWEEN_NOTES and done != args.nEpoch:
+        is_last = done == args.nEpoch >= FEWEST_EPOCHS
+        if done % EPOCHS_BETWEEN_NOTES and not is_last:
             return
         if "before_training" not in logs or not args.learningRate:
             return
