@@ -447,6 +447,15 @@ def test_a_changed_list_is_named_with_the_files_that_both_sets_have(tiny_corpus,
     assert re.search("2 of 5 files of the validation set .*: 10/0/10-0-0000.flac, 11/1/", printed)
 
 
+def test_all_that_is_gone_is_named_at_once(tmp_path, capsys):
+    corpus = write_tiny_corpus(tmp_path / "here")
+    trained(corpus, tmp_path / "run", epochs=1)
+    corpus.rename(tmp_path / "there")
+    with ends_refused(capsys, "--pathDB .*here/audio, --pathTrain .*, --pathVal .*; if they were"):
+        train.main(["--pathCheckpoint", str(tmp_path / "run"), "--nEpoch", "2"])
+    assert run(*on(tmp_path / "there"), "--pathCheckpoint", tmp_path / "run", "--nEpoch", 2) == 0
+
+
 def test_a_list_that_is_gone_does_not_become_the_whole_corpus(tiny_corpus, tmp_path, capsys):
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path / "run", "--nEpoch", 1]
     flags[3] = shutil.copy(tiny_corpus / "train.txt", tmp_path / "train.txt")

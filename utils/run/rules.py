@@ -300,12 +300,18 @@ def check_capture(args, explicit):
 
 def check_paths(args, resumed):
     """The paths that this call of the program reads must exist, and it must be able to write."""
-    check_database(args, resumed)
     read = {"path_phone_data"}
     if not args.onlyCapture:
         read |= {"pathTrain", "pathVal"}
     if not args.only_classif_metric:
         read |= {"pathCaptureDS"}
+    paths = {f"--{name} {getattr(args, name)}": getattr(args, name) for name in {"pathDB", *read}}
+    gone = sorted(flag for flag, path in paths.items() if path and not os.path.exists(path))
+    if len(gone) > 1:
+        raise UserError(
+            f"no such files: {', '.join(gone)}; if they were moved, name them all again"
+        )
+    check_database(args, resumed)
     for name in sorted(read):
         check_file(f"--{name}", getattr(args, name))
     written = set()
