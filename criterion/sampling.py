@@ -64,16 +64,22 @@ class CandidateScores(NamedTuple):
     is_best_negative: torch.Tensor  # (X, K, n_positives) bool: is that negative this positive?
 
     @property
-    def hits(self):
-        """Whether each positive scores higher than any other frame, (X, K, n_positives) bool.
+    def higher(self):
+        """Whether each positive scores higher than all negatives, (X, K, n_positives) bool.
 
-        A negative may be the positive frame itself: no mistake, and known by its index, since
-        rounding may part their scores. A tie with another frame is a miss, or a network that gives
-        all frames the same score would be right everywhere.
+        A tie, up to rounding, is a miss: a network that gives all frames the same score would be
+        right everywhere.
         """
         best = self.best_negative.unsqueeze(2)
-        higher = (self.positives > best) & ~torch.isclose(self.positives, best)
-        return higher | self.is_best_negative
+        return (self.positives > best) & ~torch.isclose(self.positives, best)
+
+    @property
+    def hits(self):
+        """Whether each positive scores higher than all other frames, (X, K, n_positives) bool.
+
+        The best negative may be the positive frame itself, known by its index: no mistake.
+        """
+        return self.higher | self.is_best_negative
 
 
 def score_candidates(pool, predictions, candidates, n_positives, fused=False):

@@ -98,7 +98,9 @@ class CPCCTCCriterion(ContrastiveCriterion):
         cost, alignment = soft_align(
             log_scores / self.loss_temperature, *self.skips, blank=self.blank_type
         )
-        hits = scores.hits.transpose(1, 2)
+        # Unlike in plain CPC, a negative that is the true frame itself counts as a mistake: the
+        # accuracies of the original stay.
+        hits = scores.higher.transpose(1, 2)
         loss = cost.mean() * self.loss_temperature
         losses = loss * self.loss_fractions(log_scores.detach(), alignment)
         accuracies = aligned_entries(hits, alignment).float().mean(dim=0, keepdim=True)
