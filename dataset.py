@@ -20,6 +20,7 @@ from utils.data.windows import Layout, cumulative, plan_pack, split_into_packs
 from utils.misc import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
+    Position,
     UserError,
     counted,
     first_few,
@@ -302,14 +303,6 @@ def _when_copied(position, batch, copied):
     return position, batch
 
 
-class Position(NamedTuple):
-    """The index of a batch in a pack of an epoch, counting the batches of all processes."""
-
-    epoch: int
-    pack: int
-    batch: int
-
-
 class BatchLoader:
     """Batches of the windows of a dataset, epoch by epoch; decodes the next pack in the background.
 
@@ -388,6 +381,7 @@ class BatchLoader:
         If `first.batch` is past the end of its pack, it counts into the next pack.
         """
         self._begin(epoch)
+        self.prepare()  # on all ranks, even if nothing of the epoch is left
         first = first or Position(epoch, 0, 0)
         skip, n_seen, own = first.batch, 0, None
         try:

@@ -114,7 +114,7 @@ def run(args, explicit, argv, world, device):
             return build_sets(corpus, split, max_sizes=sizes, **options)
 
         # ---- networks
-        if args.supervised and not args.path_phone_data:
+        if training and args.supervised and not args.path_phone_data:
             print("note: --supervised without --path_phone_data trains on speaker labels")
         networks, models = build_networks(args, corpus, labels, checkpoint, stats)
         networks.to(device)

@@ -1065,6 +1065,13 @@ def test_training_and_validation_set(small_corpus, tmp_path, capsys):
     assert "shorter or longer than their labels" in said
 
 
+def test_an_epoch_of_which_nothing_is_left_is_decoded_all_the_same(small_corpus):
+    """All ranks decode together: one that did it alone, for a probe, would leave them waiting."""
+    loader = BatchLoader(small_set(small_corpus), 4, "uniform", seed=0, training=True)
+    assert list(loader.epoch(0, Position(0, 2**31, 0))) == []
+    assert loader.dataset._only_pack is not None
+
+
 def test_required_windows(small_corpus):
     audio = small_set(small_corpus)
     audio.require_windows()

@@ -322,7 +322,7 @@ def test_a_process_of_an_nccl_group(monkeypatch):
         for expected, gradient in zip(*found, strict=True):
             assert_close(gradient, expected.cpu(), 1e-3)
         world.copy_buffers(torch.nn.BatchNorm1d(2).cuda())
-        assert world.from_first(lambda: world.gather("here")) == ["here"]
+        assert world.on_rank_zero(lambda: world.all_gather("here")) == ["here"]
     finally:
         dist.destroy_process_group()
 

@@ -538,6 +538,7 @@ def put(*path, value):
 
 
 MUTATIONS = {
+    "a start that is a list": put("logs", "before_training", value=[1.0]),
     "sums of other steps": put("running", "sums", value=torch.zeros(2, 3, dtype=torch.float64)),
     "sums of one kind": put("running", "sums", value=torch.zeros(2, dtype=torch.float64)),
     "sums of text": put("running", "sums", value="many"),

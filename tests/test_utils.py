@@ -340,6 +340,17 @@ def test_what_can_not_work_is_refused_with_the_reason(words, reason, paths, tmp_
     assert "\n" not in str(refused.value)
 
 
+def test_stats_stay_where_captures_are_turned_off():
+    args, explicit = parse_arguments(["--no-captureConvRepr"])
+    args.pathCaptureDS = "list"  # inherited
+    args.captureSetStats = "phoneSim:conv_repr,pictures"
+    complete(args, explicit)
+    assert args.pathCaptureDS == "list"
+    args.captureSetStats = None
+    complete(args, explicit)
+    assert args.pathCaptureDS is None
+
+
 def test_a_run_needs_a_place_and_audio(tmp_path):
     with pytest.raises(UserError, match="--pathCheckpoint DIR"):
         checked("--pathDB", str(tmp_path))

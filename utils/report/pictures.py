@@ -26,10 +26,11 @@ class Picture(NamedTuple):
 
 
 def latest_capture(logs, args):
-    """The directory of the latest capture of an epoch in the logs, or None."""
+    """The directory of the latest capture, or None; other folders there may be of other runs."""
     if not args.pathCaptureDS or not args.pathCaptureSave:
         return None
-    directories = (Path(args.pathCaptureSave, str(epoch)) for epoch in reversed(logs["epoch"]))
+    due = (epoch for epoch in reversed(logs["epoch"]) if epoch % args.captureEachEpochs == 0)
+    directories = (Path(args.pathCaptureSave, str(epoch)) for epoch in due)
     return next((directory for directory in directories if directory.is_dir()), None)
 
 

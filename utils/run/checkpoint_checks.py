@@ -112,8 +112,8 @@ def are_logs(logs):
 def are_training_logs(logs):
     """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
     series = {key: value for key, value in logs.items() if isinstance(value, list)}
-    settings = {key: value for key, value in logs.items() if key not in series}
-    before = settings.pop("before_training", {"locLoss_val": [0], "locAcc_val": [0]})
+    before = logs.get("before_training", {"locLoss_val": [0], "locAcc_val": [0]})
+    settings = {k: v for k, v in logs.items() if k not in {*series, "before_training"}}
     return (
         isinstance(before, dict)
         and before.keys() == {"locLoss_val", "locAcc_val"}

@@ -5,11 +5,15 @@ import errno
 import io
 import os
 import sys
+import threading
 import time
 
 from tqdm import tqdm
 
 from utils.misc import counted, mean, percent
+
+# Processes share no bar, and the lock that tqdm would make for that outlives `os._exit`.
+tqdm.set_lock(threading.RLock())
 
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
 MIN_IMPROVEMENT = 0.02  # of the initial validation loss: below this a run has not learned yet
@@ -130,12 +134,6 @@ class PlainProgress:
 
     def set_postfix_str(self, text, refresh=True):
         self.postfix = f", {text}" if text else ""
-
-    def write(self, text):
-        print(text, flush=True)
-
-    def close(self):
-        pass
 
 
 # --------------------------------------------------------------------------------- lines of a run

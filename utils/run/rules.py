@@ -33,7 +33,8 @@ def complete(args, explicit, began_with_load=False):
     if args.arMode not in RECURRENT and "hiddenGar" not in explicit and not began_with_load:
         args.hiddenGar = args.hiddenEncoder
     turned_off = CAPTURE_SWITCHES & switched_off(args, explicit)
-    if turned_off and not captured(args) and "pathCaptureDS" not in explicit:
+    wanted = captured(args) or args.captureSetStats
+    if turned_off and not wanted and "pathCaptureDS" not in explicit:
         args.pathCaptureDS = None  # inherited, but nothing is captured any more
 
 
