@@ -16,7 +16,6 @@ from criterion import (
     CPCCriterion,
     CPCCTCCriterion,
     CriterionOutput,
-    Networks,
     NoneCriterion,
     build_criterion,
     sampling,
@@ -28,6 +27,7 @@ from criterion.classification import (
     SpeakerDoubleCriterion,
 )
 from criterion.custom_layers import EqualizedConv1d, EqualizedLinear
+from criterion.networks import Networks
 from criterion.prediction import PredictionNetwork
 from criterion.seq_alignment import (
     beam_search,
