@@ -21,7 +21,7 @@ def _seeded():
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_the_cpu(request):
-    """Only tests/test_gpu.py sees a GPU: what other tests compare is the same to the last bit."""
+    """Only tests/test_gpu.py sees a GPU: other tests compare bit for bit."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "tests.test_gpu":
             patch.setattr(torch.cuda, "is_available", lambda: False)

@@ -252,8 +252,8 @@ def source(args):
 def features_of_checkpoint(args, paths):
     """A function: name -> features (T, D) of that audio file, None without one.
 
-    It also returns None for files that can't be used, and names them. Raises UserError where
-    training would refuse so many.
+    It also returns None for files that can't be used, and names them. Raises UserError
+    if they are more than training tolerates.
     """
     n_allowed, problems = allowed_bad_files(len(paths), 0.01), []
     model, *_ = load_model([args.path_checkpoint])

@@ -28,12 +28,7 @@ from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe, ProbeOptions
 from feature_loader import load_model
 from model import CPCModelNullspace
-from utils.data.corpus import (
-    cut_for_debugging,
-    scan_corpus,
-    split_utterances,
-    warn_of_speakers,
-)
+from utils.data.corpus import cut_for_debugging, open_corpus, split_utterances
 from utils.data.labels import read_phone_labels
 from utils.files import check_writable, load_json, load_tensors, save_json
 from utils.misc import SAMPLES_PER_FRAME, UserError
@@ -237,16 +232,8 @@ def add_data_flags(add):
 
 def open_sets(args):
     """Training set, validation set and the number of classes."""
-    corpus = scan_corpus(
-        args.pathDB,
-        args.file_extension,
-        args.speaker_level,
-        ignore_cache=args.ignore_cache,
-        n_threads=args.n_process_loader,
-    )
+    corpus = open_corpus(args, speakers_matter=not args.pathPhone)
     labels = read_phone_labels(args.pathPhone) if args.pathPhone else None
-    if not labels:
-        warn_of_speakers(corpus)
     sizes = {"size_window": args.size_window, "batch_size": args.batchSizeGPU}
     split = split_utterances(corpus, args.pathTrain, args.pathVal, **sizes)
     sets = build_sets(

@@ -313,7 +313,7 @@ def test_frame_spans():
 
 @pytest.mark.parametrize(("size", "said"), [(100, ""), (98, ""), (50, "lasts 0.02 s")])
 def test_features_at_another_rate_than_the_items_are_refused(size, said):
-    """Files of 1, 2 and 3 s with an item at their end, and so many frames per second."""
+    """Files of 1, 2 and 3 s, each with an item at its end, at this number of frames per second."""
     onset = torch.tensor([0.5, 1.5, 2.5, 0.0], dtype=torch.float64)
     ids = torch.zeros(4, dtype=torch.long)
     items = Items(("a", "b", "c", "a"), onset, onset + 0.5, ids, ids, ids)

@@ -68,8 +68,8 @@ def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_
     return Corpus(root, tuple(sort_utterances(map(Utterance._make, rows))), speakers)
 
 
-def open_corpus(args):
-    """The Corpus of --pathDB, with warnings where that may be a folder too high."""
+def open_corpus(args, speakers_matter=True):
+    """The Corpus of --pathDB; warns, if speakers matter, where that may be a folder too high."""
     corpus = scan_corpus(
         args.pathDB,
         args.file_extension,
@@ -77,7 +77,8 @@ def open_corpus(args):
         ignore_cache=args.ignore_cache,
         n_threads=args.n_process_loader,
     )
-    warn_of_speakers(corpus)
+    if speakers_matter:
+        warn_of_speakers(corpus)
     return corpus
 
 
@@ -86,7 +87,7 @@ def sort_utterances(utterances):
 
 
 def warn_of_speakers(corpus):
-    """Warn where what counts as speakers may be something else, unless --speaker_level says so."""
+    """Warn where the folders taken as speakers may not be speakers; --speaker_level settles it."""
     warn_of_single_speaker(corpus)
     if not any("/" in speaker for speaker in corpus.speakers):
         warn_of_subsets(corpus)
@@ -183,14 +184,14 @@ def select_utterances(utterances, names, list_path):
     missing = sorted(wanted - found.keys())
     if not missing:
         return chosen
-    found = (
+    message = (
         f"{list_path}: {len(missing)} of {len(wanted)} names have no file in the database: "
         f"{first_few(missing)} (names have no extension, and no folder or the first ones "
         "below the root; --ignore_cache finds new files)"
     )
     if not chosen:
-        raise UserError(found)
-    print(found)
+        raise UserError(message)
+    print(message)
     return chosen
 
 

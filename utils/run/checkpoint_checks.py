@@ -68,7 +68,7 @@ def _unsound(sound):
 
 
 def _is_list(value, kind, length=None):
-    """Whether a value is a list of this kind of items, and so many of them if a length is given."""
+    """Whether a value is a list of such items, and of this length if one is given."""
     return (
         isinstance(value, list)
         and all(isinstance(item, kind) for item in value)

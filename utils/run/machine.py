@@ -103,8 +103,10 @@ def _quota_of(group):
 
 
 def set_threads(n_threads=0, n_processes=1):
-    """Compute with so many CPU threads; 0: PyTorch's choice, as far as there are processors for
-    it, shared by the machine's processes."""
+    """Set the number of CPU threads for computing.
+
+    0: PyTorch's choice, at most one per processor, divided among the machine's processes.
+    """
     if n_threads:
         torch.set_num_threads(n_threads)
     elif "OMP_NUM_THREADS" not in os.environ:

@@ -1,7 +1,6 @@
 """Settles the flags of a call: the command line against the checkpoint that it resumes or uses.
 
-No network is built here: what a checkpoint holds is told by its stored flags and the shapes of its
-weights.
+No network is built here: a checkpoint's stored flags and the shapes of its weights describe it.
 """
 
 import os
