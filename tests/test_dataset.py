@@ -595,7 +595,7 @@ def test_utterances_set_aside_depend_on_the_seed_alone():
 
 
 def corpus_of(n_files, samples, speakers=2):
-    """Utterances of all speakers, each with the same number of files; the first of each is unusable."""
+    """Utterances of speakers with equally many files; the first of each is unusable."""
     utterances = [
         Utterance(s, f"{s}/{s}-{i}.wav", samples if i else 0, problem="" if i else "empty")
         for s in range(speakers)
