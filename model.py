@@ -40,6 +40,21 @@ class CPCEncoder(nn.Module):
             self.add_module(f"conv{i}", HalfOverlapConv(dim if i else 1, dim, stride, padding))
             self.add_module(f"batchNorm{i}", NORMS[norm](dim))
 
+    @torch.no_grad()
+    def lecun_initialisation(self):
+        """Biases of 0, weights uniform with a variance of 1 / fan-in: LeCun et al. (1998).
+
+        PyTorch's own start, uniform in +-1 / sqrt(fan-in) for both, is the original's. Speech has
+        an RMS of 0.03 to 0.1, so it leaves the first layer's output nearly all bias, and the norms
+        keep that; and weights so small change fast: at high learning rates, frames become all
+        alike within a few steps, and stay so. Rescales the weights, so it draws no random numbers:
+        whatever is built next starts as with `--initialisation original`.
+        """
+        for i in range(len(self.STRIDES_AND_PADDINGS)):
+            convolution = getattr(self, f"conv{i}")
+            convolution.weight *= math.sqrt(3)
+            convolution.bias.zero_()
+
     def forward(self, waveform):
         """waveform: (B, 1, L) -> (B, E, S), S = (L + 1) // 160."""
         x = waveform.transpose(1, 2)
@@ -209,11 +224,17 @@ class MFCCEncoder(nn.Module):
 
 
 def build_encoder(args):
-    """The encoder that `--encoder_type`, `--hiddenEncoder` and `--normMode` describe."""
+    """The encoder that `--encoder_type`, `--hiddenEncoder` and `--normMode` describe.
+
+    `--initialisation` is how it starts.
+    """
     if args.encoder_type == "cpc":
         if args.normMode not in NORMS:
             raise UserError(f"--normMode {args.normMode}: there are {', '.join(NORMS)}")
-        return CPCEncoder(args.hiddenEncoder, args.normMode)
+        encoder = CPCEncoder(args.hiddenEncoder, args.normMode)
+        if args.initialisation == "lecun":
+            encoder.lecun_initialisation()
+        return encoder
     if args.encoder_type == "mfcc":
         return MFCCEncoder(args.hiddenEncoder)
     if args.encoder_type == "lfb":

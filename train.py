@@ -33,6 +33,7 @@ from criterion import (
 from criterion.networks import Networks
 from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, on_device, set_options
 from eval.hooks import PREDICTED, build_hooks
+from eval.starts import StartWatch
 from feature_loader import load_model
 from model import CPCModel, build_model, preserved_state
 from stats.stats_utils import build_stats, with_absolute_directories
@@ -154,7 +155,7 @@ def train(state, train_loader, val_loader, hooks, files):
     if state.position.epoch >= args.nEpoch:
         console.print_finished(state.position.epoch)
         return
-    listeners = [screen, state]
+    listeners = [screen, state, StartWatch(state, val_loader.dataset)]
     forward_backward = build_forward_backward(state)
     val_loader.prepare()
     try:
@@ -170,7 +171,6 @@ def train(state, train_loader, val_loader, hooks, files):
             values = train_one_epoch(state, train_loader, forward_backward, listeners)
             values |= validate(state, val_loader, epoch, f"epoch {epoch}")
             publish(listeners, epoch, values, state.clock)
-            screen.note_if_stuck(epoch, values, state.logs, args)
             failure = run_hooks(hooks, state, epoch, listeners)
             with world.stop.deferred():
                 finish_epoch(state, epoch, files, save_now=failure is not None)

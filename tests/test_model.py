@@ -293,6 +293,7 @@ def architecture(**changes):
         "hiddenGar": 16,
         "encoder_type": "cpc",
         "normMode": "layerNorm",
+        "initialisation": "lecun",
         "arMode": "LSTM",
         "nLevelsGRU": 1,
         "samplingType": "samespeaker",

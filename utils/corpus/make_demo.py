@@ -1,6 +1,6 @@
 """Synthesise a speech corpus with exact phone labels, for trying out the program.
 
-    python utils/corpus/make_demo.py OUT [--speakers 20] [--utterances 40] [--seed 1]
+    python utils/corpus/make_demo.py OUT [--speakers 20] [--utterances 40] [--seed 1] [--level -13]
 
 Writes below OUT:
 
@@ -52,7 +52,7 @@ from utils.files import (
     writing_to,
 )
 from utils.misc import SAMPLE_RATE, UserError
-from utils.run.command import CommandLine, at_least, command
+from utils.run.command import CommandLine, at_least, between, command
 from utils.run.console import progress
 from utils.run.machine import n_processors
 
@@ -69,8 +69,8 @@ N_WORDS = 300
 N_SYLLABLES = (0.45, 0.4, 0.15)  # probabilities of words of one, two and three syllables
 WORDS_PER_UTTERANCE = (6, 16)
 PAUSE = 0.15  # probability of a silence after a word
-# Louder than LibriSpeech (about -26 dB), at whose level short runs learn nothing for hundreds of
-# steps.
+# Louder than LibriSpeech (about -26 dB). With `--initialisation original`, short runs learn nothing
+# from anything quieter.
 LEVEL = -13.0  # dB RMS of full scale, before the limiter, which reduces it by 1 dB
 LEVEL_SCATTER = 1.0  # dB
 
@@ -88,11 +88,12 @@ class Settings(NamedTuple):
     utterances: int  # per speaker
     seed: int
     version: int = VERSION
+    level: float = LEVEL
 
     def __str__(self):
         return (
-            f"--speakers {self.speakers} --utterances {self.utterances} --seed {self.seed}, "
-            f"version {self.version}"
+            f"--speakers {self.speakers} --utterances {self.utterances} --seed {self.seed} "
+            f"--level {self.level:g}, version {self.version}"
         )
 
     def positions(self):
@@ -141,14 +142,14 @@ def draw_utterance(lexicon, rng):
 # Utterances and files.
 
 
-def record(waveform, speaker, rng):
-    """`waveform` (L,) as 16-bit samples at about LEVEL, with the noise of the speaker's room.
+def record(waveform, speaker, level, rng):
+    """`waveform` (L,) as 16-bit samples at about `level` dB, with the noise of the speaker's room.
 
     Speech this loud has peaks above full scale: a soft limiter rounds them off.
     """
     waveform = waveform / np.sqrt(np.mean(waveform**2))
     waveform = waveform + 10 ** (speaker.noise_floor / 20) * rng.standard_normal(len(waveform))
-    gain = 10 ** ((LEVEL + LEVEL_SCATTER * rng.uniform(-1, 1)) / 20)
+    gain = 10 ** ((level + LEVEL_SCATTER * rng.uniform(-1, 1)) / 20)
     return np.round(32767 * np.tanh(gain * waveform)).astype(np.int16)
 
 
@@ -158,7 +159,7 @@ def make_utterance(settings, lexicon, speaker, utterance):
     rng = np.random.default_rng([settings.seed, 2, speaker, utterance])
     phones = draw_utterance(lexicon, rng)
     waveform, boundaries = speak(phones, voice, rng)
-    return record(waveform, voice, rng), frame_labels(phones, boundaries)
+    return record(waveform, voice, settings.level, rng), frame_labels(phones, boundaries)
 
 
 def utterance_name(speaker, utterance):
@@ -274,6 +275,8 @@ def parse_arguments(argv):
         help="utterances per speaker, about 4 s long, every fifth for tests")
     add("--seed", type=at_least(0), default=1,
         help="another seed gives another language and other speakers")
+    add("--level", type=between(-60, 0, float), default=LEVEL, metavar="DB",
+        help="loudness, in dB RMS of full scale; LibriSpeech has about -26")
     return parser.parse_args(argv)
 
 
@@ -283,7 +286,7 @@ def parse_arguments(argv):
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    settings = Settings(args.speakers, args.utterances, args.seed)
+    settings = Settings(args.speakers, args.utterances, args.seed, level=args.level)
     new = make_corpus(args.out, settings)
     hours = load_json(args.out / MANIFEST)["samples"] / SAMPLE_RATE / 3600
     print(

@@ -16,9 +16,6 @@ from utils.misc import counted, mean, percent
 tqdm.set_lock(threading.RLock())
 
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
-MIN_IMPROVEMENT = 0.02  # of the initial validation loss: below this a run has not learned yet
-FEWEST_EPOCHS = 3  # of a run whose last loss says something
-EPOCHS_BETWEEN_NOTES = 10  # on a loss that stays where it was
 
 # ----------------------------------------------------------------------------- where output goes
 
@@ -186,23 +183,6 @@ class Console(Listener):
         if self.step_name:
             accuracies = " ".join(f"{100 * accuracy:.0f}" for accuracy in values["locAcc_val"])
             print(f"    validation accuracy by {self.step_name} (%): {accuracies}", flush=True)
-
-    def note_if_stuck(self, epoch, values, logs, args):
-        """Note, now and then, a validation loss that is hardly below that before training."""
-        done = epoch + 1
-        is_last = done == args.nEpoch >= FEWEST_EPOCHS
-        if done % EPOCHS_BETWEEN_NOTES and not is_last:
-            return
-        if "before_training" not in logs or not args.learningRate:
-            return
-        before, now = mean(logs["before_training"]["locLoss_val"]), mean(values["locLoss_val"])
-        if now > before - MIN_IMPROVEMENT * abs(before):
-            print(
-                f"note: the validation loss, {before:.4f} before training, is still {now:.4f}. If "
-                "that doesn't change, try another --random_seed, a --schedulerRamp, or another "
-                "--learningRate",
-                flush=True,
-            )
 
     def summary(self, logs, best_row, clock, files):
         """Print the losses and accuracies of the run and where to look.

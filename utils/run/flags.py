@@ -144,6 +144,9 @@ add("--hiddenEncoder", type=at_least(2), default=256, metavar="E",  # a norm ove
     help="channels of the encoder")
 add("--normMode", choices=("instanceNorm", "ID", "layerNorm", "batchNorm"), default="layerNorm",
     help="normalisation inside the convolutional encoder (ID: none)")
+add("--initialisation", choices=("lecun", "original"), default="lecun",
+    help="first weights of the convolutions; from the original's, plain CPC often never starts to "
+    "learn, since quiet speech drowns in the biases")
 add("--arMode", choices=("GRU", "LSTM", "RNN", "no_ar", "transformer"), default="LSTM",
     help="autoregressive (AR) network, encoded frames -> contexts")
 add("--hiddenGar", type=at_least(1), default=256, metavar="C",
@@ -354,6 +357,8 @@ def stored_arguments(stored, source):
     They are parsed like a command line, so a damaged value is refused, by name and `source`, like a
     mistyped one. Unknown ones, such as those of a newer version, are left out.
     """
+    # Runs of the original, and of this program before it had the flag:
+    stored = {"initialisation": "original"} | stored
     argv = []
     for name in sorted((ARCHITECTURE | DATA_ORDER | INHERITED) & stored.keys()):
         value = stored[name]
