@@ -190,7 +190,7 @@ def measured(name, words, grid, work, threads):
 
 def call(words, places, log, threads=None):
     """Run a command of the project; its output is appended to the file `log`."""
-    words = shlex.split(filled_in(words, places))
+    words = [filled_in(word, places) for word in shlex.split(words)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with open(log, "a") as output:
         status = subprocess.run(
@@ -200,9 +200,9 @@ def call(words, places, log, threads=None):
         raise UserError(f"exit status {status}, see {log}: {shlex.join(words)}")
 
 
-def filled_in(words, places):
+def filled_in(word, places):
     speech = os.environ.get("CPC_DATA", ROOT.parent / "shared" / "data" / "librispeech_mini")
-    return words.format(speech=speech, **places)
+    return word.format(speech=speech, **places)
 
 
 def commit():

@@ -8,7 +8,7 @@ GRID = {
     "prepare": ["utils/corpus/make_demo.py {work}/demo --speakers 2 --utterances 5"],
     "run": "train.py --pathDB {work}/demo/audio --device cpu --logging_step 1 --learningRate 1e-2 "
     "--hiddenEncoder 8 --hiddenGar 8 --rnnMode linear --sizeWindow 5120 --nPredicts 2 --nEpoch 1",
-    "axes": {"size": {"tiny": ""}, "AR": {"LSTM": "", "GRU": "--arMode GRU"}},
+    "axes": {"size": {"tiny, linear": ""}, "AR": {"LSTM": "", "GRU": "--arMode GRU"}},
     "parts": [{"seeds": 1, "AR": ["GRU"]}],
     "measures": {
         "steps": {"steps_below": 1.5},
@@ -23,15 +23,15 @@ def test_a_grid_runs_once_and_keeps_its_values(tmp_path, capsys):
     save_json(grid, GRID)
     words = [grid, "--work", tmp_path / "work", "--results", tmp_path / "results"]
     learning.main([str(word) for word in words])
-    assert "| size | LSTM | GRU |\n|---|---|---|\n| tiny |  | 4." in capsys.readouterr().out
+    assert "| size | LSTM | GRU |\n|---|---|---|\n| tiny, linear |  | 4." in capsys.readouterr().out
     results = load_json(tmp_path / "results" / "few.json")
     ((name, run),) = results["runs"].items()
-    assert (name, run["settings"]) == ("tiny/GRU/1", {"size": "tiny", "AR": "GRU", "seed": 1})
+    assert (name, run["settings"]) == ("tiny, linear/GRU/1", {"size": "tiny, linear", "AR": "GRU", "seed": 1})
     assert run["values"]["steps"] == 1
     assert str(tmp_path) not in run["command"]
-    assert not (tmp_path / "work" / "tiny" / "GRU" / "1").exists()
+    assert not (tmp_path / "work" / "tiny, linear" / "GRU" / "1").exists()
 
     run["values"]["loss"] = 3.25  # a second call trains nothing and overwrites nothing
     save_json(tmp_path / "results" / "few.json", results)
     learning.main([str(word) for word in words])
-    assert "| tiny |  | 3.25 |" in capsys.readouterr().out
+    assert "| tiny, linear |  | 3.25 |" in capsys.readouterr().out
