@@ -4,7 +4,6 @@ At a learning rate that is too high, the first steps can make all encoded frames
 then look like positives, gradients vanish, and the loss stays that of guessing.
 """
 
-import math
 import os
 
 import torch
@@ -24,7 +23,7 @@ FILES_LOOKED_AT = 8
 
 def varying_energy(frames):
     """The share of the energy of `frames` (N, C) that differs from frame to frame, from 0 to 1."""
-    frames = frames.double()
+    frames = frames.detach().double()
     return float(frames.var(0, correction=0).sum() / frames.square().mean(0).sum().clamp(min=1e-30))
 
 
@@ -53,7 +52,9 @@ class StartWatch(Listener):
 
     def _look(self, when, loss, only_dead=False):
         args, start = self.state.args, self.state.logs.get("before_training")
-        before = mean(start["locLoss_val"]) if start and args.learningRate else -math.inf
+        if not start or not args.learningRate:
+            return
+        before = mean(start["locLoss_val"])
         if loss <= before - MIN_IMPROVEMENT * abs(before):
             return
         helps = "a lower --learningRate, a --schedulerRamp or another --random_seed"

@@ -3,6 +3,7 @@
 import argparse
 import io
 import math
+import re
 import subprocess
 import sys
 from itertools import product
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eval.starts import varying_energy
 from model import (
     CPCAR,
     NORMS,
@@ -302,6 +304,32 @@ def architecture(**changes):
         "sizeWindow": 1600,
     }
     return argparse.Namespace(**{**flags, **changes})
+
+
+def test_initialisations_differ_in_the_convolutions_alone():
+    states = {}
+    for name in ("original", "lecun"):
+        torch.manual_seed(1)
+        states[name] = build_model(architecture(initialisation=name)).state_dict()
+    for key, value in states["original"].items():
+        if re.fullmatch(r"gEncoder.conv\d.weight", key):
+            value = value * 3**0.5
+        elif re.fullmatch(r"gEncoder.conv\d.bias", key):
+            value = torch.zeros_like(value)
+        assert torch.equal(states["lecun"][key], value), key
+
+
+def test_only_with_lecun_weights_frames_of_quiet_speech_differ_at_the_start():
+    torch.manual_seed(0)
+    time = torch.arange(16000) / 16000
+    pulses = (torch.sin(2 * torch.pi * 5 * time) > 0) * torch.sin(2 * torch.pi * 300 * time)
+    waveform = 0.03 * (pulses + 0.1 * torch.randn(16000))[None, None]
+    varying = {}
+    for name in ("original", "lecun"):
+        torch.manual_seed(1)
+        encoded = build_model(architecture(initialisation=name, hiddenEncoder=64))(waveform)[1]
+        varying[name] = varying_energy(encoded[0])
+    assert varying["original"] < 0.02 < 0.1 < varying["lecun"]
 
 
 ALL_ENCODERS = [("cpc", norm) for norm in NORMS] + [("lfb", "layerNorm"), ("mfcc", "layerNorm")]

@@ -19,9 +19,9 @@ import train
 from criterion import build_criterion
 from criterion.networks import Networks
 from dataset import Batch
-from eval import linear_separability
+from eval import linear_separability, starts
 from eval.hooks import CaptureHook
-from model import CPCAR, CPCModelNullspace, build_model
+from model import CPCAR, CPCEncoder, CPCModelNullspace, build_model
 from stats.stats_utils import STATS, usage
 from tests.helpers import (
     GOLDEN,
@@ -1000,12 +1000,33 @@ def test_a_probe_without_a_window_is_noticed_at_the_start(tiny_corpus, tmp_path,
 @pytest.mark.parametrize(("rate", "is_stuck"), [("1e-9", True), ("1e-2", False), ("0", False)])
 def test_a_run_that_learns_nothing_says_so(rate, is_stuck, tiny_corpus, tmp_path, capsys):
     trained(tiny_corpus, tmp_path, "--learningRate", rate, "--rnnMode", "linear", epochs=3)
-    assert ("note: the validation loss, " in capsys.readouterr().out) == is_stuck
+    assert ("note: the loss, " in capsys.readouterr().out) == is_stuck
+
+
+def test_a_dead_start_is_told_from_a_slow_one_in_its_first_epoch(
+    tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(starts, "FEWEST_STEPS", 1)
+    words = ["--learningRate", "1e-9", "--rnnMode", "linear", "--logging_step", "1"]
+    trained(tiny_corpus, tmp_path / "slow", *words, epochs=1)
+    assert "note: the loss" not in capsys.readouterr().out
+
+    def dead(self):
+        lecun(self)
+        self.batchNorm4.weight.data.fill_(1e-3)
+        self.batchNorm4.bias.data.fill_(1)
+
+    lecun = CPCEncoder.lecun_initialisation
+    monkeypatch.setattr(CPCEncoder, "lecun_initialisation", dead)
+    trained(tiny_corpus, tmp_path / "dead", *words, epochs=1)
+    said = capsys.readouterr().out
+    assert said.count("this start is dead") == 1
+    assert "in step 1, and encoded frames are nearly all alike (0.0 % of their energy" in said
 
 
 def test_the_first_two_epochs_are_too_few_for_a_note(tiny_corpus, tmp_path, capsys):
     trained(tiny_corpus, tmp_path, "--learningRate", "1e-9", "--rnnMode", "linear", epochs=2)
-    assert "note: the validation loss" not in capsys.readouterr().out
+    assert "note: the loss" not in capsys.readouterr().out
 
 
 def test_files_without_labels_are_captured_as_with_labels(tiny_corpus, tmp_path):

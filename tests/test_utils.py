@@ -478,6 +478,11 @@ def test_damaged_stored_arguments_are_refused_by_name(stored):
         stored_arguments(stored, "some.pt")
 
 
+def test_stored_arguments_without_an_initialisation_are_those_of_the_original():
+    assert stored_arguments({"nPredicts": 3}, "some.pt").initialisation == "original"
+    assert stored_arguments({"initialisation": "lecun"}, "some.pt").initialisation == "lecun"
+
+
 # -------------------------------------------------------------------------------------- schedule
 
 
