@@ -211,15 +211,20 @@ def build_training(name, root, options, world):
     flags += ["--device", options.device, "--threads", str(options.threads), "--random_seed", "0"]
     flags += ["--samplingType", "uniform"]  # every batch is full
     flags += ["--precision", options.precision] + ["--compile"] * options.compile
+    state, train_loader, _ = new_run(flags, world)
+    return Training(state, train_loader)
+
+
+def new_run(flags, world):
+    """(RunState, training loader, validation loader) of flags of train.py; prints nothing."""
     with contextlib.redirect_stdout(io.StringIO()):
         args, _ = resolve(*parse_training_arguments(flags))
         prepare_machine(args, world)
         device, corpus = device_from(args.device), open_corpus(args)
         sets = build_sets(corpus, split_corpus(args, corpus), **set_options(args))
         networks, _ = build_networks(args, corpus, None, None, StatsCollector())
-    train_loader, val_loader = build_loaders(args, sets, world)
-    state = RunState(args, networks.to(device), train_loader, val_loader, device)
-    return Training(state, train_loader)
+    loaders = build_loaders(args, sets, world)
+    return RunState(args, networks.to(device), *loaders, device), *loaders
 
 
 def all_batches(training):
