@@ -23,7 +23,7 @@ from utils.run import console
 from utils.run.place import find_place, is_task_of_srun
 from utils.run.stopping import Stopped, let_signals_in
 
-FIRST_MEETING = timedelta(minutes=2)  # in which every process must have reached every other
+FIRST_MEETING = timedelta(minutes=2)  # until all processes are there, and again until connected
 LONGEST_PROBE = timedelta(days=30)  # how long other ranks wait for the one that trains it
 INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable that names the network between machines
 # Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
@@ -236,13 +236,16 @@ def _meet(place):
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=FIRST_MEETING))
         meeting = dist.PrefixStore("meeting", store)
-        connections = dist.ProcessGroupGloo(meeting, place.rank, place.size, FIRST_MEETING)
-    except RuntimeError as error:
+        names = [f"process {rank}" for rank in range(place.size)]
+        meeting.set(names[place.rank], "is here")
+        meeting.wait(names, FIRST_MEETING)
+        gloo_timeout = FIRST_MEETING / 5  # five times that is how long Gloo waits to be called
+        connections = dist.ProcessGroupGloo(meeting, place.rank, place.size, gloo_timeout)
+    except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"process {place.rank} of {place.size} didn't find all others in "
-            f"{FIRST_MEETING.total_seconds():.0f} s, the first at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); if all were started, "
-            f"{_how_to_choose_interface()}"
+            f"process {place.rank} of {place.size} can't reach all others, the first of them at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}); if all were started, {_how_to_choose_interface()}"
         ) from error
     store.set_timeout(dist.constants.default_pg_timeout)
     return store, connections
