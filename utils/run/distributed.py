@@ -245,7 +245,8 @@ def _meet(place):
         raise UserError(
             f"process {place.rank} of {place.size} can't reach all others, the first of them at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"({str(error).splitlines()[0]}); if all were started, {_how_to_choose_interface()}"
+            f"({str(error).splitlines()[0]}); if its port is in use, set "
+            f"another MASTER_PORT; if all were started, {_how_to_choose_interface()}"
         ) from error
     store.set_timeout(dist.constants.default_pg_timeout)
     return store, connections
