@@ -49,8 +49,9 @@ from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.distributed import joined_world
 from utils.run.flags import captured_names, parse_arguments
 from utils.run.launch import launch, processes_to_start
-from utils.run.lock import training_lock
+from utils.run.lock import lost_lock, training_lock
 from utils.run.logs import Clock, RunningMeans
+from utils.run.place import enter_slurm_step
 from utils.run.resolve import resolve, works_on_checkpoint
 from utils.run.rules import check_call
 from utils.run.state import RunState, learning_rate
@@ -65,6 +66,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, explicit = parse_arguments(argv)
     check_call(args, explicit)
+    enter_slurm_step()
     n_processes = processes_to_start(args)
     if n_processes:
         return launch(n_processes, main, argv)
@@ -163,6 +165,7 @@ def train(state, train_loader, val_loader, hooks, files):
             start = validate(state, val_loader, 0, "before training")
             state.logs["before_training"] = start
             screen.before_training(start)
+            world.raise_everywhere(lost_lock())
             # After --restart, the old run keeps its report as long as its checkpoints.
             if world.is_rank_zero and not state.checkpoints_to_remove:
                 files.write(state.logs)
@@ -336,6 +339,7 @@ def finish_epoch(state, epoch, files, save_now):
     is_last, is_saved = epoch + 1 == args.nEpoch, True
     if save_now or is_last or epoch % args.save_step == 0:
         is_saved = state.save(epoch)
+    world.raise_everywhere(lost_lock())
     if world.is_rank_zero:
         files.write(state.logs, epoch_speed(state.clock, state.device, world.size))
     # All wait for rank 0 here: a rank that ended earlier, after an error, would end it as well.

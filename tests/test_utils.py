@@ -67,7 +67,7 @@ from utils.run.flags import (
     parse_arguments,
     stored_arguments,
 )
-from utils.run.lock import LOCK_NAME, locked
+from utils.run.lock import LOCK_NAME, locked, lost_lock
 from utils.run.logs import Clock, RunningMeans, append_epoch
 from utils.run.resolve import inherit_args
 from utils.run.rules import check_arguments, check_call, complete
@@ -924,6 +924,31 @@ def test_the_lock_of_another_machine_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=expected), locked(tmp_path, "--x"):
         pass
     assert json.loads((tmp_path / LOCK_NAME).read_text()) == owner
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [("SLURM_JOB_ID", "Slurm job 5"), ("TORCHELASTIC_RUN_ID", "torchrun job 5")],
+)
+def test_the_lock_of_another_machine_is_taken_over_by_the_same_job(
+    variable, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv(variable, "5")
+    with locked(tmp_path, "--x"):
+        owner = (tmp_path / LOCK_NAME).read_text()
+    other = owner.replace(json.dumps(socket.gethostname()), '"elsewhere"')
+    (tmp_path / LOCK_NAME).write_text(other)
+    with locked(tmp_path, "--x"):
+        assert "on elsewhere, since" in (printed := capsys.readouterr().out)
+        assert f"same {words}\n" in printed
+        assert lost_lock() is None
+        (tmp_path / LOCK_NAME).write_text(other)
+        assert "was taken over by process" in str(lost_lock())
+    assert (tmp_path / LOCK_NAME).read_text() == other  # not that of the block any more
+    assert lost_lock() is None
+    monkeypatch.setenv(variable, "none")
+    with pytest.raises(UserError, match="another machine"), locked(tmp_path, "--x"):
+        pass
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": {}}', "\x00"])

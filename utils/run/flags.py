@@ -273,8 +273,8 @@ add = partial(declare, "machine", on_resume=THIS_CALL)
 add("--device", choices=("auto", "cpu", "cuda"), default="auto",
     help="auto: CUDA if available")
 add("--nGPU", type=int, default=-1, metavar="N", help="processes on this machine, each with its "
-    "own batches and its own GPU or share of the CPU (default: one per GPU). Under torchrun: as "
-    "many as it started")
+    "own batches and its own GPU or share of the CPU (default: one per GPU). Under torchrun "
+    "and srun: as many as these started")
 add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
     help="precision of matrix multiplications; tf32 and bf16 need CUDA")
 add("--compile", action="store_true", help="compile encoder and criterion and, on a single GPU, "

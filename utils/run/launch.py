@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from utils.misc import UserError
 from utils.run.command import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
-from utils.run.distributed import is_one_of_several
+from utils.run.place import is_one_of_several
 from utils.run.stopping import SIGNALS, signals_held_back
 
 DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
@@ -25,8 +25,8 @@ FAREWELL = 1.5  # seconds for those that know of another's error to tell the use
 def processes_to_start(args):
     """How many processes this program has to start: 0 if it does the work itself.
 
-    So it is where torchrun started it, which a note says if `--nGPU` differs, and where one process
-    is enough. `--nGPU -1` is one for each GPU, and a single one on a CPU.
+    So it is where torchrun or srun started it, which a note says if `--nGPU` differs, and where one
+    process is enough. `--nGPU -1` is one for each GPU, and a single one on a CPU.
     """
     if args.only_classif_metric:
         return 0

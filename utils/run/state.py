@@ -19,6 +19,7 @@ from utils.run.checkpoint import (
 )
 from utils.run.checkpoint_checks import check_resumable
 from utils.run.console import Listener
+from utils.run.lock import lost_lock
 from utils.run.logs import Clock, RunningMeans, append_epoch
 
 END_OF_EPOCH = 2**31  # as the pack of a position: nothing of the epoch is left to train on
@@ -147,11 +148,17 @@ class RunState(Listener):
     def save(self, epoch=None):
         """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` where no epoch has just ended.
 
-        Returns whether that went well: a full disk is no reason to stop training.
+        Returns, on every rank, whether that went well: a full disk is no reason to stop training.
         """
         self.check_finite()
+        self.world.raise_everywhere(lost_lock())
         contents, self.steps_since_save = self.contents(), 0
-        if not self.world.is_rank_zero or (epoch is None and self.position == self.saved_position):
+        is_saved = not self.world.is_rank_zero or self._write(contents, epoch)
+        # Where one process has ended, torchrun and srun soon end those that are still writing.
+        return all(self.world.all_gather(is_saved))
+
+    def _write(self, contents, epoch):
+        if epoch is None and self.position == self.saved_position:
             return True
         try:
             path = save_checkpoint(self.directory, contents, epoch)
