@@ -968,6 +968,23 @@ def test_clipped_samples_are_counted_and_what_is_no_audio_refused(tmp_path, caps
     assert sorted(os.listdir(tmp_path / "out")) == ["loud.flac", "quiet.flac"]
 
 
+@pytest.mark.parametrize("target", [".mp3", ".flac"])
+def test_copied_files_are_checked_like_others(tmp_path, capsys, target):
+    """.mp3 is copied, .flac converted: neither silence nor a file cut short goes unnoticed."""
+    write_tone(tmp_path / "in" / "a.mp3", 16_000, seconds=5)
+    whole = (tmp_path / "in" / "a.mp3").read_bytes()
+    (tmp_path / "in" / "cut.mp3").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(tmp_path / "in" / "zero.mp3", np.zeros(16_000), 16_000)
+    flags = ["--file_extension", ".mp3", "--out_extension", target]
+    refused(adjust_sample_rate.main, tmp_path / "in", tmp_path / "out", *flags)
+    said = capsys.readouterr()
+    assert "2 files converted" in said.out
+    assert "warning: 1 file, digital silence" in said.out
+    assert said.out.endswith("equal: zero.mp3\n")
+    assert re.search(r"cut.mp3: ends after \d+ samples, but its header says 80000", said.err)
+    assert sorted(os.listdir(tmp_path / "out")) == [f"a{target}", f"zero{target}"]
+
+
 def test_a_file_from_a_pipe_gets_a_length(tmp_path):
     write_tone(tmp_path / "in" / "a.flac", 16_000)
     content = bytearray((tmp_path / "in" / "a.flac").read_bytes())

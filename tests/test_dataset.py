@@ -821,6 +821,24 @@ def test_a_file_that_ends_early(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "skipped 1 of 3 files: s/1.mp3 (ends after" in said
     assert "its header says 80000)" in said
+    reason = re.search(r"ends after \d+ samples, but its header says 80000", said)[0]
+    with pytest.raises(UserError, match=f"s/1.mp3: {reason}"):
+        load_waveform(tmp_path / "s/1.mp3")
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.au"])
+def test_a_header_of_no_samples_is_not_an_empty_file(tmp_path, name):
+    """Some programs that write to a pipe leave 0 there; libsndfile then reads nothing."""
+    soundfile.write(tmp_path / name, noise(5_000), SAMPLE_RATE)
+    content = bytearray((tmp_path / name).read_bytes())
+    place = slice(40, 44) if name == "a.wav" else slice(8, 12)
+    assert int.from_bytes(content[place], "little" if name == "a.wav" else "big") == 10_000
+    content[place] = bytes(4)
+    (tmp_path / name).write_bytes(content)
+    reason = "its header says 0 samples of 10,0.. bytes: `sox --ignore-length"
+    assert re.match(reason, audio.read_header(tmp_path / name).problem)
+    with pytest.raises(UserError, match=f"{name}: {reason}"):
+        load_waveform(tmp_path / name)
 
 
 def test_silent_files_are_named_once_and_used(own_corpus, capsys):
@@ -837,6 +855,10 @@ def test_silent_files_are_named_once_and_used(own_corpus, capsys):
     named = re.findall(r"b/\w+\.flac", printed)
     assert sorted(named) == ["b/cancel.flac", "b/offset.flac", "b/zero.flac"]
     assert "of 11 files are digital silence" in printed
+    for path in files:
+        load_waveform(own_corpus / path)
+    warned = re.findall(r"warning: .*(b/\w+\.flac): digital silence", capsys.readouterr().out)
+    assert sorted(warned) == ["b/cancel.flac", "b/offset.flac", "b/zero.flac"]
 
 
 def test_too_many_bad_files(own_corpus):
