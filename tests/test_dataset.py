@@ -50,6 +50,7 @@ from utils.data.packs import allocate_audio
 from utils.data.windows import Layout, plan_pack, plan_rows, split_into_packs
 from utils.data.workers import Workers
 from utils.misc import SAMPLE_RATE, UserError, first_few, generator_from
+from utils.run.command import DefaultExtension
 from utils.run.console import PlainProgress
 from utils.run.distributed import World
 
@@ -108,6 +109,47 @@ def summary(item):
     """A batch and its position as something to compare."""
     position, batch = item
     return (*position, batch.window.tolist(), batch.continues.tolist(), batch.waveform.sum().item())
+
+
+# --------------------------------------------------------------- extensions that nobody has given
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen", "said"),
+    [
+        (["a.wav", "b.wav", "b.txt", "._b.flac"], ".wav", ""),
+        (["DR1/F/a.WAV", "DR1/F/a.PHN"], ".WAV", ""),
+        (["a.flac", "b.mp3", "c.mp3"], ".flac", "there are 2 .mp3, 1 .flac: those .* .flac are"),
+        (["a.ogg", "b.mp3", "c.mp3"], None, "several kinds of files, 2 .mp3, 1 .ogg: choose one"),
+        (["a.wav", "b.WAV"], None, "1 .WAV, 1 .wav"),
+        (["a.txt", "b"], ".flac", ""),  # find_files names what there is
+    ],
+    ids="one capital several foreign letters none".split(),
+)
+def test_the_default_extension_is_that_of_the_only_kind(tmp_path, capsys, names, chosen, said):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if chosen:
+        assert listing.choose_extension(tmp_path, DefaultExtension(".flac")) == chosen
+        assert bool(said) == bool(capsys.readouterr().out)
+    else:
+        with pytest.raises(UserError, match=said):
+            listing.choose_extension(tmp_path, DefaultExtension(".flac"))
+    assert listing.choose_extension(tmp_path, ".flac") == ".flac"
+
+
+def test_the_kind_is_looked_for_until_the_default_is_listed(tmp_path, monkeypatch):
+    write_audio(tmp_path, {"s/a.wav": noise(800)})
+    for ignore_cache in (False, False, True):
+        corpus = scan_corpus(tmp_path, DefaultExtension(".flac"), ignore_cache=ignore_cache)
+        assert (type(corpus.extension), corpus.extension) == (str, ".wav")
+    write_audio(tmp_path, {"s/a.flac": noise(900)})
+    assert scan_corpus(tmp_path, DefaultExtension(".flac")).extension == ".flac"
+    monkeypatch.setattr(listing, "_walk", None)
+    corpus = scan_corpus(tmp_path, DefaultExtension(".flac"))
+    assert [(u.path, u.samples) for u in corpus.utterances] == [("s/a.flac", 900)]
+    assert (type(corpus.extension), corpus.extension) == (str, ".flac")
 
 
 # ---------------------------------------------------------------------- listing: golden and formats

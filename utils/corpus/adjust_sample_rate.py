@@ -26,7 +26,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from utils.data.audio import MOST_BEYOND, SILENT, TOO_LOUD, open_audio, read_header, reason
 from utils.data.labels import read_text
-from utils.data.listing import find_files
+from utils.data.listing import choose_extension, find_files
 from utils.data.names import keys_of, name_of
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
@@ -91,7 +91,7 @@ def build_parser():
     add("path_out", help="folder to write to")
     add("--out_sample_rate", type=at_least(1), default=SAMPLE_RATE, metavar="HZ",
         help="of the new files (default: 16000)")
-    add_extension(add, ".mp3")
+    add_extension(add)
     add("--out_extension", type=extension, metavar="EXT",
         help="of the new files, which also sets their format "
         "(default: that of the old ones); .flac is lossless, .mp3 compresses a second time")
@@ -105,14 +105,15 @@ def build_parser():
 
 def parse_arguments(argv):
     args = build_parser().parse_intermixed_args(argv)
+    if not os.path.isdir(args.path_db):
+        raise UserError(f"{args.path_db}: no such directory")
+    args.file_extension = choose_extension(args.path_db, args.file_extension)
     args.out_extension = args.out_extension or args.file_extension
     if format_of("file" + args.out_extension) not in soundfile.available_formats():
         raise UserError(
             f"--out_extension {args.out_extension}: not a format that can be written; "
             "try .flac or .wav"
         )
-    if not os.path.isdir(args.path_db):
-        raise UserError(f"{args.path_db}: no such directory")
     inside = os.path.commonpath([os.path.realpath(args.path_db), os.path.realpath(args.path_out)])
     if inside == os.path.realpath(args.path_db):
         raise UserError(f"{args.path_out}: is inside {args.path_db}; name another folder")
