@@ -26,10 +26,10 @@ from utils.capture import CapturedWindow, CaptureReader, CaptureWriter
 from utils.data.corpus import scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import save_json
-from utils.misc import SAMPLE_RATE, UserError
+from utils.misc import SAMPLE_RATE, Chance, UserError
 from utils.report import line_chart, pictures, plot_capture, summary
 from utils.report.elements import MAX_ROWS
-from utils.report.line_chart import Line, draw_lines, thinned, ticks
+from utils.report.line_chart import Level, Line, draw_lines, thinned, ticks
 from utils.report.markup import Markup, join, printable, tag
 from utils.report.page import REPORT, RunReport
 from utils.report.plots import save_figure
@@ -479,7 +479,8 @@ def report_of(
 
 
 def test_the_page_says_how_far_the_run_is_and_how_good(tmp_path):
-    read = Page(report_of(arguments(tmp_path), invented_logs(11)))
+    chance = Chance(5.6, 0.008)
+    read = Page(report_of(arguments(tmp_path), invented_logs(11), chance=chance))
     assert [a for name, a in read.tags if name == "h1"]
     text = read.text
     assert "11 of 40 epochs done" in text
@@ -489,7 +490,8 @@ def test_the_page_says_how_far_the_run_is_and_how_good(tmp_path):
     assert f"validation accuracy {100 * (0.18 + 0.5 * 10 / 11):.1f} %" in text
     assert "windows/s 250 data wait 2.5 %" in text
     assert "peak memory 1.00 GiB" in text
-    assert "before training 5.5" in text
+    assert "before training 5.5 chance 5.6" in text
+    assert "before training 1 chance 0.8" in text
     assert "phone probe 30.8 % accuracy, epoch 8" in text
     for section in SECTIONS:
         identity = section.lower().replace(" ", "-")
@@ -873,7 +875,7 @@ def test_a_line_rises_to_the_right_within_its_picture():
 def test_any_values_give_a_drawing_with_finite_coordinates(values):
     lines = [Line("a", list(enumerate(values)), "other")]
     for from_zero in (False, True):
-        drawing = draw_lines("x", lines, ("level", 1.0), from_zero)
+        drawing = draw_lines("x", lines, [Level("level", 1.0)], from_zero)
         assert "nan" not in drawing
         assert "inf" not in drawing
         for x, y in coordinates(drawing)[0]:
