@@ -353,7 +353,7 @@ def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, ca
     warn_of_single_speaker(scan_corpus(tmp_path))
     said = capsys.readouterr().out
     assert "that is train for every file" in said
-    assert f"give --pathDB {tmp_path / 'train'}\n" in said
+    assert f"give --pathDB {tmp_path / 'train'}, or --speaker_level 2\n" in said
     warn_of_single_speaker(scan_corpus(tmp_path / "train"))
     assert capsys.readouterr().out == ""
     warn_of_single_speaker(scan_corpus(tmp_path / "train" / "19"))
@@ -381,7 +381,8 @@ def test_subsets_that_count_as_speakers_are_warned_of(sign, between, capsys):
     warn_of_subsets(listed(subsets))
     said = capsys.readouterr().out
     assert "warning: db: clean, other count as one speaker each" in said
-    assert "there are 3 speakers: give --pathDB one of these folders" in said
+    level = 3 if between else 2
+    assert f"3 speakers: give --speaker_level {level}, or --pathDB one of these folders" in said
     assert said.count("\n") == 1
 
 

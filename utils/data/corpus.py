@@ -129,7 +129,10 @@ def warn_of_single_speaker(corpus):
     )
     if all(utterance.path.count("/") > LIBRISPEECH_FOLDERS for utterance in corpus.utterances):
         inner = os.path.join(corpus.root, speaker)
-        print(f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}")
+        print(
+            f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}, or "
+            "--speaker_level 2"
+        )
 
 
 def warn_of_subsets(corpus):
@@ -140,11 +143,12 @@ def warn_of_subsets(corpus):
     matches = [BELOW_A_SUBSET.fullmatch(utterance.path) for utterance in corpus.utterances]
     if len(corpus.speakers) > 1 and all(matches):
         n_speakers = len({match[1] for match in matches})
+        level = matches[0].string.count("/", 0, matches[0].end(1)) + 1
         print(
             f"warning: {corpus.root}: {first_few(corpus.speakers)} count as one speaker each: the "
             f"speaker of a file is the first folder below --pathDB. By their file names there are "
-            f"{counted(n_speakers, 'speaker')}: give --pathDB one of these folders, or one with "
-            "links to the speakers in all of them"
+            f"{counted(n_speakers, 'speaker')}: give --speaker_level {level}, or --pathDB one of "
+            "these folders, or one with links to the speakers in all of them"
         )
 
 

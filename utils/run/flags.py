@@ -62,7 +62,7 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
 add = partial(declare, "data")
 add("--pathDB", on_resume=INHERITED, metavar="DIR",
     help="root of the audio: speaker/.../utterance + extension")
-add("--file_extension", type=extension, default=AUDIO_EXTENSION, on_resume=INHERITED,
+add("--file_extension", type=extension, default=str(AUDIO_EXTENSION), on_resume=INHERITED,
     metavar="EXT", help="ending of the audio files' names (default: that of the kind of audio that "
     "--pathDB holds; of several kinds, .flac)")
 add("--speaker_level", type=at_least(1), default=1, on_resume=ARCHITECTURE, metavar="N",
@@ -347,7 +347,10 @@ def parse_arguments(argv):
             setattr(args, name, [absolute(part, f"--{name}") for part in path])
         elif path is not None:
             setattr(args, name, absolute(path, f"--{name}"))
-    return args, {name for name, value in given.items() if value is not not_given}
+    explicit = {name for name, value in given.items() if value is not not_given}
+    if "file_extension" not in explicit:
+        args.file_extension = AUDIO_EXTENSION  # until the corpus is opened
+    return args, explicit
 
 
 def absolute(path, flag):
