@@ -779,6 +779,14 @@ def test_split_by_speaker_divides_speakers(tmp_path):
     assert {*map(speaker_of, split(few, tmp_path / "new", "--by", "speaker")[1])} == {"b"}
 
 
+def test_split_warns_of_folders_that_are_no_speakers(tmp_path, capsys):
+    root = empty_corpus(tmp_path / "TRAIN", {"DR1/F": 3, "DR1/G": 3, "DR2/H": 3})
+    split(root, tmp_path / "out", "--by", "speaker")
+    assert "DR1, DR2 count as speakers, and each holds only folders" in capsys.readouterr().out
+    split(root, tmp_path / "other", "--by", "speaker", "--speaker_level", 2)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_split_replaces_other_lists_only_if_told(tmp_path, capsys):
     root, out = empty_corpus(tmp_path / "audio", {"a": 20, "b": 20}), tmp_path / "out"
     before = split(root, out)

@@ -225,6 +225,19 @@ def test_audio_is_that_of_the_window_across_files(tmp_path, database):
     assert title == "window 2, 7/a.wav from 1.28 s, speaker 7, after 0.38 s 8/b.wav"
 
 
+def test_audio_from_a_pipe_is_found(tmp_path):
+    """Its header gives no length."""
+    path, samples = tmp_path / "a.flac", np.arange(30_000, dtype=np.int16)
+    soundfile.write(path, samples, SAMPLE_RATE)
+    content = bytearray(path.read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    path.write_bytes(content)
+    waveform = np.zeros(10_240, np.float32)
+    plot_capture._read_into(waveform, path, 20_480)
+    assert np.array_equal(waveform[:9_520] * 2**15, samples[20_480:])
+    assert not waveform[9_520:].any()
+
+
 @pytest.mark.parametrize(("file", "speaker"), [("203/1/a.wav", "203"), ("a.wav", "2"), (None, "2")])
 def test_the_speaker_is_named_by_the_folder_where_there_is_one(file, speaker):
     window = CapturedWindow(0, {"speaker_align": torch.tensor(2)}, file, 0)
