@@ -105,7 +105,7 @@ def run(args, explicit, argv, world, device):
     prepare_machine(args, world)
 
     # ---- data
-    corpus = world.on_rank_zero(lambda: open_corpus(args))
+    corpus = open_corpus(args, world=world)
     with world.shared_errors():
         labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
         split = None if args.onlyCapture else split_corpus(args, corpus)

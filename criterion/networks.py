@@ -30,6 +30,11 @@ class Networks(nn.Module):
         return self.criterion.step_name
 
     @property
+    def chance(self):
+        """The Chance (utils/misc.py) of the criterion."""
+        return self.criterion.chance()
+
+    @property
     def has_accuracy(self):
         """Whether accuracies mean anything; those of CTC phone recognition are always 0."""
         return self.criterion.has_accuracy

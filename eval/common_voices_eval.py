@@ -103,7 +103,7 @@ def add_training_flags(add):
     add("--pathTrain", metavar="FILE", help="names of the utterances to train on (default: all)")
     add("--pathVal", metavar="FILE", help="names of the utterances to validate on (default: a "
         "tenth is set aside)")
-    add_extension(add, ".mp3")
+    add_extension(add)
     add("--freeze", action="store_true", help="train only the classifier, not the model")
     add("--no_pretraining", action="store_true", help="start from random weights of the model")
     add("--LSTM", action="store_true", help="an LSTM between the features and the classifier")
@@ -218,6 +218,7 @@ def list_utterances(args):
         ignore_cache=args.ignore_cache,
         n_threads=args.n_process_loader,
     )
+    args.file_extension = corpus.extension
     return corpus, read_phone_labels(args.pathPhone)
 
 

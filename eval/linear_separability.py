@@ -210,7 +210,7 @@ def add_training_flags(add):
 
 
 def add_data_flags(add):
-    add_extension(add, ".flac")
+    add_extension(add)
     add("--speaker_level", type=at_least(1), default=1, metavar="N",
         help="number of folders below the root that name the speaker of a file")
     add("--size_window", type=int, metavar="SAMPLES",

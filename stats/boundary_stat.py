@@ -12,6 +12,7 @@ from stats.pictures import new_figure, save_picture
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 TOLERANCE = 2  # frames, so 20 ms
+N_EDGE = 3  # changes at the beginning of a window, of frames that see the padding before it
 THRESHOLDS = torch.linspace(0.01, 0.6, 60)  # prominences at which a peak counts as a boundary
 
 
@@ -168,10 +169,13 @@ def _draw_example(axes, example, threshold):
     boundaries = example["boundaries"].numpy()
     peaks = (example["prominence"] >= threshold).numpy()
     time = np.arange(1, len(change) + 1) * SAMPLES_PER_FRAME / SAMPLE_RATE
-    axes.vlines(time[boundaries], 0, 1.1, color="0.7", label="phone boundary")
+    highest = change[N_EDGE:].max(initial=0) or 1.0
+    axes.vlines(time[boundaries], 0, 1.1 * highest, color="0.7", label="phone boundary")
     axes.plot(time, change, color="tab:blue", label="change between frames")
     axes.plot(time[peaks], change[peaks], "v", color="tab:red", label="taken as a boundary")
-    axes.set(xlabel="time in the first window (s)", ylabel="change (scaled)", ylim=(0, 1.35))
+    axes.set(
+        xlabel="time in the first window (s)", ylabel="change (scaled)", ylim=(0, 1.35 * highest)
+    )
     axes.margins(x=0.01)
     axes.legend(loc="upper center", ncols=3)
 

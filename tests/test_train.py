@@ -13,6 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 import train
@@ -128,6 +129,30 @@ def test_a_run_that_goes_on_ends_like_one_that_never_stopped(words, tiny_corpus,
     trained(tiny_corpus, tmp_path / "parts", *words, epochs=2)
     assert run("--pathCheckpoint", tmp_path / "parts", "--nEpoch", 4) == 0
     assert_same(whole, checkpoint(tmp_path / "parts", 3))
+
+
+def test_without_the_flag_a_run_takes_the_kind_of_audio_there_is_and_stays_with_it(
+    tiny_corpus, tmp_path, capsys
+):
+    flacs = sorted(Path(tiny_corpus, "audio").rglob("*.flac"))
+    for path in flacs:
+        copy = (tmp_path / path.relative_to(tiny_corpus)).with_suffix(".wav")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(copy, *soundfile.read(path, dtype="int16"))
+    for name in ("train.txt", "test.txt"):
+        shutil.copy(Path(tiny_corpus, name), tmp_path)
+    expected = trained(tiny_corpus, tmp_path / "flac")["logs"]
+    assert trained(tmp_path, tmp_path / "run", epochs=1)["args"]["file_extension"] == ".wav"
+    for path in flacs:  # not what the run was trained on
+        (tmp_path / path.relative_to(tiny_corpus)).with_suffix(".flac").write_bytes(b"")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2, "--ignore_cache") == 0
+    found = checkpoint(tmp_path / "run", 1)
+    assert (found["args"]["file_extension"], found["logs"]) == (".wav", expected)
+    capsys.readouterr()
+    assert run(*on(tmp_path), *SMALL, "--pathCheckpoint", tmp_path / "other", "--ignore_cache") == 2
+    said = capsys.readouterr()
+    assert f"there are {len(flacs)} .flac, {len(flacs)} .wav: those that end with .flac" in said.out
+    assert "are bad, nothing is left" in said.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -37,7 +37,7 @@ from utils.files import (
     save_json,
     save_tensors,
 )
-from utils.misc import UserError, seed_from
+from utils.misc import Chance, UserError, seed_from
 from utils.report.plots import draw_curves
 from utils.run import machine
 from utils.run.checkpoint import (
@@ -783,8 +783,10 @@ def test_curves_are_drawn_from_full_partial_and_single_logs(tmp_path):
     draw_curves({"epoch": [0], "locLoss_val": [[1.0]]}, tmp_path / "small.png")
     draw_curves(logs, tmp_path / "other.png", "matched frame")
     draw_curves(logs, tmp_path / "one.png", None, with_accuracy=False)
+    draw_curves(logs, tmp_path / "chance.png", chance=Chance(3.0, 0.1))
+    draw_curves(logs | {"phone_baseline_val_acc": [None, None, [0.2]]}, tmp_path / "majority.png")
     pictures = {path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(pictures) == 4
+    assert len(pictures) == 6
     assert (tmp_path / "full.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from utils.files import atomic_path
+from utils.misc import NO_CHANCE
 from utils.report.elements import duration, memory, percentage, shown, soft
 from utils.report.markup import Markup, join, tag
 from utils.report.pictures import draw_capture, embed, find_pictures, latest_capture
@@ -51,6 +52,7 @@ class RunReport:
     machine: a description of the machine of this call
     step_name: what the values in a row of the logs belong to, None if a row has only one
     has_accuracy: whether the logged accuracies mean anything
+    chance: the Chance of the criterion
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class RunReport:
         *,
         step_name="prediction step",
         has_accuracy=True,
+        chance=NO_CHANCE,
     ):
         self.args, self.defaults, self.stats = args, defaults, dict(stats or {})
         self.command, self.machine = shlex.join(command), machine
-        self.step_name, self.has_accuracy = step_name, has_accuracy
+        self.step_name, self.has_accuracy, self.chance = step_name, has_accuracy, chance
         self.corpus = [corpus_row(dataset, labels) for dataset in sets]
         self.directory = Path(args.pathCheckpoint)
         self.record = RunRecord(self.directory)
@@ -102,7 +105,7 @@ class RunReport:
         if not self.has_accuracy:
             logs = without_accuracies(logs)  # they are zeros
         sections = {
-            "Training": training_section(logs, self.step_name),
+            "Training": training_section(logs, self.step_name, self.chance),
             "Probes": probe_section(logs, args, pictures),
             "Stats": stats_section(logs, args, self.stats, pictures),
             "Capture": capture_section(logs, args, pictures),
@@ -201,7 +204,7 @@ def validation_status(logs, what, key, scale, show, best_of):
         epoch, best = best_of(values, key=lambda pair: pair[1])
         yield f"validation {what}", show(values[-1][1]), f"best {show(best)}, epoch {epoch}"
     elif before:
-        yield f"validation {what}", show(before[1]), before[0]
+        yield f"validation {what}", show(before.value), before.name
 
 
 def speed_status(row):

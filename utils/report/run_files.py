@@ -20,6 +20,7 @@ class RunFiles:
     def __init__(self, state, argv, sets, labels, stats):
         self.directory, networks = state.directory, state.networks
         self.step_name, self.has_accuracy = networks.step_name, networks.has_accuracy
+        self.chance = networks.chance
         self.report = RunReport(
             state.args,
             build_parser().parse_args([]),
@@ -30,6 +31,7 @@ class RunFiles:
             machine_in_words(state.device, state.world.size),
             step_name=self.step_name,
             has_accuracy=self.has_accuracy,
+            chance=self.chance,
         )
 
     def write(self, logs, speed=None):
@@ -40,7 +42,8 @@ class RunFiles:
         try:
             if logs["epoch"]:
                 save_json(self.directory / LOGS, logs)
-                draw_curves(logs, self.directory / CURVES, self.step_name, self.has_accuracy)
+                what = self.step_name, self.has_accuracy, self.chance
+                draw_curves(logs, self.directory / CURVES, *what)
             self.report.write(logs, speed)
         except OSError as error:
             print(f"warning: {self.directory}: logs and pictures not written ({error})")

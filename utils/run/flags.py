@@ -8,7 +8,15 @@ import os
 from functools import partial
 
 from utils.misc import UserError
-from utils.run.command import CommandLine, above, at_least, between, decay_rate, extension
+from utils.run.command import (
+    AUDIO_EXTENSION,
+    CommandLine,
+    above,
+    at_least,
+    between,
+    decay_rate,
+    extension,
+)
 
 # What happens to a flag when a run is resumed. Each flag is in exactly one of these sets:
 ARCHITECTURE = set()  # what the networks are: always the checkpoint's value
@@ -54,8 +62,9 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
 add = partial(declare, "data")
 add("--pathDB", on_resume=INHERITED, metavar="DIR",
     help="root of the audio: speaker/.../utterance + extension")
-add("--file_extension", type=extension, default=".flac", on_resume=INHERITED, metavar="EXT",
-    help="ending of the audio files' names")
+add("--file_extension", type=extension, default=str(AUDIO_EXTENSION), on_resume=INHERITED,
+    metavar="EXT", help="ending of the audio files' names (default: that of the kind of audio that "
+    "--pathDB holds; of several kinds, .flac)")
 add("--speaker_level", type=at_least(1), default=1, on_resume=ARCHITECTURE, metavar="N",
     help="number of folders below --pathDB that name the speaker of a file; 2 for TIMIT")
 add("--pathTrain", on_resume=DATA_ORDER, metavar="FILE", help="training list: one utterance per "
@@ -341,7 +350,10 @@ def parse_arguments(argv):
             setattr(args, name, [absolute(part, f"--{name}") for part in path])
         elif path is not None:
             setattr(args, name, absolute(path, f"--{name}"))
-    return args, {name for name, value in given.items() if value is not not_given}
+    explicit = {name for name, value in given.items() if value is not not_given}
+    if "file_extension" not in explicit:
+        args.file_extension = AUDIO_EXTENSION  # until the corpus is opened
+    return args, explicit
 
 
 def absolute(path, flag):
