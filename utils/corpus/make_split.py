@@ -17,6 +17,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import utils.run.before_torch  # noqa: F401
+
 from utils.data.corpus import read_utterance_list
 from utils.data.names import files_by_key, files_by_shortest_key
 from utils.files import refuse_to_replace, write_lines, writing_to
