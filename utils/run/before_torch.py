@@ -12,7 +12,8 @@ that imports `feature_loader`, `hubconf` or another module as a library keeps it
 import os
 import sys
 
-# A short spin (some microseconds) before sleep costs others little and meets most waits.
+# PASSIVE is for every OpenMP (Intel's then sleeps at once), the count for libgomp alone: a short
+# spin costs others little, and is to spare a calm step wake-ups (benchmarks/contention.py).
 SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 CHOICES = (*SETTINGS, "KMP_BLOCKTIME")
 
