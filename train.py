@@ -21,6 +21,8 @@ import math
 import random
 import sys
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
 from criterion import (
@@ -102,7 +104,7 @@ def run(args, explicit, argv, world, device):
         if world.on_rank_zero(lambda: is_finished(args, checkpoint)):
             console.print_finished(checkpoint.state["position"][0])
             return
-    prepare_machine(args, world)
+    prepare_machine(args, world, device)
 
     # ---- data
     corpus = open_corpus(args, world=world)
@@ -158,7 +160,7 @@ def train(state, train_loader, val_loader, hooks, files):
         console.print_finished(state.position.epoch)
         return
     listeners = [screen, state, StartWatch(state, val_loader.dataset)]
-    forward_backward = build_forward_backward(state)
+    forward_backward = console.note_if_starved(build_forward_backward(state), state)
     val_loader.prepare()
     try:
         if state.position == (0, 0, 0):
@@ -230,7 +232,7 @@ def train_step(state, forward_backward, position, batch):
     """One step of the optimiser, on a batch that is on the device."""
     args, networks, optimizer = state.args, state.networks, state.optimizer
     # Everything random is seeded by the position in the data, so a resumed run draws the same.
-    torch.manual_seed(seed_from(args.random_seed, *position))
+    machine.seed_generators(seed_from(args.random_seed, *position))
 
     # forward and backward
     losses, accuracies = forward_backward(batch)
@@ -350,12 +352,12 @@ def finish_epoch(state, epoch, files, save_now):
 # ---------------------------------------------------------------------------- machine and networks
 
 
-def prepare_machine(args, world):
+def prepare_machine(args, world, device):
     """Set seed, memory, threads and precision."""
     if args.random_seed is None:
         args.random_seed = world.on_rank_zero(lambda: random.SystemRandom().randrange(2**31))
     machine.keep_freed_memory()
-    machine.set_threads(args.threads, world.local_size)
+    machine.set_threads(device, args.threads, world.local_size)
     machine.set_precision(args.precision)
 
 

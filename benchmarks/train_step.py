@@ -33,6 +33,8 @@ from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
 from benchmarks.data import in_new_process, write_corpus
@@ -219,8 +221,8 @@ def new_run(flags, world):
     """(RunState, training loader, validation loader) of flags of train.py; prints nothing."""
     with contextlib.redirect_stdout(io.StringIO()):
         args, _ = resolve(*parse_training_arguments(flags))
-        prepare_machine(args, world)
         device, corpus = device_from(args.device), open_corpus(args)
+        prepare_machine(args, world, device)
         sets = build_sets(corpus, split_corpus(args, corpus), **set_options(args))
         networks, _ = build_networks(args, corpus, None, None, StatsCollector())
     loaders = build_loaders(args, sets, world)

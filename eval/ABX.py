@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import numpy as np
 import torch
 
@@ -63,7 +65,7 @@ DEBUG_FILES = 1000
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     library = require_fastabx() if args.fastabx else "built in"
     items = read_items(args.path_item_file, args.context == "any")
     if args.debug:

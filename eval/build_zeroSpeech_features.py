@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import numpy as np
 
 from eval.center_push import read_centers, squared_distances
@@ -60,7 +62,7 @@ DECISIVE = (  # flags that the features depend on
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     outputs = name_outputs(args)
     module = build_module(args).to(device_from(args.device))
     open_folder(args)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,7 +51,7 @@ PARALLEL = "module."  # prefix of keys: the original saves the state of DataPara
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     if args.command == "train":
         train(args)
     else:

@@ -629,6 +629,20 @@ def test_an_unmutated_checkpoint_goes_on(inside_an_epoch, tmp_path):
     assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
 
 
+@pytest.mark.parametrize(("processors", "threads"), [(2, 2), (1, 1)])
+def test_a_run_goes_on_with_its_threads_where_they_fit(
+    processors, threads, inside_an_epoch, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("utils.run.machine.n_processors", lambda: processors)
+    state = torch.load(inside_an_epoch, weights_only=True)
+    state["machine"]["threads"] = 2
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert checkpoint(tmp_path, 1)["machine"]["threads"] == threads
+    assert ("threads 2 -> 1" in capsys.readouterr().out) == (threads == 1)
+
+
 def reported(directory):
     """The rows of epochs in the record of a run's report."""
     return json.loads((directory / "report_data.json").read_text())["epochs"]

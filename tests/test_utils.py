@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -39,7 +38,6 @@ from utils.files import (
 )
 from utils.misc import Chance, UserError, seed_from
 from utils.report.plots import draw_curves
-from utils.run import machine
 from utils.run.checkpoint import (
     Checkpoint,
     load_optimizer,
@@ -1318,54 +1316,6 @@ def test_memory_without_room_is_told_in_one_line(capsys):
         command(lambda argv: torch.empty(2**58))()
     with pytest.raises(RuntimeError, match="[Ss]hape"):  # another error is as it was
         command(lambda argv: torch.empty(2).view(3))()
-
-
-# ----------------------------------------------------------------------------------- processors
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "quota"),
-    [
-        ("0::/\n", {"cpu.max": "max 100000"}, math.inf),
-        ("0::/\n", {"cpu.max": "150000 100000"}, 1.5),
-        ("0::/job/step\n", {"job/cpu.max": "200000 100000", "job/step/cpu.max": "max 100000"}, 2),
-        ("0::/seen/from/outside\n", {"cpu.max": "50000 100000"}, 0.5),
-        ("3:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "-1"}, math.inf),
-        (
-            "4:cpuset:/\n3:cpu,cpuacct:/a/b\n0::/\n",
-            {"cpu/a/cpu.cfs_quota_us": "3000\n", "cpu/a/cpu.cfs_period_us": "1000\n"},
-            3,
-        ),
-        (None, {}, math.inf),
-    ],
-)
-def test_the_quota_of_a_container_is_found(tmp_path, groups, files, quota):
-    if groups:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, content in files.items():
-        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sys/fs/cgroup" / name).write_text(content)
-    assert machine._quota(tmp_path) == quota
-
-
-@pytest.mark.parametrize(("quota", "expected"), [(math.inf, 5), (2.5, 3), (0.1, 1), (9, 5)])
-def test_processors_are_those_that_may_be_used(monkeypatch, quota, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
-    monkeypatch.setattr(machine, "_quota", lambda: quota)
-    assert machine.n_processors() == expected
-
-
-def test_threads_are_no_more_than_processors(monkeypatch):
-    chosen = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "n_processors", lambda: 6)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    machine.set_threads()
-    machine.set_threads(0, 4)
-    machine.set_threads(7, 4)
-    assert chosen == [6, 1, 7]
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval/ABX.py", "utils/corpus/make_split.py"])

@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import utils.run.before_torch  # noqa: F401
+
 from praatio import textgrid
 from praatio.utilities.errors import PraatioException
 

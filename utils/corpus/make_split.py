@@ -17,6 +17,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import utils.run.before_torch  # noqa: F401
+
 from utils.data.corpus import Corpus, Utterance, read_utterance_list, warn_of_speakers
 from utils.data.listing import choose_extension
 from utils.data.names import files_by_key, files_by_shortest_key

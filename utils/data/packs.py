@@ -12,6 +12,7 @@ from utils.data.windows import Layout
 from utils.data.workers import Workers
 from utils.misc import UserError
 from utils.run.distributed import ALONE
+from utils.run.machine import processors_each
 
 
 class Pack(NamedTuple):
@@ -62,7 +63,8 @@ class PackDecoding:
         ]
         self.own = range(world.local_rank, len(items), world.local_size)
         own_items = [items[i] for i in self.own]
-        self.workers = Workers(_decode, own_items, dataset.n_threads)
+        n_threads = min(dataset.n_threads, processors_each(world.local_size))
+        self.workers = Workers(_decode, own_items, n_threads)
 
     def finish(self):
         """The `Pack`, without files that turned out to be bad (see `AudioDataset.skip`)."""

@@ -289,10 +289,11 @@ add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
 add("--compile", action="store_true", help="compile encoder and criterion and, on a single GPU, "
     "record a step's kernels and replay them (slower start)")
 add("--threads", type=between(0, 1024), default=0, metavar="N",  # the C library aborts at far more
-    help="CPU threads of each process for computing (default: PyTorch's choice, divided "
-    "among the processes of a machine)")
+    help="CPU threads of each process for computing (default: those of the checkpoint if that many "
+    "processors may be used; else one per processor, divided among the processes of a machine; on "
+    "CUDA at most 4)")
 add("--n_process_loader", type=at_least(1), default=8, metavar="N",
-    help="threads that decode audio")
+    help="threads that decode audio, at most one per processor")
 
 # fmt: on
 # ------------------------------------------------------------------------------- the command line

@@ -22,7 +22,7 @@ def add_reading(add):
     add("--ignore_cache", action="store_true",
         help="scan the audio files again; needed when files were added or removed")
     add("--n_process_loader", type=at_least(1), default=8, metavar="N",
-        help="threads that decode audio")
+        help="threads that decode audio, at most one per processor")
     add("--debug", action="store_true",
         help="use only the first 1000 utterances for training and 100 for validation")
 

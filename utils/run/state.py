@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.misc import Position, UserError, counted, mean
+from utils.run import machine
 from utils.run.checkpoint import (
     copy_to_cpu,
     load_optimizer,
@@ -240,6 +241,8 @@ class RunState(Listener):
                 self.networks.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
+        flags = self.args.threads, self.world.local_size
+        machine.keep_threads(state["machine"].get("threads"), self.device, *flags)
         self.note_machine_change(state["machine"])
         self.note_data_change(state["fingerprint"])
 
