@@ -31,13 +31,14 @@ from criterion import (
     trains_on_phones,
 )
 from criterion.networks import Networks
-from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, on_device, set_options
+from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, set_options
 from eval.hooks import PREDICTED, build_hooks
 from feature_loader import load_model
 from model import CPCModel, build_model, preserved_state
 from stats.stats_utils import build_stats, with_absolute_directories
 from utils.data.corpus import open_corpus, split_corpus
 from utils.data.labels import read_phone_labels
+from utils.data.transfer import on_device
 from utils.misc import UserError, generator_from, seed_from
 from utils.report.run_files import RunFiles
 from utils.report.run_record import epoch_speed, is_finished

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from dataset import Batch, on_device
+from dataset import Batch
 from tests.helpers import ends_refused
 from tests.test_train import EXAMPLE, SMALL, assert_same, on, run, trained
+from utils.data.transfer import _copying_stream, on_device
 from utils.misc import UserError
 from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
@@ -87,7 +88,9 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(log, "other"))
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(log, "own"))
-    return log
+    _copying_stream.cache_clear()
+    yield log
+    _copying_stream.cache_clear()
 
 
 @pytest.fixture
@@ -183,6 +186,16 @@ def test_a_recorded_run_that_was_stopped_goes_on(tiny_corpus, tmp_path, graphs):
     whole = trained(tiny_corpus, tmp_path / "whole", epochs=3)
     trained(tiny_corpus, tmp_path / "parts", epochs=1)
     assert_same(whole, trained(tiny_corpus, tmp_path / "parts", epochs=3))
+
+
+def test_all_epochs_copy_on_one_stream(streams, monkeypatch):
+    """Of each stream, PyTorch keeps the memory that it freed."""
+    made, device = [], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(Stream([], "")) or made[0])
+    monkeypatch.setattr(Batch, "to", lambda self, device: self)
+    for _ in range(3):
+        assert len(list(on_device([(0, Batch(*[torch.zeros(1)] * 5))], device))) == 1
+    assert len(made) == 1
 
 
 def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypatch):

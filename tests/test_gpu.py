@@ -12,7 +12,7 @@ from benchmarks import criteria, train_step
 from criterion import sampling
 from criterion.prediction import PredictionNetwork
 from criterion.seq_alignment import beam_search_batch
-from dataset import Batch, on_device
+from dataset import Batch
 from tests.helpers import assert_close
 from tests.test_distributed import hooks, tiny_batch, tiny_step
 from tests.test_fused_scores import (
@@ -34,6 +34,7 @@ from tests.test_train import (
     run,
     trained,
 )
+from utils.data.transfer import on_device
 from utils.run.cuda_graph import WARM_UP, RecordedPasses
 from utils.run.distributed import World
 from utils.run.stopping import StopSignals

@@ -177,6 +177,13 @@ def _reserve(n_bytes):
             # Without this a full disk would show as a crash while the audio is written.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, max(1, n_bytes))
+            if reasons:
+                print(
+                    f"note: {reasons[0]}: the {n_bytes / 1e9:.1f} GB of audio that processes "
+                    f"share are in a file in {directory}, which is slower where that is a disk; "
+                    "containers take --shm-size, and a smaller --max_size_loaded needs less",
+                    flush=True,
+                )
             return path
         except OSError as error:
             reasons.append(f"{directory}: {error.strerror}")
