@@ -134,6 +134,7 @@ def run(args, explicit, argv, world, device):
         place = {"checkpoint": checkpoint, "device": device, "world": world}
         hooks = build_hooks(args, corpus, labels, sets, stats, **place)
     if training:
+        del checkpoint, place  # its weights would stay in memory for the whole run
         train(state, *loaders, hooks, files)
     else:
         for hook in hooks:
@@ -180,6 +181,8 @@ def train(state, train_loader, val_loader, hooks, files):
     except Stopped:
         if state.position != (0, 0, 0) and state.save():
             print(f"saved in epoch {state.position.epoch}; the same command resumes there")
+        if world.is_rank_zero:
+            files.complete(state.logs, world.stop)
         raise
     screen.summary(state.logs, state.best_row, state.clock, files.places())
 
@@ -194,7 +197,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
     state.networks.train()
     if state.position == (epoch, 0, 0):
         state.networks.model.reset_hidden()
-        state.clock = Clock()
+        state.clock = Clock(device=state.device)
     clock = state.clock
     clock.start()
     batches = on_device(loader.epoch(epoch, state.position), state.device)
@@ -213,7 +216,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
                 for listener in listeners:
                     listener.on_step(epoch, means.batches, n_batches, values, clock)
             if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0:
-                world.stop_if_asked()
+                state.save_is_agreed = world.stop_if_asked(state.save_pace.is_due)
     state.check_finite()
     clock.stop()
     return {
@@ -338,7 +341,8 @@ def finish_epoch(state, epoch, files, save_now):
     if save_now or is_last or epoch % args.save_step == 0:
         is_saved = state.save(epoch)
     if world.is_rank_zero:
-        files.write(state.logs, epoch_speed(state.clock, state.device, world.size))
+        speed = epoch_speed(state.clock, state.device, world.size)
+        files.write(state.logs, speed, if_due=not (is_last or save_now))
     # All wait for rank 0 here: a rank that ended earlier, after an error, would end it as well.
     lost = f"{state.directory}: the last epoch's checkpoint couldn't be written"
     world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)

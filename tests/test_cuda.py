@@ -24,6 +24,7 @@ from utils.misc import UserError
 from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.flags import build_parser
+from utils.run.logs import Clock
 from utils.run.rules import check_compilers
 
 
@@ -196,6 +197,37 @@ def test_all_epochs_copy_on_one_stream(streams, monkeypatch):
     for _ in range(3):
         assert len(list(on_device([(0, Batch(*[torch.zeros(1)] * 5))], device))) == 1
     assert len(made) == 1
+
+
+def test_only_what_the_device_waits_for_is_waiting(monkeypatch):
+    """Of three fetched batches, while it has 0.5 s of work each: 0.25, 0.75 and 1 s for them."""
+    now, busy_until = [0.0], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(now[0], busy_until[0])
+
+        def query(self):
+            return self.at <= now[0]
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    def fetch(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(waited=7.0, device=torch.device("cuda"))
+    for seconds in (0.25, 0.75, 1.0):
+        clock.wait_for(fetch, seconds)
+        busy_until[0] = max(now[0], busy_until[0]) + 0.5
+    assert clock.waited == 7.0 + 0.25 + 0.25 + 0.5
+    clock.wait_for(fetch, 0.1)  # of which the device knows nothing yet
+    assert len(clock._pending) == 1
+    assert clock.waited == 8.0
 
 
 def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypatch):

@@ -77,11 +77,20 @@ class World:
         differ = any(other != value for other in values)
         self.raise_everywhere(UserError(reason) if differ else None)
 
-    def stop_if_asked(self):
-        """Raise Stopped on every rank if one of several was asked to stop."""
-        if self.group is not None:
-            requested = self.stop.requested
-            self.raise_everywhere(None if requested is None else Stopped(requested))
+    def stop_if_asked(self, wish=None):
+        """Raise Stopped on every rank if one of several was asked to stop.
+
+        Returns the `wish` of rank 0, which needs no message besides.
+        """
+        if self.group is None:
+            return wish
+        requests, wishes = zip(*self.all_gather((self.stop.requested, wish)), strict=True)
+        for number in requests:
+            if number is not None:
+                stopped = Stopped(number)
+                stopped.is_everywhere = True
+                raise stopped
+        return wishes[0]
 
     @contextlib.contextmanager
     def shared_errors(self):

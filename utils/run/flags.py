@@ -104,9 +104,10 @@ add("--save_step", type=at_least(1), default=5, on_resume=INHERITED, metavar="EP
 add("--keep", type=at_least(0), default=0, on_resume=INHERITED, metavar="N",
     help="keep only the last N checkpoint_<epoch>.pt and that of the best epoch; each new one "
     "removes older ones (0: keep all)")
-add("--resume_every", type=at_least(0), default=500, on_resume=THIS_CALL, metavar="STEPS",
+add("--resume_every", type=at_least(0), on_resume=THIS_CALL, metavar="STEPS",
     help="training steps between saves of checkpoint_resume.pt, from which a killed run resumes "
-    "inside an epoch (0: only on a stop signal)")
+    "inside an epoch (0: only on a stop signal; default: every 10 minutes, or every 100 times as "
+    "long as a save takes)")
 add("--logging_step", type=at_least(1), default=1000, on_resume=INHERITED, metavar="STEPS",
     help="training steps between printed running means")
 add("--onlyCapture", action="store_true", on_resume=THIS_CALL, help="no training: capture once "
