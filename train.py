@@ -48,7 +48,7 @@ from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.distributed import joined_world
 from utils.run.flags import captured_names, parse_arguments
-from utils.run.launch import launch, processes_to_start
+from utils.run.launch import launch, processes_to_start, run_program
 from utils.run.lock import training_lock
 from utils.run.logs import Clock, RunningMeans
 from utils.run.resolve import resolve, works_on_checkpoint
@@ -131,10 +131,9 @@ def run(args, explicit, argv, world, device):
             files = RunFiles(state, argv, trained_on, labels, stats)
 
         # ---- hooks
-        place = {"checkpoint": checkpoint, "device": device, "world": world}
-        hooks = build_hooks(args, corpus, labels, sets, stats, **place)
+        hooks = build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world)
     if training:
-        del checkpoint, place  # its weights would stay in memory for the whole run
+        del checkpoint  # its weights would stay in memory for the whole run
         train(state, *loaders, hooks, files)
     else:
         for hook in hooks:
@@ -266,7 +265,7 @@ def build_forward_backward(state):
     networks = world.wrap(state.networks)
 
     def forward_backward(batch):
-        with machine.autocast(args, device):
+        with machine.autocast(args, device), machine.compiled(args, batch):
             losses, accuracies = networks(batch)
         loss = losses.sum()
         # A non-finite loss makes NaN gradients, so the all-reduce shows it to every rank.
@@ -293,7 +292,7 @@ def validate(state, loader, epoch, title):
         title = f"{title}: validation"
         for position, batch in console.progress(batches, what=title, unit=" batches", total=total):
             negatives = generator_from(args.random_seed, epoch, "validation", *position[1:])
-            with machine.autocast(args, state.device):
+            with machine.autocast(args, state.device), machine.compiled(args, batch):
                 losses, accuracies = networks(batch, negatives)
             means.add(losses, accuracies, len(batch.window))
     losses, accuracies = means.means()
@@ -390,14 +389,18 @@ def build_networks(args, corpus, labels, checkpoint, stats):
 
 
 def compile_networks(criterion, model):
-    """Compile encoder and criterion. Libraries have kernels for recurrent networks."""
+    """Compile encoder and criterion, for use in `machine.compiled` alone.
+
+    Libraries have kernels for recurrent networks.
+    """
+    torch.compiler.set_stance("force_eager")
     print("the first steps wait for the compiler, up to some minutes", flush=True)
     for part in model.modules():
         if isinstance(part, CPCModel):
-            part.gEncoder.compile()
+            part.gEncoder.compile(dynamic=False)
     criterion.fused_scores = True
-    criterion.compile()
+    criterion.compile(dynamic=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from dataset import Batch
 from tests.helpers import ends_refused
+from tests.test_distributed import hooks
 from tests.test_train import EXAMPLE, SMALL, assert_same, on, run, trained
 from utils.data.transfer import _copying_stream, on_device
 from utils.misc import UserError
@@ -25,6 +26,7 @@ from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.flags import build_parser
 from utils.run.logs import Clock
+from utils.run.machine import available_memory, set_precision
 from utils.run.rules import check_compilers
 
 
@@ -289,6 +291,43 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, to
     monkeypatch.setenv("PATH", os.devnull)
     with pytest.raises(UserError, match=re.escape(told)):
         check_compilers(cuda)
+
+
+def test_memory_that_pytorch_keeps_is_available(monkeypatch):
+    for name, found in (("mem_get_info", (50, 1000)), ("memory_reserved", 400),
+                        ("memory_allocated", 300)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert available_memory(torch.device("cuda")) == 150
+
+
+def test_attention_leaves_cudnn_out():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    set_precision("fp32")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_only_full_batches_are_compiled(tiny_corpus, tmp_path, monkeypatch):
+    """For fixed sizes; those of other sizes and the hooks' don't make the compiler start again."""
+    sizes, compiled = [], torch.nn.Module.compile
+
+    def eager(graph, inputs):
+        assert all(torch.is_tensor(x) for x in inputs), "a size that may change"
+        batches = [x for x in inputs if x.dim() == 3 and not isinstance(x, torch.nn.Parameter)]
+        sizes.extend(len(batch) for batch in batches)
+        return graph
+
+    def as_it_is(module, **options):
+        compiled(module, backend=eager, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", as_it_is)
+    words = [*hooks(tiny_corpus, tmp_path), "--samplingType", "samespeaker"]
+    plain = trained(tiny_corpus, tmp_path / "plain", *words)
+    assert not sizes
+    compiled_run = trained(tiny_corpus, tmp_path / "compiled", *words, "--compile")
+    assert set(sizes) == {4}
+    for key in ("locLoss_train", "locLoss_val"):
+        for found, expected in zip(compiled_run["logs"][key], plain["logs"][key], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_gpu_without_room_is_told_in_one_line(capsys):

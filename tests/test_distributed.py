@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from utils.capture import CaptureWriter
 from utils.data.corpus import scan_corpus
 from utils.misc import UserError
 from utils.run import distributed
+from utils.run import launch as launching
 from utils.run.command import command
 from utils.run.distributed import World, joined_world
 from utils.run.flags import build_parser
@@ -232,6 +234,27 @@ def test_shared_memory_without_room_is_replaced_by_a_file(tmp_path, monkeypatch,
     assert not list((tmp_path / "shm").iterdir())
     said = capsys.readouterr().out
     assert said.startswith(f"note: {tmp_path}/shm: No space left on device: the 1.0 GB of audio")
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [(lambda _: None, 0), (lambda _: 143, 143), (lambda _: sys.exit(2), 2), (lambda _: 1 / 0, 1)],
+)
+def test_one_of_several_leaves_without_freeing_anything(ends, status, monkeypatch):
+    """Under torchrun as under this program's own launcher."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(found):
+        raise Left(found)
+
+    monkeypatch.setattr(launching, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(launching, "DELAY", 0)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left) as left:
+        launching.run_program(ends)
+    assert left.value.args == (status,)
 
 
 def test_a_process_that_waits_for_others_holds_no_shared_memory(monkeypatch):

@@ -128,7 +128,10 @@ class World:
         """The network to train: its backward pass leaves the mean of all processes' gradients."""
         if self.group is None:
             return network
-        wrapped = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+        # Most buffers are constants; those that change are copied where they are used.
+        wrapped = DistributedDataParallel(
+            network, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         _never_freed.append(wrapped)
         return wrapped
 

@@ -274,7 +274,8 @@ add("--nGPU", type=int, default=-1, metavar="N", help="processes on this machine
     "own batches and its own GPU or share of the CPU (default: one per GPU). Under torchrun: as "
     "many as it started")
 add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-    help="precision of matrix multiplications; tf32 and bf16 need CUDA")
+    help="precision of matrix multiplications; tf32 and bf16 need CUDA. With bf16, recurrent "
+    "networks use tf32")
 add("--compile", action="store_true", help="compile encoder and criterion and, on a single GPU, "
     "record a step's kernels and replay them (slower start)")
 add("--threads", type=between(0, 1024), default=0, metavar="N",  # the C library aborts at far more
