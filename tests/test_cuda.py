@@ -312,8 +312,7 @@ def test_only_full_batches_are_compiled(tiny_corpus, tmp_path, monkeypatch):
 
     def eager(graph, inputs):
         assert all(torch.is_tensor(x) for x in inputs), "a size that may change"
-        batches = [x for x in inputs if x.dim() == 3 and not isinstance(x, torch.nn.Parameter)]
-        sizes.extend(len(batch) for batch in batches)
+        sizes.extend(len(x) for x in inputs if x.shape[1:] in ((1, 3200), (20, 8)))
         return graph
 
     def as_it_is(module, **options):
@@ -324,7 +323,7 @@ def test_only_full_batches_are_compiled(tiny_corpus, tmp_path, monkeypatch):
     plain = trained(tiny_corpus, tmp_path / "plain", *words)
     assert not sizes
     compiled_run = trained(tiny_corpus, tmp_path / "compiled", *words, "--compile")
-    assert set(sizes) == {4}
+    assert sizes == [4] * 4, "encoder and criterion, to train and to validate"
     for key in ("locLoss_train", "locLoss_val"):
         for found, expected in zip(compiled_run["logs"][key], plain["logs"][key], strict=True):
             assert found == pytest.approx(expected, rel=1e-4)
