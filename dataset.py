@@ -37,6 +37,7 @@ from utils.misc import (
 from utils.run.distributed import ALONE
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
+FULL_BATCHES = 16  # of a speaker that several packs of shuffled files keep together, about
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
@@ -307,6 +308,7 @@ class BatchLoader:
         self._ahead = {}  # (epoch, pack) -> PackDecoding, at most one
         self._buffers = TwoBuffers() if training and world.group is not None else None
         self._n_batches = {}  # epoch -> batches in each pack, of the last epoch only
+        self._split = {}  # epoch -> files of each pack, of two epochs at most
         self._begin(0)
         self._check_size()
 
@@ -345,8 +347,15 @@ class BatchLoader:
             self.dataset.only_pack(self.world)
 
     def _packs_of(self, epoch):
-        generator = generator_from(self.seed, "packs", epoch) if self.training else None
-        return split_into_packs(self.dataset.samples, self.dataset.max_size_loaded, generator)
+        if epoch not in self._split:
+            generator = generator_from(self.seed, "packs", epoch) if self.training else None
+            data, pieces = self.dataset, None
+            if self.sampling == "samespeaker":  # with a little of everybody, few batches were full
+                size = FULL_BATCHES * self.batch_size * data.size_window
+                pieces = data.speakers, max(1, min(size, data.max_size_loaded // 100))
+            packs = split_into_packs(data.samples, data.max_size_loaded, generator, pieces)
+            self._split = dict([*self._split.items()][-1:]) | {epoch: packs}
+        return self._split[epoch]
 
     def _planner(self, function, epoch, p):
         """`plan_pack` or `count_batches` for a pack, as a function of its Layout.

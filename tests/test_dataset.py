@@ -1267,6 +1267,28 @@ def test_packs_hold_each_file_once(seed):
         assert len(packs) >= lengths.sum() / max_size
 
 
+def test_packs_keep_enough_of_a_speaker_together_for_full_batches():
+    """And yet hold many speakers; files as large as a piece are shuffled as they always were."""
+    rng = np.random.default_rng(0)
+    lengths, speakers = rng.integers(20, 200, 20_000) * 160, np.sort(rng.integers(0, 50, 20_000))
+    for max_size, batch_size in ((3_000_000, 4), (8_000_000, 8)):
+        size, together = 16 * batch_size * WINDOW, []
+        packs = split_into_packs(lengths, max_size, generator_from(1), (speakers, size))
+        assert sorted(np.concatenate(packs)) == list(range(20_000))
+        for pack in packs:
+            assert lengths[pack].sum() <= max_size
+            n_pieces = lengths[pack].sum() / size
+            assert len(np.unique(speakers[pack])) >= n_pieces / 2
+            plan = plan_pack(
+                Layout.of(pack, lengths), speakers[pack], "samespeaker", WINDOW, batch_size
+            )
+            together.extend(np.diff(plan.edges) == batch_size)
+        assert np.mean(together) > 0.9
+    files = split_into_packs(lengths, max_size, generator_from(1))
+    smallest = split_into_packs(lengths, max_size, generator_from(1), (speakers, 1))
+    assert all(map(np.array_equal, files, smallest))
+
+
 def test_packs_are_of_about_the_same_size():
     lengths = np.full(1000, 100)
     sizes = [lengths[pack].sum() for pack in split_into_packs(lengths, 30_000, generator_from(0))]

@@ -47,17 +47,21 @@ def cumulative(lengths):
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def split_into_packs(lengths, max_size, generator=None):
+def split_into_packs(lengths, max_size, generator=None, pieces=None):
     """Split files into packs of at most `max_size` samples: a list of ascending index arrays.
 
     With a generator the files are shuffled first. Packs have about the same size, so that none is
     too small to mix its windows well; a file longer than `max_size` gets a pack to itself.
+
+    pieces: (speakers, samples) of the files keep about so many samples of a speaker together
     """
     total, order = int(lengths.sum()), np.arange(len(lengths))
     if total <= max_size:
         return [order]
     if generator is not None:
         order = torch.randperm(len(lengths), generator=generator).numpy()
+        if pieces:
+            order = _by_pieces(order, lengths, *pieces, generator)
     limit, ends = _limit(lengths, max_size), cumulative(lengths[order])
     packs, begin = [], 0
     while begin < len(order):
@@ -66,6 +70,20 @@ def split_into_packs(lengths, max_size, generator=None):
         packs.append(np.sort(order[begin:end]))
         begin = end
     return packs
+
+
+def _by_pieces(order, lengths, speakers, size, generator):
+    """Shuffle pieces of about `size` samples of a speaker's files; `order`: all files, shuffled."""
+    by_speaker = order[np.argsort(speakers[order], kind="stable")]
+    begins = cumulative(lengths[by_speaker])[:-1]
+    is_first = np.diff(speakers[by_speaker], prepend=-1) != 0
+    rank = (begins - np.maximum.accumulate(np.where(is_first, begins, 0))) // size
+    piece = np.cumsum(is_first | (np.diff(rank, prepend=0) != 0)) - 1
+    n_pieces = int(piece[-1]) + 1
+    if n_pieces == len(order):
+        return order
+    keys = torch.randperm(n_pieces, generator=generator).numpy()
+    return by_speaker[np.argsort(keys[piece], kind="stable")]
 
 
 def largest_pack(lengths, max_size):

@@ -128,10 +128,10 @@ class World:
         """The network to train: its backward pass leaves the mean of all processes' gradients."""
         if self.group is None:
             return network
-        # Most buffers are constants; those that change are copied where they are used.
-        wrapped = DistributedDataParallel(
-            network, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        wrapped = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+        # Not before every step: most are constants, and copy_buffers is for the others. As an
+        # argument, PyTorch 2.13 warns of it, and 2.11 knows no other.
+        wrapped.broadcast_buffers = False
         _never_freed.append(wrapped)
         return wrapped
 
