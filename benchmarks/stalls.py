@@ -67,9 +67,9 @@ def measure_plans(listing, batch_size):
     start = time.perf_counter()
     plan = loader._planner(plan_pack, 0, 0)(Layout.of(files, listing.samples))
     seconds, full = time.perf_counter() - start, np.diff(plan.edges) == batch_size
-    n_speakers = len(np.unique(listing.speakers[files]))
+    print(f"  a pack planned in {seconds:.2f} s")
     print(
-        f"  a pack planned in {seconds:.2f} s; {n_speakers} speakers, {full.mean():.1%} full batches"
+        f"  of {len(np.unique(listing.speakers[files]))} speakers, {full.mean():.1%} full batches"
     )
 
 
