@@ -161,7 +161,8 @@ class MFCCEncoder(nn.Module):
 
     def forward(self, waveform):
         """waveform: (B, 1, L) -> (B, E, S), S = (L - 1) // 160 + 1."""
-        return self.MFCC(waveform.squeeze(1))
+        with torch.autocast(waveform.device.type, enabled=False):  # bf16: energies of 8 bits
+            return self.MFCC(waveform.squeeze(1))
 
 
 def build_encoder(args):

@@ -33,7 +33,7 @@ from criterion import (
     trains_on_phones,
 )
 from criterion.networks import Networks
-from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, on_device, set_options
+from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, set_options
 from eval.hooks import PREDICTED, build_hooks
 from eval.starts import StartWatch
 from feature_loader import load_model
@@ -41,6 +41,7 @@ from model import CPCModel, build_model, preserved_state
 from stats.stats_utils import build_stats, with_absolute_directories
 from utils.data.corpus import open_corpus, split_corpus
 from utils.data.labels import read_phone_labels
+from utils.data.transfer import on_device
 from utils.misc import UserError, generator_from, seed_from
 from utils.report.run_files import RunFiles
 from utils.report.run_record import epoch_speed, is_finished
@@ -50,7 +51,7 @@ from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.distributed import joined_world
 from utils.run.flags import captured_names, parse_arguments
-from utils.run.launch import launch, processes_to_start
+from utils.run.launch import launch, processes_to_start, run_program
 from utils.run.lock import lost_lock, training_lock
 from utils.run.logs import Clock, RunningMeans
 from utils.run.place import enter_slurm_step
@@ -135,9 +136,9 @@ def run(args, explicit, argv, world, device):
             files = RunFiles(state, argv, trained_on, labels, stats)
 
         # ---- hooks
-        place = {"checkpoint": checkpoint, "device": device, "world": world}
-        hooks = build_hooks(args, corpus, labels, sets, stats, **place)
+        hooks = build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world)
     if training:
+        del checkpoint  # its weights would stay in memory for the whole run
         train(state, *loaders, hooks, files)
     else:
         for hook in hooks:
@@ -184,6 +185,8 @@ def train(state, train_loader, val_loader, hooks, files):
     except Stopped:
         if state.position != (0, 0, 0) and state.save():
             print(f"saved in epoch {state.position.epoch}; the same command resumes there")
+        if world.is_rank_zero:
+            files.complete(state.logs, world.stop)
         raise
     screen.summary(state.logs, state.best_row, state.clock, files.places())
 
@@ -198,7 +201,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
     state.networks.train()
     if state.position == (epoch, 0, 0):
         state.networks.model.reset_hidden()
-        state.clock = Clock()
+        state.clock = Clock(device=state.device)
     clock = state.clock
     clock.start()
     batches = on_device(loader.epoch(epoch, state.position), state.device)
@@ -217,7 +220,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
                 for listener in listeners:
                     listener.on_step(epoch, means.batches, n_batches, values, clock)
             if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0:
-                world.stop_if_asked()
+                state.save_is_agreed = world.stop_if_asked(state.save_pace.is_due)
     state.check_finite()
     clock.stop()
     return {
@@ -267,7 +270,7 @@ def build_forward_backward(state):
     networks = world.wrap(state.networks)
 
     def forward_backward(batch):
-        with machine.autocast(args, device):
+        with machine.autocast(args, device), machine.compiled(args, batch):
             losses, accuracies = networks(batch)
         loss = losses.sum()
         # A non-finite loss makes NaN gradients, so the all-reduce shows it to every rank.
@@ -294,7 +297,7 @@ def validate(state, loader, epoch, title):
         title = f"{title}: validation"
         for position, batch in console.progress(batches, what=title, unit=" batches", total=total):
             negatives = generator_from(args.random_seed, epoch, "validation", *position[1:])
-            with machine.autocast(args, state.device):
+            with machine.autocast(args, state.device), machine.compiled(args, batch):
                 losses, accuracies = networks(batch, negatives)
             means.add(losses, accuracies, len(batch.window))
     losses, accuracies = means.means()
@@ -343,7 +346,8 @@ def finish_epoch(state, epoch, files, save_now):
         is_saved = state.save(epoch)
     world.raise_everywhere(lost_lock())
     if world.is_rank_zero:
-        files.write(state.logs, epoch_speed(state.clock, state.device, world.size))
+        speed = epoch_speed(state.clock, state.device, world.size)
+        files.write(state.logs, speed, if_due=not (is_last or save_now))
     # All wait for rank 0 here: a rank that ended earlier, after an error, would end it as well.
     lost = f"{state.directory}: the last epoch's checkpoint couldn't be written"
     world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)
@@ -391,14 +395,18 @@ def build_networks(args, corpus, labels, checkpoint, stats):
 
 
 def compile_networks(criterion, model):
-    """Compile encoder and criterion. Libraries have kernels for recurrent networks."""
+    """Compile encoder and criterion, for use in `machine.compiled` alone.
+
+    Libraries have kernels for recurrent networks.
+    """
+    torch.compiler.set_stance("force_eager")
     print("the first steps wait for the compiler, up to some minutes", flush=True)
     for part in model.modules():
         if isinstance(part, CPCModel):
-            part.gEncoder.compile()
+            part.gEncoder.compile(dynamic=False)
     criterion.fused_scores = True
-    criterion.compile()
+    criterion.compile(dynamic=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

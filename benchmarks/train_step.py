@@ -39,13 +39,14 @@ import torch
 
 from benchmarks.data import in_new_process, write_corpus
 from criterion import soft_align
-from dataset import build_loaders, build_sets, on_device, set_options
+from dataset import build_loaders, build_sets, set_options
 from model import CPCEncoder
 from stats.stats_collector import StatsCollector
 from train import build_forward_backward, build_networks, prepare_machine
 from train import train_step as do_step
 from transformers import SIZE_FEED_FORWARD
 from utils.data.corpus import open_corpus, split_corpus
+from utils.data.transfer import on_device
 from utils.files import save_json
 from utils.misc import SAMPLES_PER_FRAME
 from utils.run.console import progress

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 
+import dataset
 from dataset import (
     SAMPLINGS,
     AudioDataset,
@@ -47,7 +48,14 @@ from utils.data.corpus import (
 from utils.data.labels import PhoneLabels, read_phone_labels
 from utils.data.names import files_by_name
 from utils.data.packs import allocate_audio
-from utils.data.windows import Layout, plan_pack, plan_rows, split_into_packs
+from utils.data.windows import (
+    Layout,
+    count_batches,
+    largest_pack,
+    plan_pack,
+    plan_rows,
+    split_into_packs,
+)
 from utils.data.workers import Workers
 from utils.misc import SAMPLE_RATE, UserError, first_few, generator_from
 from utils.run.command import DefaultExtension
@@ -1222,6 +1230,7 @@ def test_fixed_plans_hold_every_window(sampling, seed):
     plan = plan_pack(layout, speakers, sampling, WINDOW, 3)
     groups = [starts[i : i + 3] for starts in expected for i in range(0, len(starts), 3)]
     assert [plan.batch(g).tolist() for g in range(plan.n_batches)] == groups
+    assert count_batches(layout, speakers, sampling, WINDOW, 3) == len(groups)
 
 
 @pytest.mark.parametrize("sampling", ["samespeaker", "uniform", "samesequence"])
@@ -1232,6 +1241,8 @@ def test_training_plans(sampling, seed):
     begins = np.array([begin for begin, _ in intervals])
     plan = plan_pack(layout, speakers, sampling, WINDOW, 4, generator_from(seed))
     batches = [plan.batch(g).tolist() for g in range(plan.n_batches)]
+    counted = count_batches(layout, speakers, sampling, WINDOW, 4, generator_from(seed))
+    assert counted == len(batches)
     first, seen, order = {}, Counter(), []
     for batch in batches:
         owners = {int(np.searchsorted(begins, start, side="right")) - 1 for start in batch}
@@ -1314,10 +1325,33 @@ def test_packs_hold_each_file_once(seed):
     max_size = int(rng.integers(500, 8000))
     for generator in (None, generator_from(seed)):
         packs = split_into_packs(lengths, max_size, generator)
+        assert max(lengths[pack].sum() for pack in packs) <= largest_pack(lengths, max_size)
         assert sorted(np.concatenate(packs).tolist()) == list(range(len(lengths)))
         assert all((np.diff(pack) > 0).all() for pack in packs)
         assert all(lengths[pack].sum() <= max_size or len(pack) == 1 for pack in packs)
         assert len(packs) >= lengths.sum() / max_size
+
+
+def test_packs_keep_enough_of_a_speaker_together_for_full_batches():
+    """And yet hold many speakers; files as large as a piece are shuffled as they always were."""
+    rng = np.random.default_rng(0)
+    lengths, speakers = rng.integers(20, 200, 20_000) * 160, np.sort(rng.integers(0, 50, 20_000))
+    for max_size, batch_size in ((3_000_000, 4), (8_000_000, 8)):
+        size, together = 16 * batch_size * WINDOW, []
+        packs = split_into_packs(lengths, max_size, generator_from(1), (speakers, size))
+        assert sorted(np.concatenate(packs)) == list(range(20_000))
+        for pack in packs:
+            assert lengths[pack].sum() <= max_size
+            n_pieces = lengths[pack].sum() / size
+            assert len(np.unique(speakers[pack])) >= n_pieces / 2
+            plan = plan_pack(
+                Layout.of(pack, lengths), speakers[pack], "samespeaker", WINDOW, batch_size
+            )
+            together.extend(np.diff(plan.edges) == batch_size)
+        assert np.mean(together) > 0.9
+    files = split_into_packs(lengths, max_size, generator_from(1))
+    smallest = split_into_packs(lengths, max_size, generator_from(1), (speakers, 1))
+    assert all(map(np.array_equal, files, smallest))
 
 
 def test_packs_are_of_about_the_same_size():
@@ -1474,6 +1508,31 @@ def test_each_epoch_decodes_each_file_once_in_another_order(small_corpus, monkey
         decoded.clear()
         list(fixed.epoch(0))
         assert sorted(relative(fixed, decoded)) == sorted(LENGTHS)
+
+
+def test_packs_are_planned_when_they_are_due(own_corpus, monkeypatch):
+    """And then forgotten; windows of earlier packs are found all the same, bad files or not."""
+    corpus, plans = scan_corpus(own_corpus), []
+    (own_corpus / "b/x/b-1.flac").write_bytes(b"fLaC")  # found out while it is decoded
+
+    def noted(*args):
+        plan = plan_pack(*args)
+        plans.append(weakref.ref(plan.starts))
+        return plan
+
+    monkeypatch.setattr(dataset, "plan_pack", noted)
+    loader = loader_of(corpus, "samespeaker")
+    assert len(loader) > 5
+    assert not plans
+    located, n_alive = {}, []
+    for position, batch in loader.epoch(0):
+        located |= {int(window): loader.locate(window) for window in batch.window}
+        n_alive.append(sum(plan() is not None for plan in plans))
+        last = position.pack
+    assert last >= 2
+    assert max(n_alive) <= 2
+    assert {window: loader.locate(window) for window in located} == located
+    assert "b/x/b-1.flac" not in dict(located.values())
 
 
 def test_one_pack_is_decoded_once_and_kept(small_corpus, monkeypatch):

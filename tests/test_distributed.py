@@ -1,5 +1,6 @@
 """Tests of runs in several processes: two of them, on the CPU."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import torch
 import train
 from criterion import build_criterion
 from criterion.networks import Networks
-from dataset import AudioDataset, Batch
+from dataset import AudioDataset, Batch, BatchLoader
 from model import build_model
 from tests.helpers import ROOT, assert_close, ends_refused, write_tiny_corpus
 from tests.test_train import (
@@ -36,6 +37,7 @@ from utils.capture import CaptureWriter
 from utils.data.corpus import scan_corpus
 from utils.misc import UserError
 from utils.run import distributed
+from utils.run import launch as launching
 from utils.run.command import command
 from utils.run.distributed import World, joined_world
 from utils.run.flags import build_parser
@@ -90,7 +92,26 @@ def meet(words):
         pack = audio.only_pack(world)
         found["pack"], found["files"] = pack.audio.clone(), pack.layout.files.tolist()
         found["same memory"] = writes_are_seen(world, pack.audio)
+        loader, found["allocated"] = in_packs(corpus, world), []
+        allocate = world.shared_tensor
+        world.shared_tensor = lambda *size: found["allocated"].append(size) or allocate(*size)
+        found["batches"] = batches_of(loader)
         torch.save(found, Path(directory, f"{world.rank}.pt"))
+
+
+def in_packs(corpus, world):
+    audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).utterances, 1600, n_threads=1)
+    audio.max_size_loaded = int(audio.samples.sum() // 3)
+    return BatchLoader(audio, 4, "samespeaker", seed=3, training=True, world=world)
+
+
+def batches_of(loader):
+    """Position -> waveform, speaker and place of all batches of three epochs."""
+    return {
+        tuple(position): [*batch[:2], batch.window]
+        for epoch in range(3)
+        for position, batch in loader.epoch(epoch)
+    }
 
 
 def writes_are_seen(world, audio):
@@ -159,6 +180,20 @@ def slurm_step(rank, node, local_rank, tasks, nodes="node[1-2]", restarts=0):
     }
 
 
+def test_processes_share_two_buffers_for_all_packs(met):
+    """And get what one alone would; in every epoch a file turns out to be bad, and is left out."""
+    (first, second), root = met
+    alone = batches_of(in_packs(root / "audio", World()))
+    together = first["batches"] | second["batches"]
+    assert first["batches"].keys().isdisjoint(second["batches"])
+    assert 0 <= len(alone) - len(together) <= 3, "at most the last batch of an epoch is dropped"
+    for position, values in together.items():
+        for found, expected in zip(values, alone[position], strict=True):
+            assert torch.equal(found, expected), position
+    assert len({pack for _, pack, _ in together}) >= 3
+    assert len(first["allocated"]) == len(second["allocated"]) == 2
+
+
 @command
 def meet_on_two_machines(words):
     """By srun, whose --distribution=cyclic puts ranks 0 and 2 on the first, 1 on the second.
@@ -204,6 +239,45 @@ def test_shared_memory_is_free_when_a_process_is_gone(messages, tmp_path, monkey
     with pytest.raises(RuntimeError, match="closed by peer"):
         Deserted(messages).shared_tensor(1000, torch.int16)
     assert not list(tmp_path.iterdir())
+
+
+def test_shared_memory_without_room_is_replaced_by_a_file(tmp_path, monkeypatch, capsys):
+    """And that is said: it may be slow."""
+
+    def full(handle, offset, size):
+        if os.readlink(f"/proc/self/fd/{handle}").startswith(str(tmp_path / "shm")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(distributed, "SHARED_MEMORY", str(tmp_path / "shm"))
+    monkeypatch.setattr(distributed.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for name in ("shm", "tmp"):
+        (tmp_path / name).mkdir()
+    assert Path(distributed._reserve(10**9)).parent == tmp_path / "tmp"
+    assert not list((tmp_path / "shm").iterdir())
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {tmp_path}/shm: No space left on device: the 1.0 GB of audio")
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [(lambda _: None, 0), (lambda _: 143, 143), (lambda _: sys.exit(2), 2), (lambda _: 1 / 0, 1)],
+)
+def test_one_of_several_leaves_without_freeing_anything(ends, status, monkeypatch):
+    """Under torchrun as under this program's own launcher."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(found):
+        raise Left(found)
+
+    monkeypatch.setattr(launching, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(launching, "DELAY", 0)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left) as left:
+        launching.run_program(ends)
+    assert left.value.args == (status,)
 
 
 def test_a_process_that_waits_for_others_holds_no_shared_memory(monkeypatch):

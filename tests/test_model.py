@@ -473,6 +473,13 @@ def test_recurrent_networks_work_in_float32_under_autocast(mode):
     assert {state.dtype for state in _tensors(ar.hidden)} == {torch.float32}
 
 
+def test_cepstra_are_computed_in_float32_under_autocast():
+    encoder, waveform = MFCCEncoder(13), torch.randn(2, 1, 3200)
+    expected = encoder(waveform)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(waveform), expected)
+
+
 def _tensors(state):
     return state if isinstance(state, tuple) else (state,)
 

@@ -487,6 +487,7 @@ def report_of(
     report = RunReport(args, defaults, list(command), sets, labels, stats, **of_criterion)
     for epoch in logs["epoch"][:-1]:
         report.record.add(epoch, speed(epoch), report.command)
+        report.record.reported = epoch
     report.write(logs, speed(logs["epoch"][-1]))
     return Path(args.pathCheckpoint, REPORT).read_text(encoding="utf-8")
 
@@ -767,6 +768,18 @@ def test_a_capture_is_drawn_when_it_is_made_and_shown_until_the_next(tmp_path):
     assert at_it == [path.read_bytes() for path in drawn]
     assert embedded(report_of(args, invented_logs(13))) == at_it
     assert sorted(capture.glob("pictures/*")) == drawn
+
+
+def test_a_capture_is_drawn_with_a_report_that_was_put_off(tmp_path):
+    args = arguments(tmp_path)
+    write_capture(Path(args.pathCaptureSave, "10"))
+    report = RunReport(args, build_parser().parse_args([]), ["train.py"], [])
+    for n_epochs in range(1, 12):
+        report.put_off(invented_logs(n_epochs), speed(n_epochs - 1))
+    assert not report.covers(10)
+    report.write(invented_logs(13), speed(12))
+    assert report.covers(12)
+    assert len(embedded(Path(args.pathCheckpoint, REPORT).read_text())) == pictures.MAX_WINDOWS
 
 
 def test_a_capture_that_cannot_be_drawn_costs_nothing_but_its_pictures(tmp_path, capsys):

@@ -83,19 +83,28 @@ class RunReport:
         None if another process trained that.
         Raises OSError if they can't be written.
         """
-        if speed:
-            self.record.add(logs["epoch"][-1], speed, self.command)
+        self.add(logs, speed)
         capture = latest_capture(logs, self.args)
-        if capture and capture.name == str(logs["epoch"][-1]):
+        if capture and int(capture.name) > self.record.reported:
             draw_capture(capture)
         pictures = embed(find_pictures(logs, self.args, self.stats, capture))
         with atomic_path(self.directory / REPORT) as temporary:
             Path(temporary).write_text(self.page(logs, pictures), encoding="utf-8")
+        self.record.reported = logs["epoch"][-1] if logs["epoch"] else -1
         self.record.save()  # last: it marks the report as complete
+
+    def put_off(self, logs, speed):
+        """Write only `report_data.json` after an epoch."""
+        self.add(logs, speed)
+        self.record.save()
+
+    def add(self, logs, speed):
+        if speed:
+            self.record.add(logs["epoch"][-1], speed, self.command)
 
     def covers(self, epoch):
         """Whether the report was written after this epoch."""
-        return any(row["epoch"] == epoch for row in self.record.epochs)
+        return self.record.covers(epoch)
 
     def page(self, logs, pictures):
         """The whole page; pictures: group -> Markup, as `embed` returns them."""

@@ -84,11 +84,20 @@ class World:
         differ = any(other != value for other in values)
         self.raise_everywhere(UserError(reason) if differ else None)
 
-    def stop_if_asked(self):
-        """Raise Stopped on every rank if one of several was asked to stop."""
-        if self.group is not None:
-            requested = self.stop.requested
-            self.raise_everywhere(None if requested is None else Stopped(requested))
+    def stop_if_asked(self, wish=None):
+        """Raise Stopped on every rank if one of several was asked to stop.
+
+        Returns the `wish` of rank 0, which needs no message besides.
+        """
+        if self.group is None:
+            return wish
+        requests, wishes = zip(*self.all_gather((self.stop.requested, wish)), strict=True)
+        for number in requests:
+            if number is not None:
+                stopped = Stopped(number)
+                stopped.is_everywhere = True
+                raise stopped
+        return wishes[0]
 
     @contextlib.contextmanager
     def shared_errors(self):
@@ -127,6 +136,9 @@ class World:
         if self.group is None:
             return network
         wrapped = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+        # Not before every step: most are constants, and copy_buffers is for the others. As an
+        # argument, PyTorch 2.13 warns of it, and 2.11 knows no other.
+        wrapped.broadcast_buffers = False
         _never_freed.append(wrapped)
         return wrapped
 
@@ -184,6 +196,13 @@ def _reserve(n_bytes):
             # Without this a full disk would show as a crash while the audio is written.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, max(1, n_bytes))
+            if reasons:
+                print(
+                    f"note: {reasons[0]}: the {n_bytes / 1e9:.1f} GB of audio that processes "
+                    f"share are in a file in {directory}, which is slower where that is a disk; "
+                    "containers take --shm-size, and a smaller --max_size_loaded needs less",
+                    flush=True,
+                )
             return path
         except OSError as error:
             reasons.append(f"{directory}: {error.strerror}")

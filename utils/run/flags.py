@@ -113,9 +113,10 @@ add("--save_step", type=at_least(1), default=5, on_resume=INHERITED, metavar="EP
 add("--keep", type=at_least(0), default=0, on_resume=INHERITED, metavar="N",
     help="keep only the last N checkpoint_<epoch>.pt and that of the best epoch; each new one "
     "removes older ones (0: keep all)")
-add("--resume_every", type=at_least(0), default=500, on_resume=THIS_CALL, metavar="STEPS",
+add("--resume_every", type=at_least(0), on_resume=THIS_CALL, metavar="STEPS",
     help="training steps between saves of checkpoint_resume.pt, from which a killed run resumes "
-    "inside an epoch (0: only on a stop signal)")
+    "inside an epoch (0: only on a stop signal; default: every 10 minutes, or every 100 times as "
+    "long as a save takes)")
 add("--logging_step", type=at_least(1), default=1000, on_resume=INHERITED, metavar="STEPS",
     help="training steps between printed running means")
 add("--onlyCapture", action="store_true", on_resume=THIS_CALL, help="no training: capture once "
@@ -285,7 +286,8 @@ add("--nGPU", type=int, default=-1, metavar="N", help="processes on this machine
     "own batches and its own GPU or share of the CPU (default: one per GPU). Under torchrun "
     "and srun: as many as these started")
 add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-    help="precision of matrix multiplications; tf32 and bf16 need CUDA")
+    help="precision of matrix multiplications; tf32 and bf16 need CUDA. With bf16, recurrent "
+    "networks use tf32")
 add("--compile", action="store_true", help="compile encoder and criterion and, on a single GPU, "
     "record a step's kernels and replay them (slower start)")
 add("--threads", type=between(0, 1024), default=0, metavar="N",  # the C library aborts at far more

@@ -143,19 +143,31 @@ def _run(main, argv, rank, size, port):
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    _leave_after(main, argv)
+
+
+def run_program(main):
+    """`sys.exit(main())`; but one of several processes leaves at once, whoever started it."""
+    if is_one_of_several():
+        _leave_after(main, sys.argv[1:])
+    sys.exit(main())
+
+
+def _leave_after(main, argv):
+    """Call `main(argv)`, and end this process with its status: frees nothing (distributed.py)."""
     try:
         status = main(argv) or 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
         # The death of another process shows first as a connection that breaks here. The launching
-        # process ends this one then: after a while, what is still here has a story of its own.
+        # process, or torchrun, ends this one then: what is still here later has its own story.
         time.sleep(DELAY)
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # frees nothing: see utils/run/distributed.py
+    os._exit(status)
 
 
 def _stop_with_parent():

@@ -44,7 +44,8 @@ def available_memory(device):
     """Bytes that may still be taken on this device: on a CPU what the system and, in a container,
     its limit leave; half of the machine's memory where the system doesn't say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # by PyTorch, for what comes next
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kilobytes = dict(line.split()[:2] for line in file)
@@ -150,6 +151,19 @@ def set_precision(precision):
     """Let CUDA use TensorFloat-32 as `--precision` says."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"  # bf16: of recurrent networks
+    # Without gradients and in bf16 it would be preferred, and relative positions make it a mask
+    # that isn't aligned as it needs (transformers.relative_scores).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def compiled(args, batch):
+    """A block in which networks run as `--compile` made them if the batch is full.
+
+    For one of another size, the compiler would start again, and make code for any size.
+    """
+    if args.compile and len(batch.window) == args.batchSizeGPU:
+        return torch.compiler.set_stance("default")
+    return contextlib.nullcontext()
 
 
 def autocast(args, device):

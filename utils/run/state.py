@@ -22,7 +22,9 @@ from utils.run.checkpoint_checks import check_resumable
 from utils.run.console import Listener
 from utils.run.lock import lost_lock
 from utils.run.logs import Clock, RunningMeans, append_epoch
+from utils.run.pace import Pace
 
+SECONDS_BETWEEN_SAVES = 600.0  # inside an epoch, unless --resume_every says how many steps
 END_OF_EPOCH = 2**31  # as the pack of a position: nothing of the epoch is left to train on
 
 
@@ -69,11 +71,13 @@ class RunState(Listener):
         self.position = Position(0, 0, 0)  # where training continues
         self.saved_position = None
         self.steps_since_save = 0
+        self.save_pace = Pace(SECONDS_BETWEEN_SAVES)
+        self.save_is_agreed = False  # rank 0 found it due by that, and has told all ranks
         self.epoch_means = RunningMeans(self.world)  # of the epoch in progress
         self.epoch_values = {}  # of the epoch in progress, for the logs
-        self.clock = Clock()  # of the epoch in progress, or the last one
+        self.clock = Clock(device=device)  # of the epoch in progress, or the last one
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
-        self.best = None  # weights of the model after its best epoch
+        self.best = None  # on rank 0: weights of the model after its best epoch
         self.best_metric = 0.0 if networks.has_accuracy else -float("inf")
         self.unchecked_steps = []  # (position, windows, losses, gradient norm)
         self.checkpoints_to_remove = saved_checkpoints(self.directory) if args.restart else []
@@ -93,6 +97,8 @@ class RunState(Listener):
     @property
     def save_is_due(self):
         """Whether --resume_every asks for a save inside the epoch."""
+        if self.args.resume_every is None:
+            return self.save_is_agreed
         return 0 < self.args.resume_every <= self.steps_since_save
 
     def check_finite(self):
@@ -129,7 +135,8 @@ class RunState(Listener):
         metric = self.selection_metric(values["locLoss_val"], values["locAcc_val"])
         if metric > self.best_metric:
             self.best_metric = metric
-            self.best = copy_to_cpu(self.networks.model.state_dict())
+            if self.world.is_rank_zero:
+                self.best = copy_to_cpu(self.networks.model.state_dict())
         self.position, self.epoch_means = Position(epoch + 1, 0, 0), RunningMeans(self.world)
 
     def selection_metric(self, losses, accuracies):
@@ -153,13 +160,15 @@ class RunState(Listener):
         """
         self.check_finite()
         self.world.raise_everywhere(lost_lock())
-        contents, self.steps_since_save = self.contents(), 0
-        is_saved = not self.world.is_rank_zero or self._write(contents, epoch)
-        # Where one process has ended, torchrun and srun soon end those that are still writing.
-        return all(self.world.all_gather(is_saved))
+        with self.save_pace.timed():
+            self.steps_since_save, self.save_is_agreed = 0, False
+            is_saved = self.write(self.contents(), epoch)
+            # Where one process has ended, torchrun and srun soon end those that are still writing.
+            return all(self.world.all_gather(is_saved))
 
-    def _write(self, contents, epoch):
-        if epoch is None and self.position == self.saved_position:
+    def write(self, contents, epoch):
+        """Write a checkpoint on rank 0; returns whether that went well."""
+        if not self.world.is_rank_zero or (epoch is None and self.position == self.saved_position):
             return True
         try:
             path = save_checkpoint(self.directory, contents, epoch)
@@ -227,14 +236,16 @@ class RunState(Listener):
         self.logs |= {key: value for key, value in state["logs"].items() if key not in settings}
         print(f"resuming from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
-        self.best = state["best"]
+        self.best = state["best"] if self.world.is_rank_zero else None
         if checkpoint.of_original:  # its "best" is its latest epoch
             latest = [row for row in self.logs.get("locAcc_val", []) if row][-1:]
-            self.best_metric = mean(latest[0]) if latest and self.best else 0.0
+            self.best_metric = mean(latest[0]) if latest and state["best"] else 0.0
             return
         self.best_metric = state["best_accuracy"]
         self.epoch_means.restore(state["running"], self.device)
-        self.clock = Clock(**state.get("clock", {}))  # older checkpoints have none
+        self.clock = Clock(
+            **state.get("clock", {}), device=self.device
+        )  # older checkpoints have none
         try:
             # With several ranks that of rank 0 was saved, and no batch continues it.
             if state["machine"].get("processes", 1) == 1:
