@@ -299,9 +299,9 @@ def test_one_that_is_alone_needs_no_one():
 
 
 def words_of(corpus, directory, *more):
-    words = [*on(corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *PACKS, *more]
+    words = [*on(corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *PACKS]
     words += ["--threads", 1]  # bits depend on them, and by default they on what shares a machine
-    return [str(word) for word in words]
+    return [str(word) for word in [*words, *more]]
 
 
 def hooks(corpus, directory):
