@@ -5,6 +5,7 @@ and holds their decoded audio, `BatchLoader` cuts it into windows. Lengths are i
 B is the number of windows in a batch, L the samples in a window.
 """
 
+import functools
 import hashlib
 from bisect import bisect_right
 from typing import NamedTuple
@@ -258,14 +259,16 @@ class Batch(NamedTuple):
     phone: torch.Tensor | None  # (B, L // 160) int64
     window: torch.Tensor  # (B,) int64, index into the epoch's plan (see BatchLoader.locate)
     continues: torch.Tensor  # (B,) bool, whether the row follows its last one in the same file
+    past: torch.Tensor | None = None  # (N, 1, L), see CPCModel.forward
+    recipe: tuple | None = None  # how `to` augments the batch (augmentation.Recipe)
 
     def to(self, device):
         """The batch on `device`, the waveform in float32."""
-        device = torch.device(device)
-        batch = self.each(lambda tensor: _moved(tensor, device))
+        move = functools.partial(_moved, device=torch.device(device))
+        batch = self._replace(recipe=None).each(move)
         if batch.waveform.dtype == torch.int16:
             batch = batch._replace(waveform=batch.waveform.float() / 32768)
-        return batch
+        return self.recipe.each(move).augmented(batch) if self.recipe else batch
 
     def each(self, function):
         """A Batch with `function` applied to each tensor."""
@@ -317,16 +320,20 @@ class BatchLoader:
         are dropped, unless a pack has no other, and up to `world.size` - 1 batches per epoch, so
         that all processes get the same number. If False: all windows in order (`sequential` and
         `uniform` are then the same), the last batch possibly incomplete
+    augmentation: draws the recipe of each batch (augmentation.Augmentation)
 
     In training, processes wait for each other at each new pack, otherwise only in `prepare`.
     """
 
-    def __init__(self, dataset, batch_size, sampling, *, seed, training, world=ALONE):
+    def __init__(
+        self, dataset, batch_size, sampling, *, seed, training, world=ALONE, augmentation=None
+    ):
         """Raises UserError if the dataset has no window, or too few batches for all processes."""
         if sampling not in SAMPLINGS:
             raise ValueError(f"sampling {sampling!r} is none of {SAMPLINGS}")
         self.dataset, self.batch_size, self.sampling = dataset, batch_size, sampling
         self.seed, self.training, self.world = seed, training, world
+        self.augmentation = augmentation
         self._ahead = {}  # (epoch, pack) -> PackDecoding, at most one
         self._n_batches = {}  # epoch -> batches in each pack, of the last epoch only
         self._begin(0)
@@ -365,6 +372,8 @@ class BatchLoader:
         """Decode all audio now, with all processes, if it fits in one pack."""
         if len(self._packs) == 1:
             self.dataset.only_pack(self.world)
+        if self.augmentation:
+            self.augmentation.prepare(self.world)
 
     def _packs_of(self, epoch):
         generator = generator_from(self.seed, "packs", epoch) if self.training else None
@@ -454,13 +463,13 @@ class BatchLoader:
             phone = frames.index_select(0, starts // SAMPLES_PER_FRAME).long()
         files = layout.files[layout.file_at(plan.batch(g))]
         window = torch.arange(plan.edges[g], plan.edges[g + 1]) + int(self._first_windows[p])
-        return Batch(
-            waveform.unsqueeze(1),
-            torch.from_numpy(self.dataset.speakers[files]),
-            phone,
-            window,
-            torch.from_numpy(self._continues(plan, layout, g)),
-        )
+        speakers, continues = self.dataset.speakers[files], self._continues(plan, layout, g)
+        tensors = torch.from_numpy(speakers), phone, window, torch.from_numpy(continues)
+        batch = Batch(waveform.unsqueeze(1), *tensors)
+        if self.augmentation is None:
+            return batch
+        position = Position(self._epoch, p, g)
+        return batch._replace(recipe=self.augmentation.draw(position, speakers, pack))
 
     def _continues(self, plan, layout, g):
         """Whether each row continues where it ended in the last batch of this process."""
@@ -481,11 +490,12 @@ class BatchLoader:
         return path, int(start - layout.boundaries[i])
 
 
-def build_loaders(args, sets, world):
-    """The BatchLoaders of the training and the validation set."""
+def build_loaders(args, sets, world, augmentation=None):
+    """The BatchLoaders of the training set, with an Augmentation, and of the validation set."""
     training, validation = sets
+    augmented = {"augmentation": augmentation}
     common = {"batch_size": args.batchSizeGPU, "seed": args.random_seed, "world": world}
     return (
-        BatchLoader(training, sampling=args.samplingType, training=True, **common),
+        BatchLoader(training, sampling=args.samplingType, training=True, **common, **augmented),
         BatchLoader(validation, sampling="sequential", training=False, **common),
     )

@@ -122,7 +122,7 @@ def run(args, explicit, argv, world, device):
         # ---- state
         if training:
             trained_on = sets(labelled=trains_on_phones(args))
-            loaders = build_loaders(args, trained_on, world)
+            loaders = prepare_loaders(args, trained_on, world)
             speakers = list(corpus.speakers) if tells_speakers_apart(args) else None
             state = RunState(args, networks, *loaders, device, models=models, speakers=speakers)
             if checkpoint:
@@ -353,6 +353,16 @@ def prepare_machine(args, world):
     machine.keep_freed_memory()
     machine.set_threads(args.threads, world.local_size)
     machine.set_precision(args.precision)
+
+
+def prepare_loaders(args, sets, world):
+    """The BatchLoaders of training and validation set; the first one augments if asked to."""
+    augmentation = None
+    if args.augment_type:
+        from augmentation import Augmentation  # no other run spends time on it
+
+        augmentation = Augmentation(args, sets[0].speakers, world)
+    return build_loaders(args, sets, world, augmentation)
 
 
 def build_networks(args, corpus, labels, checkpoint, stats):
