@@ -6,7 +6,7 @@ drawn on the CPU, by generators that depend on the position in the data alone; t
 (utils/data/effects.py) then run on the device. Only runs with --augment_type import this.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +73,6 @@ class Augmentation:
         directory = args.pathImpulseResponses
         self.responses = open_recordings(args, directory, "impulse responses", world)
         self.recordings = [used for used in (self.noise, self.responses) if used]
-        self.room_response = cache(partial(effects.room_response, length=args.sizeWindow))
         self.effects = {  # name -> what draws its parameters, and the effect
             "pitch": (self.cents, partial(effects.shift_pitch, max_cents=args.shift_max)),
             "additive": (self.noise_and_ratio, effects.add_noise),
@@ -125,7 +124,7 @@ class Augmentation:
 
     def room(self, draws):
         rooms = draws.whole(0, self.args.room_scale_max).tolist()
-        return [torch.stack([*map(self.room_response, rooms)])]
+        return [torch.stack([effects.room_response(room, self.args.sizeWindow) for room in rooms])]
 
     def response(self, draws):
         pack, length = self.responses.only_pack(), self.args.sizeWindow

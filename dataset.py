@@ -465,11 +465,9 @@ class BatchLoader:
         window = torch.arange(plan.edges[g], plan.edges[g + 1]) + int(self._first_windows[p])
         speakers, continues = self.dataset.speakers[files], self._continues(plan, layout, g)
         tensors = torch.from_numpy(speakers), phone, window, torch.from_numpy(continues)
-        batch = Batch(waveform.unsqueeze(1), *tensors)
-        if self.augmentation is None:
-            return batch
         position = Position(self._epoch, p, g)
-        return batch._replace(recipe=self.augmentation.draw(position, speakers, pack))
+        recipe = self.augmentation and self.augmentation.draw(position, speakers, pack)
+        return Batch(waveform.unsqueeze(1), *tensors, recipe=recipe)
 
     def _continues(self, plan, layout, g):
         """Whether each row continues where it ended in the last batch of this process."""
@@ -493,9 +491,9 @@ class BatchLoader:
 def build_loaders(args, sets, world, augmentation=None):
     """The BatchLoaders of the training set, with an Augmentation, and of the validation set."""
     training, validation = sets
-    augmented = {"augmentation": augmentation}
+    own = {"sampling": args.samplingType, "training": True, "augmentation": augmentation}
     common = {"batch_size": args.batchSizeGPU, "seed": args.random_seed, "world": world}
     return (
-        BatchLoader(training, sampling=args.samplingType, training=True, **common, **augmented),
+        BatchLoader(training, **own, **common),
         BatchLoader(validation, sampling="sequential", training=False, **common),
     )

@@ -5,6 +5,7 @@ in time, so that an augmented window can stand for the clean one frame by frame.
 tensors with one value (or one signal) per row. A neutral parameter returns the row as it is.
 """
 
+import functools
 import itertools
 import math
 
@@ -102,6 +103,7 @@ GAIN = 0.015
 N_BINS = 2**16  # of an FFT in which even the longest response fades to nothing
 
 
+@functools.cache
 def room_response(room, length):
     """The impulse response of SoX's `reverb` in a room of size `room`, 0 to 100: (length,).
 
@@ -146,12 +148,12 @@ def reverberate(waveform, responses):
 
 
 def from_direct_path(response):
-    """A measured impulse response (n,) from its direct path on, which becomes 1.
+    """A recorded impulse response (n,) from its direct path on, which becomes 1.
 
     Otherwise speech would come later than in the clean window, and at another level.
     """
     direct = response.abs().argmax()
-    return response[direct:] / response[direct]
+    return response[direct:] / response[direct] if response.any() else torch.ones(1)
 
 
 # ----------------------------------------------------------------------------- noise, bands, gaps
