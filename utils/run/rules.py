@@ -25,6 +25,7 @@ from utils.run.flags import (
 from utils.run.machine import device_from
 
 RECURRENT = ("LSTM", "GRU", "RNN")
+RECORDINGS = ("pathDBNoise", "pathImpulseResponses")
 SNR_RANGE = ("min_snr_in_db", "max_snr_in_db")
 EFFECT_OF_FLAG = {
     "shift_max": "pitch",
@@ -351,9 +352,9 @@ def check_capture(args, explicit):
 
 def check_paths(args, resumed):
     """The paths that this call of the program reads must exist, and it must be able to write."""
-    read, directories = {"path_phone_data"}, set()
+    read, directories = {"path_phone_data"}, ()
     if not args.onlyCapture and not args.only_classif_metric:
-        read, directories = {*read, "pathSeqNoise"}, {"pathDBNoise", "pathImpulseResponses"}
+        read, directories = {*read, "pathSeqNoise"}, RECORDINGS
     if not args.onlyCapture:
         read |= {"pathTrain", "pathVal"}
     if not args.only_classif_metric:
@@ -366,10 +367,8 @@ def check_paths(args, resumed):
             f"no such files: {', '.join(gone)}; if they were moved, name them all again"
         )
     check_database(args, resumed)
-    for name in sorted(directories):
-        path = getattr(args, name)
-        if path and not os.path.isdir(path):
-            raise UserError(f"--{name} {path}: no such directory")
+    if directories:
+        check_recordings(args)
     for name in sorted(read):
         check_file(f"--{name}", getattr(args, name))
     written = set()
@@ -397,6 +396,13 @@ def check_database(args, resumed):
         raise UserError(f"{args.pathCheckpoint} doesn't say where its audio is: give --pathDB DIR")
     if not os.path.isdir(args.pathDB):
         raise UserError(f"--pathDB {args.pathDB}: no such directory")
+
+
+def check_recordings(args):
+    for name in RECORDINGS:
+        path = getattr(args, name)
+        if path and not os.path.isdir(path):
+            raise UserError(f"--{name} {path}: no such directory")
 
 
 def check_file(flag, path):
