@@ -260,15 +260,15 @@ class Batch(NamedTuple):
     window: torch.Tensor  # (B,) int64, index into the epoch's plan (see BatchLoader.locate)
     continues: torch.Tensor  # (B,) bool, whether the row follows its last one in the same file
     past: torch.Tensor | None = None  # (N, 1, L), see CPCModel.forward
-    recipe: tuple | None = None  # how `to` augments the batch (augmentation.Recipe)
+    augmented: object = None  # before `to`: what it augments the batch by, or None
 
     def to(self, device):
         """The batch on `device`, the waveform in float32."""
         move = functools.partial(_moved, device=torch.device(device))
-        batch = self._replace(recipe=None).each(move)
+        batch = self._replace(augmented=None).each(move)
         if batch.waveform.dtype == torch.int16:
             batch = batch._replace(waveform=batch.waveform.float() / 32768)
-        return self.recipe.each(move).augmented(batch) if self.recipe else batch
+        return self.augmented(batch, move) if self.augmented else batch
 
     def each(self, function):
         """A Batch with `function` applied to each tensor."""
@@ -320,7 +320,7 @@ class BatchLoader:
         are dropped, unless a pack has no other, and up to `world.size` - 1 batches per epoch, so
         that all processes get the same number. If False: all windows in order (`sequential` and
         `uniform` are then the same), the last batch possibly incomplete
-    augmentation: draws the recipe of each batch (augmentation.Augmentation)
+    augmentation: augments each batch (an augmentation.Augmentation)
 
     In training, processes wait for each other at each new pack, otherwise only in `prepare`.
     """
@@ -466,8 +466,8 @@ class BatchLoader:
         speakers, continues = self.dataset.speakers[files], self._continues(plan, layout, g)
         tensors = torch.from_numpy(speakers), phone, window, torch.from_numpy(continues)
         position = Position(self._epoch, p, g)
-        recipe = self.augmentation and self.augmentation.draw(position, speakers, pack)
-        return Batch(waveform.unsqueeze(1), *tensors, recipe=recipe)
+        augmented = self.augmentation and self.augmentation.draw(position, speakers, pack)
+        return Batch(waveform.unsqueeze(1), *tensors, augmented=augmented)
 
     def _continues(self, plan, layout, g):
         """Whether each row continues where it ended in the last batch of this process."""

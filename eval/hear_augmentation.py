@@ -2,8 +2,8 @@
 
     python eval/hear_augmentation.py FILE.flac OUT --augment_type pitch additive reverb
 
-Writes OUT/<type>.wav for each type and for their chain, and OUT/spectrograms.png. Flags are those
-of train.py; another --random_seed draws other parameters.
+Writes OUT/<type>.wav for each type and for their chain, and OUT/spectrograms.png of the first three
+seconds. Flags are those of train.py; another --random_seed draws other parameters.
 """
 
 import os
@@ -20,8 +20,6 @@ from matplotlib.figure import Figure
 from augmentation import Augmentation
 from dataset import Batch
 from feature_loader import load_waveform
-from utils.data.packs import Pack
-from utils.data.windows import Layout
 from utils.files import atomic_path, writing_to
 from utils.misc import SAMPLE_RATE, Position
 from utils.report.plot_capture import draw_spectrogram
@@ -30,24 +28,30 @@ from utils.run.command import CommandLine, command
 from utils.run.flags import DECLARED, build_parser
 from utils.run.rules import check_augmentation, check_recordings, complete
 
+SECONDS = 3
+
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    check_recordings(args)
     clean = load_waveform(args.file)
     args.sizeWindow = clean.size(1)
     complete(args, set())
     check_augmentation(args, set())
-    check_recordings(args)
-    chains = [[kind] for kind in args.augment_type] + [args.augment_type]
-    copies = {"clean": clean[0].numpy()}
-    copies |= {"_".join(chain): augmented(clean, chain, args) for chain in chains}
-    figure = Figure(figsize=(9, 2.5 * len(copies)), layout="constrained")
+    chains, copies = (
+        [*([kind] for kind in args.augment_type), args.augment_type],
+        {"clean": clean[0]},
+    )
+    for args.augment_type in chains:
+        augment = Augmentation(args, np.zeros(1)).draw(Position(0, 0, 0), np.zeros(1), None)
+        batch = augment(Batch(clean[None], *[None] * 4), lambda tensor: tensor)
+        copies["_".join(args.augment_type)] = batch.past[0, 0]
+    figure = Figure(figsize=(8, 2.5 * len(copies)), layout="constrained")
     with writing_to(args.out):
-        for place, (name, waveform) in zip(
-            figure.subfigures(len(copies)), copies.items(), strict=True
-        ):
-            draw_spectrogram(place, len(waveform) / SAMPLE_RATE, waveform, ())
+        for place, name in zip(figure.subfigures(len(copies)), copies, strict=True):
+            waveform = copies[name].numpy()
+            draw_spectrogram(place, SECONDS, waveform[: SECONDS * SAMPLE_RATE], ())
             place.suptitle(name)
             with atomic_path(Path(args.out, f"{name}.wav")) as temporary:
                 soundfile.write(temporary, waveform, SAMPLE_RATE, "FLOAT")
@@ -60,21 +64,11 @@ def parse_arguments(argv):
     parser = CommandLine(prog="hear_augmentation.py", description=__doc__)
     parser.add_argument("file", help="a recording at 16 kHz")
     parser.add_argument("out", help="directory for sounds and picture")
-    parser.add_argument("--random_seed", type=int, default=0, metavar="SEED")
+    parser.add_argument("--random_seed", type=int, default=0, metavar="SEED", help="random seed")
     for name, options in DECLARED["augmentation"]:
         parser.add_argument(f"--{name}", **options)
     parser.set_defaults(augment_past=True, augment_type=["pitch", "additive", "reverb"])
     return Namespace(**vars(build_parser().parse_args([])) | vars(parser.parse_args(argv)))
-
-
-def augmented(clean, chain, args):
-    """What these types make of a recording (1, n): (n,), as a window of that length."""
-    speakers = np.zeros(1, dtype=np.int64)
-    pack = Pack(clean[0], None, Layout.of(speakers, np.array([clean.size(1)])))
-    augmentation = Augmentation(Namespace(**vars(args) | {"augment_type": chain}), speakers)
-    batch = Batch(clean[None], None, None, None, None)
-    recipe = augmentation.draw(Position(0, 0, 0), speakers, pack)
-    return recipe.augmented(batch).past[0, 0].numpy()
 
 
 if __name__ == "__main__":

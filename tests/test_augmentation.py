@@ -288,13 +288,13 @@ def test_sides_are_augmented_as_asked_for(words, past, future, tiny_corpus):
 def test_effects_are_chained_in_order_or_one_is_chosen(tiny_corpus):
     args = parsed("--augment_past", "--augment_type", "reverb", "pitch_dropout", "none")
     draws = [Position(0, 0, 0), np.zeros(200, dtype=np.int64), None]
-    chain = Augmentation(args, np.zeros(1)).draw(*draws).past
+    chain = Augmentation(args, np.zeros(1)).draw(*draws).keywords["past"]
     names = {effects.reverberate: "reverb", effects.drop_out: "dropout"}
     assert [names.get(effect, "pitch") for effect, _ in chain] == ["reverb", "pitch", "dropout"]
     assert all(rows.tolist() == [*range(200)] for _, (rows, *_) in chain)
     args.augment_combine = "choice"
     (_, (reverb, *_)), (_, (pitch, *_)), (_, (dropout, *_)) = (
-        Augmentation(args, np.zeros(1)).draw(*draws).past
+        Augmentation(args, np.zeros(1)).draw(*draws).keywords["past"]
     )
     assert torch.equal(pitch, dropout)
     assert not {*reverb.tolist()} & {*pitch.tolist()}
@@ -310,7 +310,7 @@ def test_parameters_are_within_their_bounds():
         Position(0, 0, 0), np.zeros(500, dtype=int), one_file()
     )
     (_, (_, cents)), (_, (_, start, length)), (_, (_, noise, snr)), (_, (_, low, high)) = (
-        recipe.past
+        recipe.keywords["past"]
     )
     assert (cents.min(), cents.max()) == (-50, 50)
     assert (length.min(), length.max()) == (0, 320)
@@ -465,10 +465,16 @@ def test_recordings_that_were_moved_are_named_again(tiny_corpus, tmp_path, capsy
         ([*CHAIN, "--noise_band", "240-80"], "'240-80': must be LOW-HIGH in Hz"),
         ([*CHAIN, "--min_snr_in_db", "30"], "--min_snr_in_db 30.0: above --max_snr_in_db"),
         ([*CHAIN, "--additive_noise_snr", "9", "--min_snr_in_db", "3"], "--additive_noise_snr"),
-        ([*CHAIN, "--augment_prob", "0"], "--augment_prob 0.0: must be above 0"),
-        ([*CHAIN, "--augment_prob", "0.5", "--samplingType", "sequential"], "left clean; give 1"),
-        ([*CHAIN, "--cpc_mode", "none"], "has no effect with --cpc_mode none"),
-        ([*CHAIN, "--supervised", "--augment_future"], "only --augment_past"),
+        ([*CHAIN, "--augment_prob", "0"], "--augment_prob 0.0: must be from 0.01"),
+        (
+            [*CHAIN, "--augment_prob", "0.5", "--samplingType", "sequential"],
+            "stays clean; leave it out",
+        ),
+        ([*CHAIN, "--cpc_mode", "none"], "--augment_type has no effect with --cpc_mode none"),
+        (
+            [*CHAIN, "--supervised", "--augment_future"],
+            "--augment_future has no effect with --supervised",
+        ),
         ([*CHAIN, "time_dropout", "--t_ms", "500"], "--t_ms 500: longer than a window"),
         (["--augment_future", "--augment_type", "pitch", "--past_equal_future"], "--augment_past"),
     ],

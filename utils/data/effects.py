@@ -65,7 +65,11 @@ def stretch(waveform, ratio, n_segments):
         energies = F.avg_pool1d(region.square().unsqueeze(1), OVERLAP, 1).squeeze(1)
         similarity = products.squeeze(2) / (energies + 1e-12).sqrt()
         starts.append(first + similarity.argmax(1))
-    return _joined(_slices(padded, torch.stack(starts, 1), SEGMENT))
+    segments = _slices(padded, torch.stack(starts, 1), SEGMENT)
+    fade_out = torch.linspace(1, 0, OVERLAP + 2, device=waveform.device)[1:-1]
+    stretched = segments[:, :, :HOP].clone()
+    stretched[:, 1:, :OVERLAP] += (segments[:, :-1, HOP:] - stretched[:, 1:, :OVERLAP]) * fade_out
+    return stretched.flatten(1)
 
 
 def _slices(waveform, starts, length):
@@ -73,14 +77,6 @@ def _slices(waveform, starts, length):
     index = starts.unsqueeze(-1) + torch.arange(length, device=waveform.device)
     within = index.clamp(max=waveform.size(1) - 1)
     return waveform.gather(1, within.flatten(1)).view(index.shape)
-
-
-def _joined(segments):
-    """Cross-fade segments (B, n, SEGMENT), HOP apart -> (B, n * HOP)."""
-    fade_out = torch.linspace(1, 0, OVERLAP + 2, device=segments.device)[1:-1]
-    joined, ends = segments[:, :, :HOP].clone(), segments[:, :-1, HOP:]
-    joined[:, 1:, :OVERLAP] += (ends - joined[:, 1:, :OVERLAP]) * fade_out
-    return joined.flatten(1)
 
 
 def interpolate(waveform, times):

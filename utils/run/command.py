@@ -98,15 +98,13 @@ def _number(kind, is_allowed, bound):
 
 
 decay_rate = _number(float, lambda n: 0 <= n < 1, "in [0, 1)")  # Adam's betas
-decibels = _number(float, lambda n: True, "")
-fraction = _number(float, lambda n: 0 < n <= 1, "above 0, at most 1")
 
 
-def frequency_band(text):
-    """LOW-HIGH in Hz. It stays text, as it is in checkpoints."""
+def band(text):
+    """LOW-HIGH in Hz; stays text, as in checkpoints."""
     low, _, high = text.partition("-")
-    if not (high.isdecimal() and low.isdecimal() and int(low) < int(high) <= 8000):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be LOW-HIGH in Hz, at most 8000")
+    if not (low.isdecimal() and high.isdecimal() and int(low) < int(high) <= 8000):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be LOW-HIGH in Hz, up to 8000")
     return text
 
 

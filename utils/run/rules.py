@@ -19,6 +19,7 @@ from utils.run.flags import (
     CAPTURED_BY,
     CONTRASTIVE_ONLY,
     CPCCTC_ONLY,
+    EFFECT_OF,
     PROBE_GROUP,
     SUPERVISED_ONLY,
 )
@@ -27,15 +28,6 @@ from utils.run.machine import device_from
 RECURRENT = ("LSTM", "GRU", "RNN")
 RECORDINGS = ("pathDBNoise", "pathImpulseResponses")
 SNR_RANGE = ("min_snr_in_db", "max_snr_in_db")
-EFFECT_OF_FLAG = {
-    "shift_max": "pitch",
-    "room_scale_max": "reverb",
-    **dict.fromkeys((*SNR_RANGE, "additive_noise_snr", "noise_band"), "additive"),
-    **dict.fromkeys(("pathDBNoise", "pathSeqNoise"), "additive"),
-    "pathImpulseResponses": "natural_reverb",
-    "t_ms": "time_dropout",
-    "bandreject_scaler": "bandreject",
-}
 CAPTURE_SWITCHES = {*CAPTURED_BY, "captureEverything"}
 
 
@@ -267,22 +259,23 @@ def check_augmentation(args, explicit):
         refuse_any(explicit & AUGMENTATION, "needs --augment_type, such as pitch additive reverb")
         return
     if not args.augment_past and not args.augment_future:
-        raise UserError("--augment_type: augment what? --augment_past, --augment_future or both")
+        raise UserError("--augment_type needs --augment_past, --augment_future or both")
     if args.past_equal_future and not args.augment_past:
         raise UserError("--past_equal_future needs --augment_past")
-    if args.cpc_mode == "none":
-        raise UserError("--augment_type has no effect with --cpc_mode none")
-    if args.supervised and args.augment_future:
-        raise UserError("--augment_future: --supervised has no future; only --augment_past")
+    if args.cpc_mode == "none" or (args.supervised and args.augment_future):
+        flag, other = (
+            ("type", "cpc_mode none") if args.cpc_mode == "none" else ("future", "supervised")
+        )
+        raise UserError(f"--augment_{flag} has no effect with --{other}")
     if args.samplingType == "sequential" and args.augment_prob < 1:
         raise UserError(
-            f"--augment_prob {args.augment_prob}: with --samplingType sequential the same rows of "
-            "a batch, so the same part of the corpus, would always be left clean; give 1"
+            f"--augment_prob {args.augment_prob}: with --samplingType sequential it would always "
+            "be the same part of the corpus that stays clean; leave it out"
         )
     used = {effect for kind in args.augment_type for effect in AUGMENT_TYPES[kind]}
-    for name in sorted(explicit & EFFECT_OF_FLAG.keys()):
-        if EFFECT_OF_FLAG[name] not in used:
-            raise UserError(f"--{name} needs --augment_type {EFFECT_OF_FLAG[name]}")
+    for name in sorted(explicit & EFFECT_OF.keys()):
+        if EFFECT_OF[name] not in used:
+            raise UserError(f"--{name} needs --augment_type {EFFECT_OF[name]}")
     if "natural_reverb" in used and not args.pathImpulseResponses:
         raise UserError("--augment_type natural_reverb needs --pathImpulseResponses DIR")
     if args.pathSeqNoise and not args.pathDBNoise:

@@ -55,7 +55,8 @@ class RunState(Listener):
         self.world, self.locate = train_loader.world, train_loader.locate
         loaders = (train_loader, val_loader)
         used = [loader.dataset for loader in loaders]
-        used += train_loader.augmentation.recordings if train_loader.augmentation else []
+        if train_loader.augmentation:
+            used += train_loader.augmentation.recordings.values()
         self.fingerprint = "-".join(dataset.fingerprint() for dataset in used)
         self.models, self.speakers = models, speakers
         self.directory = Path(args.pathCheckpoint)
