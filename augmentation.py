@@ -1,4 +1,4 @@
-"""Augmented copies of training windows, of which contexts, targets or both are computed.
+"""Augmented copies of training windows, for contexts, targets or both.
 
 Kharitonov et al., "Data augmenting contrastive learning of speech representations in the time
 domain" (SLT 2021): contexts of an augmented copy predict frames of the clean one. Parameters are

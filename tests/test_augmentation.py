@@ -425,6 +425,7 @@ def test_validation_is_clean_and_other_runs_never_import_augmentation(
     augmented = trained(tiny_corpus, tmp_path / "augmented", *words, *CHAIN, epochs=1)["logs"]
     for module in ("augmentation", "utils.data.effects"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    words += ["--augment_past", "--augment_type", "none"]
     plain = trained(tiny_corpus, tmp_path / "plain", *words, epochs=1)["logs"]
     assert augmented["locLoss_val"] == plain["locLoss_val"]
     assert augmented["locLoss_train"] != plain["locLoss_train"]

@@ -101,7 +101,7 @@ AUGMENT_TYPES = {  # value of --augment_type -> effects that it chains (augmenta
 add = partial(declare, "augmentation", on_resume=DATA_ORDER, also=AUGMENTATION)
 add("--augment_type", nargs="*", choices=tuple(AUGMENT_TYPES), also=None, help="augment training "
     "windows by these effects, in this order (Kharitonov et al., SLT 2021)")
-add("--augment_past", action="store_true", help="augment the copy that contexts are computed of")
+add("--augment_past", action="store_true", help="augment the copy that contexts come from")
 add("--augment_future", action="store_true",
     help="augment the copy that frames to predict and negatives come from")
 add("--past_equal_future", action="store_true", help="one augmented copy for both")

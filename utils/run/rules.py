@@ -37,7 +37,9 @@ def complete(args, explicit, began_with_load=False):
         args.supervised_classif_metric = True
     if args.arMode not in RECURRENT and "hiddenGar" not in explicit and not began_with_load:
         args.hiddenGar = args.hiddenEncoder
-    if set(args.augment_type or ()) == {"none"}:
+    has_side = args.augment_past or args.augment_future
+    if {*(args.augment_type or ())} == {"none"} or not ({"augment_type"} & explicit or has_side):
+        # As in the original, which ignored a stored type without a side.
         args.augment_type, args.augment_past, args.augment_future = None, False, False
     if args.additive_noise_snr is not None and not {*SNR_RANGE} & explicit:
         args.min_snr_in_db = args.max_snr_in_db = args.additive_noise_snr
@@ -72,7 +74,8 @@ def check_arguments(args, explicit, resumed=False, began_with_load=False):
     """
     explicit = explicit - switched_off(args, explicit)
     check_window(args)
-    check_augmentation(args, explicit)
+    if not args.onlyCapture and not args.only_classif_metric:
+        check_augmentation(args, explicit)
     if not began_with_load:
         check_model(args, explicit)
     check_criterion(args, explicit)
