@@ -84,7 +84,8 @@ class Augmentation:
 
         speakers: (B,) ids of its rows. Returns `augmented`, still to be given a batch and `move`.
         """
-        args, n_rows = self.args, max(1, round(self.args.augment_prob * len(speakers)))
+        args = self.args
+        n_rows = max(1, round(args.augment_prob * len(speakers)))  # rows are in random order
 
         def steps(side):
             if not getattr(args, f"augment_{side}"):
@@ -101,7 +102,7 @@ class Augmentation:
         types, steps = self.args.augment_type, []
         chosen, rows = draws.whole(0, len(types) - 1), np.arange(len(draws.speakers))
         for number, kind in enumerate(types):
-            own = rows[chosen == number] if self.args.augment_combine == "choice" else rows
+            own = rows[chosen.numpy() == number] if self.args.augment_combine == "choice" else rows
             for name in AUGMENT_TYPES[kind] if len(own) else ():
                 draw, effect = self.effects[name]
                 parameters = draw(draws._replace(speakers=draws.speakers[own]))
