@@ -357,12 +357,11 @@ def prepare_machine(args, world):
 
 def prepare_loaders(args, sets, world):
     """The BatchLoaders of training and validation set; the first one augments if asked to."""
-    augmentation = None
-    if args.augment_type:
-        from augmentation import Augmentation  # no other run spends time on it
+    if not args.augment_type:
+        return build_loaders(args, sets, world)
+    from augmentation import Augmentation  # no other run spends time on it
 
-        augmentation = Augmentation(args, sets[0].speakers, world)
-    return build_loaders(args, sets, world, augmentation)
+    return build_loaders(args, sets, world, Augmentation(args, sets[0].speakers, world))
 
 
 def build_networks(args, corpus, labels, checkpoint, stats):
