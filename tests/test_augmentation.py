@@ -27,6 +27,7 @@ from utils.data.windows import Layout
 from utils.misc import SAMPLE_RATE, Position
 from utils.run.distributed import World
 from utils.run.flags import AUGMENT_TYPES, build_parser
+from utils.run.rules import complete
 
 LENGTH = 20480
 CHAIN = "--room_scale_max 2 --augment_past --augment_type pitch additive reverb".split()
@@ -513,3 +514,10 @@ def test_each_effect_can_be_heard_and_seen(tiny_corpus, tmp_path, capsys):
     assert (tmp_path / "spectrograms.png").stat().st_size > 10_000
     with ends_refused(capsys, "--pathDBNoise nowhere: no such directory"):
         hear_augmentation.main([*words, "additive", "--pathDBNoise", "nowhere"])
+
+
+@pytest.mark.parametrize(("side", "kept"), [([], None), (["--augment_past"], ["pitch"])])
+def test_a_stored_type_without_a_side_is_ignored_as_in_the_original(side, kept):
+    args = parsed("--augment_type", "pitch", *side)
+    complete(args, set())
+    assert args.augment_type == kept
