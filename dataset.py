@@ -8,16 +8,15 @@ B is the number of windows in a batch, L the samples in a window.
 import functools
 import hashlib
 from bisect import bisect_right
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from utils.data.audio import SILENT
+from utils.data.batches import Batch
 from utils.data.corpus import labels_by_path, sort_utterances
 from utils.data.labels import compare_lengths
 from utils.data.packs import PackDecoding, TwoBuffers
-from utils.data.transfer import moved
 from utils.data.windows import (
     Layout,
     count_batches,
@@ -259,28 +258,6 @@ def build_sets(corpus, split, size_window, *, labels=None, max_sizes=None, **opt
 # ----------------------------------------------------------------------------------------- batches
 
 
-class Batch(NamedTuple):
-    """Windows with their labels. A loader yields them on the CPU; `to` makes them ready for use."""
-
-    waveform: torch.Tensor  # (B, 1, L) float32 in [-1, 1] after `to`, before int16 or float32
-    speaker: torch.Tensor  # (B,) int64, speaker id at the first sample
-    phone: torch.Tensor | None  # (B, L // 160) int64
-    window: torch.Tensor  # (B,) int64, index into the epoch's plan (see BatchLoader.locate)
-    continues: torch.Tensor  # (B,) bool, whether the row follows its last one in the same file
-
-    def to(self, device):
-        """The batch on `device`, the waveform in float32."""
-        device = torch.device(device)
-        batch = self.each(lambda tensor: moved(tensor, device))
-        if batch.waveform.dtype == torch.int16:
-            batch = batch._replace(waveform=batch.waveform.float() / 32768)
-        return batch
-
-    def each(self, function):
-        """A Batch with `function` applied to each tensor."""
-        return Batch(*(None if tensor is None else function(tensor) for tensor in self))
-
-
 class BatchLoader:
     """Batches of the windows of a dataset, epoch by epoch; decodes the next pack in the background.
 
@@ -295,16 +272,20 @@ class BatchLoader:
         are dropped, unless a pack has no other, and up to `world.size` - 1 batches per epoch, so
         that all processes get the same number. If False: all windows in order (`sequential` and
         `uniform` are then the same), the last batch possibly incomplete
+    augmentation: augments each batch (an augmentation.Augmentation)
 
     In training, processes wait for each other at each new pack, otherwise only in `prepare`.
     """
 
-    def __init__(self, dataset, batch_size, sampling, *, seed, training, world=ALONE):
+    def __init__(
+        self, dataset, batch_size, sampling, *, seed, training, world=ALONE, augmentation=None
+    ):
         """Raises UserError if the dataset has no window, or too few batches for all processes."""
         if sampling not in SAMPLINGS:
             raise ValueError(f"sampling {sampling!r} is none of {SAMPLINGS}")
         self.dataset, self.batch_size, self.sampling = dataset, batch_size, sampling
         self.seed, self.training, self.world = seed, training, world
+        self.augmentation = augmentation
         self._ahead = {}  # (epoch, pack) -> PackDecoding, at most one
         self._buffers = TwoBuffers() if training and world.group is not None else None
         self._n_batches = {}  # epoch -> batches in each pack, of the last epoch only
@@ -345,6 +326,8 @@ class BatchLoader:
         """Decode all audio now, with all processes, if it fits in one pack."""
         if len(self._packs) == 1:
             self.dataset.only_pack(self.world)
+        if self.augmentation:
+            self.augmentation.prepare(self.world)
 
     def _packs_of(self, epoch):
         if epoch not in self._split:
@@ -460,13 +443,11 @@ class BatchLoader:
             phone = frames.index_select(0, starts // SAMPLES_PER_FRAME).long()
         files = layout.files[layout.file_at(plan.batch(g))]
         window = torch.arange(plan.edges[g], plan.edges[g + 1]) + int(self._first_windows[p])
-        return Batch(
-            waveform.unsqueeze(1),
-            torch.from_numpy(self.dataset.speakers[files]),
-            phone,
-            window,
-            torch.from_numpy(self._continues(plan, layout, g)),
-        )
+        speakers, continues = self.dataset.speakers[files], self._continues(plan, layout, g)
+        tensors = torch.from_numpy(speakers), phone, window, torch.from_numpy(continues)
+        position = Position(self._epoch, p, g)
+        augmented = self.augmentation and self.augmentation.draw(position, speakers, pack)
+        return Batch(waveform.unsqueeze(1), *tensors, augmented=augmented)
 
     def _continues(self, plan, layout, g):
         """Whether each row continues where it ended in the last batch of this process."""
@@ -490,11 +471,12 @@ class BatchLoader:
         return path, int(start - layout.boundaries[i])
 
 
-def build_loaders(args, sets, world):
-    """The BatchLoaders of the training and the validation set."""
+def build_loaders(args, sets, world, augmentation=None):
+    """The BatchLoaders of the training set, with an Augmentation, and of the validation set."""
     training, validation = sets
+    own = {"sampling": args.samplingType, "training": True, "augmentation": augmentation}
     common = {"batch_size": args.batchSizeGPU, "seed": args.random_seed, "world": world}
     return (
-        BatchLoader(training, sampling=args.samplingType, training=True, **common),
+        BatchLoader(training, **own, **common),
         BatchLoader(validation, sampling="sequential", training=False, **common),
     )

@@ -39,9 +39,9 @@ from eval.starts import StartWatch
 from feature_loader import load_model
 from model import CPCModel, build_model, preserved_state
 from stats.stats_utils import build_stats, with_absolute_directories
+from utils.data.batches import on_device
 from utils.data.corpus import open_corpus, split_corpus
 from utils.data.labels import read_phone_labels
-from utils.data.transfer import on_device
 from utils.misc import UserError, generator_from, seed_from
 from utils.report.run_files import RunFiles
 from utils.report.run_record import epoch_speed, is_finished
@@ -128,7 +128,7 @@ def run(args, explicit, argv, world, device):
         # ---- state
         if training:
             trained_on = sets(labelled=trains_on_phones(args))
-            loaders = build_loaders(args, trained_on, world)
+            loaders = prepare_loaders(args, trained_on, world)
             speakers = list(corpus.speakers) if tells_speakers_apart(args) else None
             state = RunState(args, networks, *loaders, device, models=models, speakers=speakers)
             if checkpoint:
@@ -363,6 +363,15 @@ def prepare_machine(args, world, device):
     machine.keep_freed_memory()
     machine.set_threads(device, args.threads, world.local_size)
     machine.set_precision(args.precision)
+
+
+def prepare_loaders(args, sets, world):
+    """The BatchLoaders of training and validation set; the first one augments if asked to."""
+    if not args.augment_type:
+        return build_loaders(args, sets, world)
+    from augmentation import Augmentation  # no other run spends time on it
+
+    return build_loaders(args, sets, world, Augmentation(args, sets[0].speakers, world))
 
 
 def build_networks(args, corpus, labels, checkpoint, stats):

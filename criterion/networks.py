@@ -19,7 +19,7 @@ class Networks(nn.Module):
 
         generator: draws the negatives (None: the global generator).
         """
-        context, encoded = self.model(batch.waveform, batch.continues)
+        context, encoded = self.model(batch.waveform, batch.continues, batch.past)
         label = getattr(batch, self.criterion.target)
         output = self.criterion(context, encoded, label, generator=generator)
         return output.losses, output.accuracies

@@ -20,7 +20,7 @@ from dataset import Batch
 from tests.helpers import ends_refused
 from tests.test_distributed import hooks
 from tests.test_train import EXAMPLE, SMALL, assert_same, on, run, trained
-from utils.data.transfer import _copying_stream, on_device
+from utils.data.batches import _copying_stream, on_device
 from utils.misc import UserError
 from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded

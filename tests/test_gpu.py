@@ -47,7 +47,7 @@ from tests.test_train import (
     run,
     trained,
 )
-from utils.data.transfer import on_device
+from utils.data.batches import on_device
 from utils.run.cuda_graph import WARM_UP, RecordedPasses
 from utils.run.distributed import World
 from utils.run.launch import launch
@@ -111,6 +111,7 @@ def test_a_gpu_computes_what_the_cpu_does(words, precision, tolerance, tiny_corp
         ["--normMode", "instanceNorm"],
         ["--normMode", "ID", "--speakerEmbedding", "4", "--limitNegsInBatch", "2"],
         ["--cpc_mode", "none"],
+        ["--augment_past", "--augment_type", "pitch", "additive", "reverb"],
         [*EXAMPLE, "--CPCCTCLearnBlank", "--CPCCTCNormalizeEncs", "--CPCCTCNormalizePreds"],
         [*EXAMPLE, "--CPCCTCMasq", "0:2:1:2", "--CPCCTCNoNegsMatchWin", "--CPCCTCLossTemp", "2"],
         ["--supervised"],

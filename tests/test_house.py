@@ -19,6 +19,7 @@ FLOORS = """
     criterion
     model
     dataset
+    augmentation
     stats
     feature_loader
     eval

@@ -769,7 +769,7 @@ def test_past_and_waveform_share_a_pass_of_the_encoder():
 
 def test_past_of_another_shape_is_refused():
     model, waveform = build_model(architecture()), torch.randn(2, 1, 1600)
-    for past in (torch.randn(1, 1, 1600), torch.randn(2, 1, 1760)):
+    for past in (torch.randn(3, 1, 1600), torch.randn(2, 1, 1760)):
         with pytest.raises(ValueError, match="past is"):
             model(waveform, past=past)
 

@@ -130,9 +130,12 @@ def test_sets_of_flags_follow_from_the_declarations():
     assert {name for name in ARCHITECTURE if name.startswith("CPCCTC")} - {"CPCCTC"} == CPCCTC_ONLY
     assert {"CTC", "nLevelsPhone", "onEncoder"} == SUPERVISED_ONLY
     assert INHERITED >= CAPTURE_GROUP | PROBE_GROUP
-    assert {"pathTrain", "pathVal", "pathCaptureDS", "path_phone_data", "load"} == FILES
+    assert {
+        "pathTrain", "pathVal", "pathCaptureDS", "path_phone_data", "load", "pathSeqNoise"
+    } == FILES  # fmt: skip
     directories = {
-        "pathDB", "pathCaptureSave", "pathCheckpoint", "linsep_logs_dir", "linsep_checkpoint_dir"
+        "pathDB", "pathCaptureSave", "pathCheckpoint", "linsep_logs_dir", "linsep_checkpoint_dir",
+        "pathDBNoise", "pathImpulseResponses",
     }  # fmt: skip
     assert FILES | directories == PATHS
 
@@ -217,8 +220,12 @@ def test_every_command_names_the_nearest_flag():
 
 
 def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off():
-    args = build_parser().parse_args(["--no", "batchNorm", "--nEp", "3"])
+    args = build_parser().parse_args(["--nor", "batchNorm", "--nEp", "3"])
     assert (args.normMode, args.nEpoch) == ("batchNorm", 3)
+    with pytest.raises(
+        UserError, match="match --noise_band, --noise_extension, --normMode .--help"
+    ):
+        build_parser().parse_args(["--no", "batchNorm"])
 
 
 def test_help_explains_every_flag_once():

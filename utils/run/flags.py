@@ -13,6 +13,7 @@ from utils.run.command import (
     CommandLine,
     above,
     at_least,
+    band,
     between,
     decay_rate,
     extension,
@@ -30,17 +31,20 @@ CPCCTC_ONLY = set()  # no effect without --CPCCTC
 SUPERVISED_ONLY = set()  # no effect without --supervised
 PROBE_GROUP = set()  # everything about probes during training
 CAPTURE_GROUP = set()  # everything about captures and their stats
+EFFECT_OF = {}  # flag -> effect that it is a parameter of
 CAPTURED_BY = {}  # flag -> name of the tensor that it captures (utils/capture.py)
 FILES = set()  # those that name files
 PATHS = set()  # those that name files or directories
+LISTS = set()  # those that take several values
+AUGMENTATION = set()  # no effect without --augment_type
 DECLARED = {}  # heading in --help -> (flag, options of argparse) of each flag under it
 
 
-def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
+def declare(heading, flag, *, on_resume, also=None, captures=None, effect=None, **options):
     """Declare a flag of train.py and put it into the sets that it belongs to.
 
-    heading: in --help; on_resume, also: sets above; captures: the tensor's name; options: those of
-    argparse. A flag whose value is called FILE or DIR there is one of PATHS.
+    heading: in --help; on_resume, also: sets above; captures, effect: their names; options: those
+    of argparse. A flag whose value is called FILE or DIR there is one of PATHS.
     """
     name = flag.removeprefix("--")
     on_resume.add(name)
@@ -48,10 +52,14 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
         also.add(name)
     if captures:
         CAPTURED_BY[name] = captures
+    if effect:
+        EFFECT_OF[name] = effect
     if options.get("metavar") == "FILE":
         FILES.add(name)
     if options.get("metavar") in ("FILE", "DIR"):
         PATHS.add(name)
+    if "nargs" in options:
+        LISTS.add(name)
     DECLARED.setdefault(heading, []).append((name, options))
 
 
@@ -90,6 +98,51 @@ add("--ignore_cache", action="store_true", on_resume=THIS_CALL,
     help="list the audio files again; needed after files were added or removed")
 add("--debug", action="store_true", on_resume=THIS_CALL,
     help="use only the last 1000 training and the last 100 validation utterances")
+
+# ---------------------------------------------------------------------------------- augmentation
+
+AUGMENT_TYPES = {  # value of --augment_type -> effects that it chains (augmentation.py)
+    "none": (), "pitch": ("pitch",), "pitch_quick": ("pitch",), "additive": ("additive",),
+    "pitch_dropout": ("pitch", "time_dropout"), "time_dropout": ("time_dropout",),
+    "reverb": ("reverb",), "reverb_dropout": ("reverb", "time_dropout"),
+    "artificial_reverb": ("reverb",), "artificial_reverb_dropout": ("reverb", "time_dropout"),
+    "natural_reverb": ("natural_reverb",), "bandreject": ("bandreject",),
+}
+add = partial(declare, "augmentation", on_resume=DATA_ORDER, also=AUGMENTATION)
+add("--augment_type", nargs="*", choices=tuple(AUGMENT_TYPES), also=None, help="augment training "
+    "windows by these effects, in this order (Kharitonov et al., SLT 2021)")
+add("--augment_past", action="store_true", help="augment the copy that contexts come from")
+add("--augment_future", action="store_true",
+    help="augment the copy that frames to predict and negatives come from")
+add("--past_equal_future", action="store_true", help="one augmented copy for both")
+add("--augment_combine", choices=("chain", "choice"), default="chain",
+    help="all effects in turn, or a random one of them for each window")
+add("--augment_prob", type=between(0.01, 1, float), default=1.0, metavar="FRACTION",
+    help="augment this fraction of the windows of each batch")
+add("--shift_max", type=between(0, 1200), default=300, effect="pitch", metavar="CENTS",
+    help="pitch: at most CENTS up or down")
+add("--room_scale_max", type=between(0, 100), default=100, effect="reverb", metavar="SIZE",
+    help="reverb: rooms of size 0 to SIZE, as of SoX")
+add("--min_snr_in_db", type=between(-100, 100, float), default=5.0, effect="additive", metavar="DB",
+    help="additive: lowest signal-to-noise ratio")
+add("--max_snr_in_db", type=between(-100, 100, float), default=20.0, effect="additive",
+    metavar="DB", help="additive: highest signal-to-noise ratio")
+add("--additive_noise_snr", type=between(-100, 100, float), effect="additive", metavar="DB",
+    help="additive: this signal-to-noise ratio only")
+add("--noise_band", type=band, effect="additive", metavar="LOW-HIGH",
+    help="additive: only noise between these frequencies in Hz, such as 80-240")
+add("--pathDBNoise", effect="additive", metavar="DIR", help="additive: recordings of noise "
+    "(default: babble of other speakers of the training set, coloured noise if there are none)")
+add("--pathSeqNoise", effect="additive", metavar="FILE",
+    help="additive: list of these recordings (default: all)")
+add("--noise_extension", type=extension, default=".wav", metavar="EXT",
+    help="ending of the names of noise and impulse responses")
+add("--pathImpulseResponses", effect="natural_reverb", metavar="DIR",
+    help="natural_reverb: recorded impulse responses")
+add("--t_ms", type=at_least(0), default=100, effect="time_dropout", metavar="MS",
+    help="types with dropout: silence of at most MS milliseconds")
+add("--bandreject_scaler", type=at_least(0, float), default=1.0, effect="bandreject",
+    metavar="FACTOR", help="bandreject: at most FACTOR times 300 mel")
 
 # ----------------------------------------------------------------------------------- checkpoints
 
@@ -379,6 +432,8 @@ def stored_arguments(stored, source):
         value = stored[name]
         if value is True:
             argv.append(f"--{name}")
+        elif isinstance(value, list) and name in LISTS:
+            argv += [f"--{name}", *map(str, value)]
         elif value is not None and value is not False:
             argv.append(f"--{name}={value}")
     try:

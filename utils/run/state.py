@@ -58,7 +58,10 @@ class RunState(Listener):
         self.args, self.networks, self.device = args, networks, device
         self.world, self.locate = train_loader.world, train_loader.locate
         loaders = (train_loader, val_loader)
-        self.fingerprint = "-".join(loader.dataset.fingerprint() for loader in loaders)
+        used = [loader.dataset for loader in loaders]
+        if train_loader.augmentation:
+            used += train_loader.augmentation.recordings.values()
+        self.fingerprint = "-".join(dataset.fingerprint() for dataset in used)
         self.models, self.speakers = models, speakers
         self.directory = Path(args.pathCheckpoint)
         self.optimizer = torch.optim.Adam(
@@ -280,7 +283,8 @@ class RunState(Listener):
         A position in the old training set means nothing in the new one: the epoch ends there.
         """
         old, new = fingerprint.split("-"), self.fingerprint.split("-")
-        for part, before, now in zip(("training", "validation"), old, new, strict=False):
+        parts = ("training", "validation", *["noise"] * (len(new) - 2))
+        for part, before, now in zip(parts, old, new, strict=False):
             if before != now:
                 print(
                     f"warning: the {part} set isn't the one that the run was on: its files or its "
