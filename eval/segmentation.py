@@ -146,7 +146,8 @@ def build_parser():
     add("--tune_for", choices=MATCHINGS, default="strict",
         help="matching whose R-value --pathTune makes best")
     add("--silence", nargs="+", default=[], metavar="PHONE",
-        help="symbols or numbers of phones that are silence: boundaries there don't count")
+        help="symbols or numbers of phones that are silence, where no boundary counts "
+        "(default: none)")
     add("--pathWords", metavar="FILE", help="word labels, to measure words as well")
     return parser
 
