@@ -326,7 +326,7 @@ add("--captureCPCCTCalign", captures="cpcctc_align", action="store_true",
 add("--captureCPCCTClogScores", captures="cpcctc_log_scores", action="store_true",
     help="log scores of frames and predictions (B, W, M, P) (needs --CPCCTC)")
 add("--captureSetStats", metavar="SPEC", help="statistics over the captured set: "
-    "reprDiff:METRIC,REPR,STEP,DIRECTORY, boundaries:METRIC,REPR,DIRECTORY, "
+    "reprDiff:METRIC,REPR,STEP,DIRECTORY, boundaries:METRIC,REPR,[lenient],DIRECTORY, "
     "alignOccupancy:DIRECTORY or phoneSim:REPR,DIRECTORY, or several joined by `_`. REPR is "
     "conv_repr or ctx_repr, METRIC such as cosine; pictures go to DIRECTORY")
 
