@@ -244,8 +244,8 @@ def features_in_parts(model, path, *, get_encoded=False):
             if SAMPLES_PER_FRAME * (frames.stop - frames.start) > longest_input(module):
                 raise UserError(
                     f"{path}: too long for this model, whose encoder takes a whole file and whose "
-                    f"transformer takes {longest_input(module)} samples: cut it into chunks, with "
-                    f"--max_size_seq {longest_input(module)}"
+                    f"transformer {longest_input(module)} samples: cut it into chunks of these, "
+                    "with --max_size_seq (--maxSizeSeq for ZeroSpeech features)"
                 )
             features = _forward_part(module, audio[None, None].to(device), frames)
             yield features.view(-1, features.size(-1)).cpu()

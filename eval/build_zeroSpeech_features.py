@@ -148,7 +148,7 @@ def add_feature_flags(add):
         help="each file, or chunk, of zero mean and unit variance (implies --strict)")
     add("--strict", action="store_true",
         help="start the last chunk of a file earlier instead of making it shorter")
-    add("--maxSizeSeq", "--max_size_seq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
+    add("--maxSizeSeq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
         help="cut files into chunks, as the original program did: its default was 64000 (4 s)")
 
 
