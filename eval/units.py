@@ -133,14 +133,16 @@ def read_units(path):
         if not line.strip():
             continue
         name, text = split_units(line)
+        if name in units:
+            raise UserError(f"{path}, line {number}: {first_few([name])} has units already")
         try:
-            if name in units:
-                raise ValueError(f"{name} has units already")
             units[name] = np.array(text.replace(",", " ").split(), dtype=np.int64)
-            if not len(units[name]) or units[name].min() < 0:
-                raise ValueError("units are whole numbers from 0 after a name")
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"{path}, line {number}: {first_few([str(error)])}") from None
+        except (ValueError, OverflowError):
+            units[name] = np.empty(0)
+        if not len(units[name]) or units[name].min() < 0:
+            raise UserError(
+                f"{path}, line {number}: no name and units, whole numbers from 0: {line[:80]!r}"
+            )
     if not units:
         raise UserError(f"{path}: no units in this file")
     return units

@@ -1,19 +1,24 @@
 """Tests of k-means, of the units that its centers give, and of their measures."""
 
+import itertools
 import json
+import math
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from eval import cluster, quantize
+from eval import cluster, quantize, unit_quality
 from eval.kmeans import assign, first_centers, kmeans, lloyd
+from eval.unit_measures import chance, measure, usage
 from eval.units import read_clusters, read_units
 from feature_loader import build_feature, load_model, seq_normalization
 from tests.helpers import assert_close, ends_refused
 from tests.test_probes import save_model
+from utils.data.labels import runs, write_labels
 from utils.files import load_json
 from utils.misc import UserError, generator_from
 
@@ -203,3 +208,117 @@ def test_bad_input_is_refused(tmp_path, tiny_corpus, model_file, clusters, capsy
     }.items():
         with ends_refused(capsys, said):
             cluster.main([str(word) for word in (model_file, words[0], audio, *words[1:])])
+
+
+# ------------------------------------------------------------------------------------- measures
+
+
+def sequences(seed=0, n_files=6):
+    """Labels, units and speakers of frames, and the first frames of files, with runs in all."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(20, 60, n_files)
+    labels = np.repeat(rng.integers(0, 5, lengths.sum()), 4)[: lengths.sum()]
+    units = np.where(rng.random(len(labels)) < 0.7, 2 * labels, rng.integers(0, 11, len(labels)))
+    speakers = np.repeat(np.arange(n_files) % 3, lengths)
+    return labels, units, speakers, np.cumsum(lengths) - lengths
+
+
+def naive_agreement(labels, units):
+    pairs, n = Counter(zip(labels.tolist(), units.tolist(), strict=True)), len(labels)
+    of_phones, of_units = Counter(labels.tolist()), Counter(units.tolist())
+    information = sum(
+        c / n * math.log(c * n / (of_phones[p] * of_units[u])) for (p, u), c in pairs.items()
+    )
+    entropies = [-sum(c / n * math.log(c / n) for c in x.values()) for x in (of_phones, of_units)]
+    return {
+        "pnmi": information / entropies[0],
+        "unit_information": information / entropies[1],
+        "v_measure": 2 * information / sum(entropies),
+        "phone_purity": sum(max(pairs[p, u] for p in of_phones) for u in of_units) / n,
+        "cluster_purity": sum(max(pairs[p, u] for u in of_units) for p in of_phones) / n,
+    }
+
+
+def test_measures_of_units_are_those_of_naive_loops():
+    labels, units, speakers, starts = sequences()
+    result = measure(labels, units, starts, silence=[0], speakers=speakers)
+    assert result["frames"] == pytest.approx(naive_agreement(labels, units))
+    speech = labels != 0
+    expected = naive_agreement(labels[speech], units[speech])
+    assert result["frames_without_silence"] == pytest.approx(expected)
+    segments, majority, files = [], [], np.append(starts, len(labels)).tolist()
+    for begin, end in itertools.pairwise(files):
+        for first, after, label in runs(labels[begin:end].tolist()):
+            counts = Counter(units[begin + first : begin + after].tolist())
+            segments.append(label)
+            majority.append(min(counts, key=lambda unit: (-counts[unit], unit)))  # noqa: B023
+    expected = naive_agreement(np.array(segments), np.array(majority))
+    assert result["segments"] == pytest.approx(expected)
+    expected = naive_agreement(speakers, units)
+    assert result["speakers"] == pytest.approx({k: expected[k] for k in result["speakers"]})
+    level = chance(labels, units, starts, silence=[0], speakers=speakers)
+    assert level["frames"]["pnmi"] < 0.4 * result["frames"]["pnmi"]
+    assert level["frames"]["phone_purity"] >= np.bincount(labels).max() / len(labels)
+
+
+def test_units_equal_to_the_phones_are_perfect_and_constant_ones_know_nothing():
+    labels, _, _, starts = sequences()
+    perfect = measure(labels, 3 + labels, starts)
+    assert perfect["frames"] == pytest.approx(dict.fromkeys(perfect["frames"], 1.0))
+    scores = {"precision": 1, "recall": 1, "f1": 1, "r_value": 1, "over_segmentation": 0}
+    assert perfect["boundaries"] == pytest.approx(scores)
+    constant = measure(labels, np.zeros_like(labels), starts)
+    assert constant["frames"]["pnmi"] == 0
+    assert constant["frames"]["unit_information"] is None
+    assert constant["boundaries"]["recall"] == 0
+
+
+def test_bitrates():
+    """4 s of 4 equally frequent units in runs of 4, 2 bits each; files end runs, too."""
+    units = np.tile(np.repeat([0, 1, 2, 3], 4), 25)
+    figures = usage(units, np.array([0, 202]))
+    assert figures["bitrate_frames"] == pytest.approx(200)
+    assert figures["bitrate_deduplicated"] == pytest.approx(50, rel=1e-2)
+    assert (figures["units_used"], figures["frames_per_run"]) == (4, 400 / 101)
+    assert figures["perplexity"] == pytest.approx(4)
+    assert figures["bitrate_runs"] >= figures["bitrate_deduplicated"]
+
+
+def test_quality_of_the_units_of_a_corpus(tmp_path, tiny_corpus, clusters, capsys):
+    quantized(clusters, tiny_corpus / "audio", tmp_path / "q")
+    units, labels = tmp_path / "q/quantized_outputs.txt", tiny_corpus / "phones.txt"
+    capsys.readouterr()
+    unit_quality.main([str(units), str(labels)])
+    said = capsys.readouterr().out
+    result = load_json(tmp_path / "q/unit_quality.json")
+    assert result["n_speakers"] == 3
+    assert result["units"]["units_used"] == 6
+    assert result["measures"]["frames"]["pnmi"] > 2 * result["chance"]["frames"]["pnmi"]
+    assert f"{result['measures']['frames']['pnmi']:.3f} (" in said
+    assert sum(row["frames"] for row in result["phones_of_units"]) == result["units"]["frames"]
+    assert len((tmp_path / "q/unit_phones.txt").read_text().splitlines()) == 6
+    assert (tmp_path / "q/unit_quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_units_that_dont_fit_their_labels_are_refused(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    labels = {name: np.repeat(rng.integers(0, 4, 30), 3) for name in ("a-1", "a-2", "b-1")}
+    write_labels(tmp_path / "labels", labels)
+    at_50_hz = {name: ids[::2] for name, ids in labels.items()}
+    for said, units, flags in (
+        ("a-1 .45 frames, 90 labels.; a unit lasts 20 ms", at_50_hz, ()),
+        ("labels for none of the 1 files", {"c-1": labels["a-1"]}, ()),
+        ("no unit is repeated", {n: np.arange(90) for n in labels}, ()),
+        ("--silence SPN: no phone", labels, ("--silence", "SPN")),
+    ):
+        write_labels(tmp_path / "units", units)
+        with ends_refused(capsys, said):
+            unit_quality.main([str(tmp_path / "units"), str(tmp_path / "labels"), *flags])
+    for said, line in {"whole numbers": "a-1\t3-4,5", "line 2: a has units": "a 1 1\na 1"}.items():
+        (tmp_path / "units").write_text(line)
+        with ends_refused(capsys, said):
+            unit_quality.main([str(tmp_path / "units"), str(tmp_path / "labels")])
+    write_labels(tmp_path / "units", at_50_hz)
+    words = ["--frames_per_unit", "2", "--out", tmp_path, "--silence", "0"]
+    unit_quality.main(list(map(str, [tmp_path / "units", tmp_path / "labels", *words])))
+    assert load_json(tmp_path / "unit_quality.json")["measures"]["frames"]["pnmi"] > 0.5
