@@ -9,15 +9,16 @@ speakers; each file goes through the model by itself, as a whole. The model, the
 normalisation are stored with them, so that `eval/quantize.py` can't compute other features.
 """
 
+import itertools
 import os
 import sys
 import time
+from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from dataset import allowed_bad_files
 from eval.kmeans import kmeans
 from eval.units import (
     FEATURES,
@@ -25,22 +26,16 @@ from eval.units import (
     args_path,
     feature_module,
     features_to_cluster,
+    report_unusable,
     write_clusters,
 )
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.files import writing_to
-from utils.misc import (
-    SAMPLES_PER_FRAME,
-    UserError,
-    counted,
-    first_few,
-    generator_from,
-    percent,
-)
+from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, percent
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, above, at_least, command
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.machine import available_memory, device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_device, add_extension
 
 FRAMES_PER_CLUSTER, FEWEST_FRAMES = 2000, 200_000  # more hardly move the centers
@@ -59,20 +54,13 @@ def main(argv=None):
     device = device_from(args.device)
     frames = collect(feature_module(features, device), corpus, files, args).to(device)
     computed = time.monotonic()
-    result = kmeans(
-        frames,
-        args.nClusters,
-        generator_from(args.seed, "k-means"),
-        max_iterations=args.MAX_ITER,
-        tolerance=args.tolerance,
-        spherical=args.norm_vec_len,
-    )
+    options = {"max_iterations": args.MAX_ITER, "spherical": args.norm_vec_len}
+    result = kmeans(frames, args.nClusters, generator_from(args.seed, "k-means"), **options)
     share = (result.counts.max() / result.counts.sum()).item()
     figures = {
-        "files": len(files),
         "frames": len(frames),
         "inertia": result.inertia,
-        "variance": frames.var(0, correction=0).sum().item(),
+        "inertia_of_one_cluster": frames.var(0, correction=0).sum().item(),
         "iterations": result.n_iterations,
         "largest_share": share,
         "seconds_features": computed - start,
@@ -82,9 +70,9 @@ def main(argv=None):
         os.makedirs(os.path.dirname(args.out), exist_ok=True)
         write_clusters(args.out, result.centers.cpu(), features, {**vars(args), **figures})
     print(
-        "{frames:,} frames of {files} files: inertia {inertia:.5g} per frame (a single cluster's: "
-        "{variance:.5g}) after {iterations} iterations; features {seconds_features:.1f} s, k-means "
-        "{seconds_kmeans:.1f} s".format(**figures)
+        "{frames:,} frames: inertia {inertia:.5g} per frame (of one cluster: "
+        "{inertia_of_one_cluster:.5g}) after {iterations} iterations; features "
+        "{seconds_features:.1f} s, k-means {seconds_kmeans:.1f} s".format(**figures)
     )
     print(f"{counted(args.nClusters, 'cluster')}, the largest of {percent(share)}: {args.out}")
     warn_of_large_unit(share)
@@ -111,8 +99,8 @@ def parse_arguments(argv=None):
     for path in (args.out, args_path(args.out)):
         if os.path.exists(path):
             raise UserError(f"{path}: exists already: name another OUT, or remove it")
-    least = max(FEWEST_FRAMES, FRAMES_PER_CLUSTER * args.nClusters)
-    args.max_frames = args.max_frames or least
+    wanted = max(FEWEST_FRAMES, FRAMES_PER_CLUSTER * args.nClusters)
+    args.max_frames = args.max_frames or wanted
     device_from(args.device)
     return args
 
@@ -136,8 +124,6 @@ def build_parser():
     add = parser.add_argument_group("k-means").add_argument
     add("-k", "--nClusters", type=at_least(1), default=50, metavar="K", help="clusters")
     add("-n", "--MAX_ITER", type=at_least(1), default=100, metavar="N", help="most iterations")
-    add("--tolerance", type=above(0), default=1e-5, metavar="FRACTION",
-        help="stop when an iteration lowers the inertia by less than this fraction")
     add("--max_frames", type=at_least(1), metavar="N",
         help=f"frames to cluster (default: {FRAMES_PER_CLUSTER} per cluster, at least "
         f"{FEWEST_FRAMES})")
@@ -165,35 +151,27 @@ def add_feature_flags(add, default=False):
 def spread_over_speakers(utterances, n_samples, seed):
     """Random utterances of all speakers in turn, `n_samples` in all or a little more."""
     usable = [u for u in utterances if not u.problem and u.samples >= SAMPLES_PER_FRAME]
-    generator, n_of, turns = generator_from(seed, "files to cluster"), {}, []
-    for index in torch.randperm(len(usable), generator=generator).tolist():
-        speaker = usable[index].speaker
-        n_of[speaker] = n_of.get(speaker, 0) + 1
-        turns.append((n_of[speaker], index))
-    chosen, total = [], 0
-    for _, index in sorted(turns, key=lambda turn: turn[0]):
-        if total >= n_samples:
-            break
-        chosen.append(usable[index])
-        total += usable[index].samples
-    return chosen
+    order = torch.randperm(len(usable), generator=generator_from(seed, "files to cluster"))
+    n_of = Counter()  # utterances of each speaker so far
+
+    def turn(utterance):
+        n_of[utterance.speaker] += 1
+        return n_of[utterance.speaker]
+
+    in_turns = sorted((usable[i] for i in order.tolist()), key=turn)
+    totals = itertools.accumulate((u.samples for u in in_turns), initial=0)
+    return [u for u, before in zip(in_turns, totals, strict=False) if before < n_samples]
 
 
 def collect(module, corpus, files, args):
-    """The first `max_frames` frames, (N, D), of these files. Raises UserError if memory is short.
+    """The first `max_frames` frames, (N, D), of these files; unusable ones are left out.
 
-    Files that can't be used are named and left out; more than training tolerates are an error.
+    Raises UserError if these are more than training tolerates.
     """
     n_frames = min(args.max_frames, sum(u.samples // SAMPLES_PER_FRAME for u in files))
     if n_frames < args.nClusters:
         raise UserError(
             f"-k {args.nClusters}: {args.pathDB} has only {counted(n_frames, 'usable frame')}"
-        )
-    available = available_memory(torch.device("cpu")) // 2  # k-means needs some, too
-    if 4 * n_frames * module.dim_output > available:
-        raise UserError(
-            f"--max_frames {n_frames}: more than half of the memory that is left; it has room for "
-            f"{int(available // (4 * module.dim_output))}"
         )
     frames, filled, problems = torch.empty(n_frames, module.dim_output), 0, []
     for file in progress(files, what="features", unit=" files"):
@@ -205,10 +183,7 @@ def collect(module, corpus, files, args):
                 filled += len(part)
         except UserError as error:
             problems.append(str(error))
-    if len(problems) > allowed_bad_files(len(files), 0.01):
-        raise UserError(f"too many unusable files: {first_few(problems)}")
-    if problems:
-        print(f"left out: {first_few(problems)}")
+    report_unusable(problems, len(files))
     return frames[:filled]
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
+import torch
 
-from dataset import allowed_bad_files
 from eval.cluster import add_feature_flags, warn_of_large_unit
 from eval.kmeans import assign
 from eval.units import (
@@ -34,12 +34,13 @@ from eval.units import (
     feature_module,
     features_to_cluster,
     read_clusters,
+    report_unusable,
     split_units,
     unit_line,
 )
 from utils.data.audio import read_header
-from utils.data.corpus import read_utterance_list
-from utils.data.names import files_by_key, files_by_shortest_key
+from utils.data.corpus import listed_utterances, scan_corpus
+from utils.data.names import files_by_shortest_key
 from utils.files import atomic_path, lines_of, load_json, save_json, write_lines, writing_to
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, command
@@ -64,9 +65,9 @@ def main(argv=None):
             f"{clusters.path}: centers of {clusters.centers.size(1)} dimensions for features of "
             f"{module.dim_output}: is it another layer (--encoder_layer) or another model?"
         )
-    paths = part_of(wanted_files(args), args.split)
+    paths = wanted_files(args)
     record_flags(args, clusters)
-    out = Path(args.out, f"quantized_outputs{args.split.suffix if args.split else ''}.txt")
+    out = Path(args.out, f"quantized_outputs{f'_split_{args.split}' * bool(args.split)}.txt")
     with writing_to(args.out):
         counts = quantize(module, clusters, paths, out, args)
         for kind in args.format:
@@ -82,15 +83,12 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------- arguments
 
 
-class Split:
-    """Part `i` of `n` of the files, "i-n"; the last has the remainder, too."""
-
-    def __init__(self, text):
-        match = re.fullmatch(r"(\d+)-(\d+)", text)
-        self.part, self.n_parts = map(int, match.groups()) if match else (0, 0)
-        if not 1 <= self.part <= self.n_parts:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be i-n, part i of n, from 1-n to n-n")
-        self.suffix = f"_split_{text}"
+def split(text):
+    """A value of --split, checked."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be i-n, part i of n, from 1-n to n-n")
+    return text
 
 
 def parse_arguments(argv=None):
@@ -118,7 +116,7 @@ def build_parser():
     add("out", help="folder for the units")
     add_extension(add, ".flac")
     add("--pathSeq", metavar="FILE", help="use only these files, one name per line")
-    add("--split", type=Split, metavar="i-n", help="only part i of n, for several processes")
+    add("--split", type=split, metavar="i-n", help="only part i of n, for several processes")
     add("--format", nargs="+", choices=FORMATS, default=[], metavar="FORMAT",
         help=f"write these, too: {' '.join(FORMATS)}")
     add("--dedup", action="store_true", help="write a unit once instead of for each of its frames")
@@ -147,26 +145,16 @@ def record_flags(args, clusters):
 
 
 def wanted_files(args):
-    """Name -> path below `pathDB`, in the order of names."""
-    if not args.pathSeq:
-        return dict(sorted(files_by_shortest_key(args.pathDB, args.file_extension).items()))
-    names = sorted(set(read_utterance_list(args.pathSeq)))
-    paths = files_by_key(args.pathDB, args.file_extension, names, args.pathSeq)
-    if missing := [name for name in names if name not in paths]:
-        message = f"{args.pathSeq}: {len(missing)} names have no file: {first_few(missing)}"
-        if not paths:
-            raise UserError(message)
-        print(message)
-    return {name: paths[name] for name in names if name in paths}
-
-
-def part_of(paths, split):
-    """The items of the dict that a Split asks for."""
-    if split is None:
-        return paths
-    size, items = len(paths) // split.n_parts, list(paths.items())
-    end = None if split.part == split.n_parts else split.part * size
-    return dict(items[(split.part - 1) * size : end])
+    """Name -> path below `pathDB`, in the order of names; the part of them that --split names."""
+    paths = files_by_shortest_key(args.pathDB, args.file_extension)
+    if args.pathSeq:
+        corpus = scan_corpus(args.pathDB, args.file_extension)
+        listed = {u.path for u in listed_utterances(corpus, args.pathSeq)}
+        paths = {name: path for name, path in paths.items() if path in listed}
+    part, n_parts = map(int, (args.split or "1-1").split("-"))
+    size = len(paths) // n_parts
+    end = None if part == n_parts else part * size  # the last part has the remainder, too
+    return dict(sorted(paths.items())[(part - 1) * size : end])
 
 
 def quantize(module, clusters, paths, out, args):
@@ -194,21 +182,15 @@ def quantize(module, clusters, paths, out, args):
             np.add.at(counts, units, 1)
             file.write(unit_line(name, units) + "\n")
             file.flush()
-    if len(problems) > allowed_bad_files(len(paths), 0.01):
-        raise UserError(f"too many unusable files: {first_few(problems)}")
-    if problems:
-        print(f"left out: {first_few(problems)}")
+    report_unusable(problems, len(paths))
     os.replace(partial, out)
     return counts
 
 
 def units_of(module, clusters, path):
     """The units of a file, one per frame, an array (T,)."""
-    device, units = next(module.parameters()).device, []
-    centers = clusters.centers.to(device)
-    for frames in features_to_cluster(module, path, clusters.features):
-        units.append(assign(frames.to(device), centers)[0].cpu().numpy())
-    return np.concatenate(units)
+    parts = features_to_cluster(module, path, clusters.features)
+    return torch.cat([assign(part, clusters.centers)[0] for part in parts]).numpy()
 
 
 def keep_complete_lines(path, names, counts):

@@ -45,11 +45,11 @@ def main(argv=None):
     names, labels, units, starts = aligned(args)
     by_name = [os.path.dirname(n) or n.split(args.separator)[0] for n in names]
     speakers, speaker_ids = np.unique(by_name, return_inverse=True)
-    symbols = symbols_beside(args.labels, int(labels.max()) + 1)
-    options = {"silence": silence_ids(args, symbols)}
+    n_phones = int(labels.max()) + 1
+    symbols = symbols_beside(args.labels, n_phones)
+    options = {"silence": silence_ids(args, symbols, n_phones)}
     if len(speakers) > 1:
-        lengths = np.diff(starts, append=len(labels))
-        options["speakers"] = np.repeat(speaker_ids, lengths)
+        options["speakers"] = np.repeat(speaker_ids, np.diff(starts, append=len(labels)))
     joint = joint_counts(labels, units)
     result = {
         "files": len(names),
@@ -105,9 +105,8 @@ def aligned(args):
             f"as {first_few(units)}"
         )
     if len(names) < len(units):
-        missing = [name for name in units if labels_of[name] is None]
-        n_missing = counted(len(missing), "file")
-        print(f"left out {n_missing} without labels: {first_few(missing)}")
+        missing = first_few(name for name in units if labels_of[name] is None)
+        print(f"left out {counted(len(units) - len(names), 'file')} without labels: {missing}")
     if not any((np.diff(units[name]) == 0).any() for name in names):
         raise UserError(f"{args.units}: no unit is repeated: units without --dedup are needed")
     units = [units[name].repeat(args.frames_per_unit) for name in names]
@@ -123,32 +122,36 @@ def aligned(args):
 
 
 def check_lengths(n_labels, n_units, names, args):
-    """Raise UserError if most files have far more or fewer frames than labels; note the others."""
-    if not len(differ := np.flatnonzero(n_labels != n_units)):
+    """Raise UserError if most files have far more or fewer units than labels; note the others."""
+    difference = np.abs(n_labels - n_units)
+    if not difference.any():
         return
-    worst = differ[np.abs(n_labels - n_units)[differ].argmax()]
+    worst = difference.argmax()
     such = f"such as {names[worst]} ({n_units[worst]} frames, {n_labels[worst]} labels)"
     wide = differ_widely(n_units, n_labels).sum()
     if 2 * wide > len(names):
         factor = common_factor(n_units, n_labels)
-        cause = "are they of other audio?"
-        if factor:
-            cause = f"a unit lasts {10 / factor:.3g} ms by their number (--frames_per_unit)"
+        lasts = (
+            f"by their number, a unit lasts {10 / factor:.3g} ms (--frames_per_unit)"
+            if factor
+            else ""
+        )
         raise UserError(
             f"{args.units}: {wide} of {len(names)} files have far more or fewer units than "
-            f"{args.labels} has labels, {such}; {cause}"
+            f"{args.labels} has labels, {such}; {lasts or 'are they of other audio?'}"
         )
-    print(f"{len(differ)} files have more or fewer units than labels, {such}: cut to the shorter")
+    n_cut = counted(int((difference > 0).sum()), "file")
+    print(f"{n_cut} have more or fewer units than labels, {such}: cut to the shorter")
 
 
-def silence_ids(args, symbols):
+def silence_ids(args, symbols, n_phones):
     """The ids of --silence. Raises UserError if the labels' symbols have no such phone."""
     known = {symbol: id_ for id_, symbol in symbols.items()}
-    wanted = [name for name in args.silence if name in known or name != SILENCE]
-    for name in wanted:
-        if name not in known and not name.isdecimal():
+    known |= {str(id_): id_ for id_ in range(n_phones)}
+    for name in args.silence:
+        if name not in known and name != SILENCE:
             raise UserError(f"--silence {name}: no phone of {args.labels}: {first_few(known)}")
-    return [known.get(name) if name in known else int(name) for name in wanted]
+    return [known[name] for name in args.silence if name in known]
 
 
 # -------------------------------------------------------------------------------------- results

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dataset import allowed_bad_files
 from eval.center_push import read_centers
 from feature_loader import FeatureModule, features_in_parts, load_model, seq_normalization
 from utils.files import atomic_path, lines_of, load_json, load_tensors, save_json, save_tensors
@@ -114,6 +115,14 @@ def features_to_cluster(module, path, features):
         if not part.isfinite().all():
             raise UserError(f"{path}: the model's features of this file aren't finite")
         yield F.normalize(part, dim=1) if features["norm_vec_len"] else part
+
+
+def report_unusable(problems, n_files):
+    """Print the files that are left out, or raise UserError if training wouldn't tolerate them."""
+    if len(problems) > allowed_bad_files(n_files, 0.01):
+        raise UserError(f"too many unusable files: {first_few(problems)}")
+    if problems:
+        print(f"left out: {first_few(problems)}")
 
 
 # ---------------------------------------------------------------------------------------- units

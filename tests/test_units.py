@@ -306,7 +306,7 @@ def test_units_that_dont_fit_their_labels_are_refused(tmp_path, capsys):
     write_labels(tmp_path / "labels", labels)
     at_50_hz = {name: ids[::2] for name, ids in labels.items()}
     for said, units, flags in (
-        ("a-1 .45 frames, 90 labels.; a unit lasts 20 ms", at_50_hz, ()),
+        ("a-1 .45 frames, 90 labels.; by their number, a unit lasts 20 ms", at_50_hz, ()),
         ("labels for none of the 1 files", {"c-1": labels["a-1"]}, ()),
         ("no unit is repeated", {n: np.arange(90) for n in labels}, ()),
         ("--silence SPN: no phone", labels, ("--silence", "SPN")),
