@@ -37,22 +37,33 @@ def assign(points, centers):
     return ids, torch.cat([block.values for block in nearest]).clamp_min(0)
 
 
-def kmeans(points, n_clusters, generator, *, max_iterations=100, tolerance=1e-5, spherical=False):
+def kmeans(
+    points,
+    n_clusters,
+    generator,
+    *,
+    max_iterations=100,
+    tolerance=1e-5,
+    spherical=False,
+    n_starts=None,
+):
     """Cluster points (N, D) on any device; a `Clustering`.
 
     tolerance: stop where an iteration lowers the inertia by less than this fraction
     spherical: scale centers to unit length, for points of unit length (Dhillon and Modha, 2001)
 
-    Small clusterings start several times on a random part of the points, and the best is continued
-    on all. A cluster without points moves to the point that is farthest from its center.
-    Deterministic by `generator` (on a GPU up to rounding). Raises UserError if there are fewer
-    different points than clusters.
+    n_starts: on a random part of the points, the best of which is continued on all (default: more
+        of them for fewer clusters)
+
+    A cluster without points moves to the point that is farthest from its center. Deterministic by
+    `generator` (on a GPU up to rounding). Raises UserError if there are fewer different points than
+    clusters.
     """
     if len(points) < n_clusters:
         raise UserError(f"{n_clusters} clusters of only {len(points)} frames: fewer, or more audio")
     options = {"tolerance": tolerance, "spherical": spherical, "max_iterations": max_iterations}
     starts = []
-    for _ in range(max(1, STARTS // n_clusters)):
+    for _ in range(n_starts or max(1, STARTS // n_clusters)):
         n_drawn = max(SEEDED_ON[0], SEEDED_ON[1] * n_clusters)
         drawn = torch.randperm(len(points), generator=generator)[:n_drawn]
         some = points[drawn.to(points.device)]

@@ -16,8 +16,9 @@ from eval.kmeans import assign, first_centers, kmeans, lloyd
 from eval.unit_measures import chance, measure, usage
 from eval.units import read_clusters, read_units
 from feature_loader import build_feature, load_model, seq_normalization
-from tests.helpers import assert_close, ends_refused
+from tests.helpers import assert_close, assert_equal_trees, ends_refused
 from tests.test_probes import save_model
+from tests.test_train import trained
 from utils.data.labels import runs, write_labels
 from utils.files import load_json
 from utils.misc import UserError, generator_from
@@ -322,3 +323,23 @@ def test_units_that_dont_fit_their_labels_are_refused(tmp_path, capsys):
     words = ["--frames_per_unit", "2", "--out", tmp_path, "--silence", "0"]
     unit_quality.main(list(map(str, [tmp_path / "units", tmp_path / "labels", *words])))
     assert load_json(tmp_path / "unit_quality.json")["measures"]["frames"]["pnmi"] > 0.5
+
+
+# ------------------------------------------------------------------------------------ in training
+
+
+def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_path, capsys):
+    words = ["--unit_quality_each_epochs", "1", "--nClusters"]
+    plain = trained(tiny_corpus, tmp_path / "none", *words, "5000")
+    assert "note: no units: 5000 clusters of only" in capsys.readouterr().out
+    assert not any(key.startswith("units_") for key in plain["logs"])
+    labels = ["--path_phone_data", tiny_corpus / "phones.txt"]
+    found = trained(tiny_corpus, tmp_path / "units", *words, "4", *labels)
+    new = {key for key in found["logs"] if key.startswith("units_")}
+    assert {"units_perplexity", "units_pnmi", "units_pnmi_by_chance", "units_f1"} <= new
+    first, second = found["logs"]["units_perplexity"]
+    assert first is None  # like a probe, never at epoch 0
+    assert 1 < second <= 4
+    assert_equal_trees(plain["gEncoder"], found["gEncoder"], "gEncoder")
+    assert plain["logs"]["locLoss_val"] == found["logs"]["locLoss_val"]
+    assert "units</h3>" in (tmp_path / "units/report.html").read_text()
