@@ -7,6 +7,7 @@
 files of configuration and weights, in which models are published.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -20,9 +21,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
-from model import ConcatenatedModel, CPCModelNullspace, build_model, preserved_state
+from model import (
+    CPCAR,
+    ConcatenatedModel,
+    CPCModel,
+    CPCModelNullspace,
+    LFBEncoder,
+    MFCCEncoder,
+    build_model,
+    preserved_state,
+)
 from transformers import CausalAttention
-from utils.data.audio import SILENT, is_silent, open_audio, reason, warn_of_loudness
+from utils.data.audio import SILENT, open_audio, reason, warn_of_loudness
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import (
     NULLSPACE,
@@ -185,24 +195,114 @@ def seq_normalization(features):
 
 # ------------------------------------------------------------------------- features of audio files
 
+FRAMES_PER_PART = 2000  # of a long file that go through the model at once
 
-def build_feature(model, path, *, get_encoded=False, strict=False, max_size=64000, seq_norm=False):
+
+def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None, seq_norm=False):
     """The features of an audio file, (1, frames, D) on the CPU, one frame per 10 ms.
 
     model: a CPC model, whose contexts or, with `get_encoded`, encoded frames are the features; or a
         `FeatureModule` or `ModelPhoneCombined`
-    max_size: samples per chunk, rounded down to whole frames; the limit of a transformer applies
-        as well
+    seq_norm: normalise each feature to zero mean and unit variance over the file
+    max_size: instead of the whole file, cut it into chunks of that many samples as the original
+        program did, rounded down to whole frames; the limit of a transformer applies as well
     strict: make the last chunk as long as the others (if the file is long enough): it starts
         earlier, and only the missing frames are taken from it
-    seq_norm: normalise each feature to zero mean and unit variance over each chunk
 
-    A model that keeps its hidden state starts from the zero state and carries it from chunk to
-    chunk. The model is left unchanged. Raises UserError, naming the file, if it can't be read,
-    isn't at 16 kHz, or is too short for a frame.
+    Without `max_size`, these are the features of `model(waveform)` on all samples of the file, see
+    `features_in_parts`. Chunks know nothing of the samples around them; a model that keeps its
+    hidden state carries it from chunk to chunk, others start each in the zero state, and `seq_norm`
+    normalises each by itself. The model is left unchanged. Raises UserError, naming the file, if it
+    can't be read, isn't at 16 kHz, or is too short for a frame.
     """
-    features = _feature_module(model, get_encoded)
-    return _features_of_file(features, path, max_size, 1, strict, seq_norm, independent=False)
+    module = _feature_module(model, get_encoded)
+    if max_size:
+        return _features_of_file(module, path, max_size, 1, strict, seq_norm, independent=False)
+    features = torch.cat(list(features_in_parts(module, path)))[None]
+    return seq_normalization(features) if seq_norm else features
+
+
+def features_in_parts(model, path, *, get_encoded=False):
+    """Yield the features of a whole audio file, (T, D) on the CPU, in memory for 20 s of them.
+
+    Concatenated, they are those of one pass over all samples from the zero state. An encoded frame
+    depends on 153 samples before its own 160, and on 152 after them. So each part begins and ends
+    with a frame that isn't used, and the context network keeps its hidden state from part to part,
+    whatever `--samplingType`.
+
+    Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
+    the whole file at once. A transformer starts again where it has taken all frames it was made
+    for. Parameters and errors as for `build_feature`; between parts, the model is in eval mode.
+    """
+    module = _feature_module(model, get_encoded)
+    shortest, device = shortest_input(module), _device(module)
+    with preserved_state(module.model, module), _kept_hidden_states(module):
+        module.eval()
+        for audio, frames in _parts(path, _frames_per_part(module)):
+            if len(audio) < shortest:
+                raise UserError(too_short(path, len(audio), shortest))
+            if SAMPLES_PER_FRAME * (frames.stop - frames.start) > longest_input(module):
+                raise UserError(
+                    f"{path}: too long for this model, whose encoder takes a whole file and whose "
+                    f"transformer {longest_input(module)} samples: cut it into chunks of these, "
+                    "with --max_size_seq (--maxSizeSeq for ZeroSpeech features)"
+                )
+            features = _forward_part(module, audio[None, None].to(device), frames)
+            yield features.view(-1, features.size(-1)).cpu()
+
+
+def _frames_per_part(module):
+    """The number of frames to compute at once, infinite where it takes the whole file."""
+    over_time = nn.InstanceNorm1d | LFBEncoder | MFCCEncoder
+    for part in module.modules():
+        if isinstance(part, over_time) or getattr(part, "reverse", False):
+            return math.inf
+    return min(FRAMES_PER_PART, longest_input(module) // SAMPLES_PER_FRAME)
+
+
+def _parts(path, n_frames):
+    """Yield parts of a file, (n,), and the frames to take from each, a slice.
+
+    All but the first part begin one frame before these, and all but the last end one after them.
+    """
+    audio, first = torch.empty(0), 0
+    for block in _blocks(path, None if n_frames == math.inf else n_frames * SAMPLES_PER_FRAME):
+        audio = torch.cat([audio, block])
+        while len(audio) >= SAMPLES_PER_FRAME * (first + n_frames + 1):
+            end = first + n_frames
+            yield audio[: SAMPLES_PER_FRAME * (end + 1)], slice(first, end)
+            audio, first = audio[SAMPLES_PER_FRAME * (end - 1) :], 1
+    yield audio, slice(first, len(audio) // SAMPLES_PER_FRAME)
+
+
+@torch.no_grad()
+def _forward_part(module, waveform, frames):
+    """The features of some encoded frames (a slice) of a waveform (1, 1, L)."""
+
+    def only_these(encoder, inputs, encoded):
+        return encoded[:, :, frames]
+
+    models = [part for part in module.modules() if isinstance(part, CPCModel)]
+    hooks = [model.gEncoder.register_forward_hook(only_these) for model in models]
+    try:
+        return module(waveform)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _kept_hidden_states(module):
+    """A block in which recurrent networks keep their hidden state from call to call."""
+    networks = [part for part in module.modules() if isinstance(part, CPCAR)]
+    before = [network.keep_hidden for network in networks]
+    for network in networks:
+        network.keep_hidden = True
+    try:
+        yield
+    finally:
+        for network, keep_hidden in zip(networks, before, strict=True):
+            network.keep_hidden = keep_hidden
 
 
 def build_feature_batch(
@@ -224,26 +324,33 @@ def load_waveform(path):
 
     Raises UserError if the file can't be read, is empty, contains NaN, or isn't at 16 kHz.
     """
+    return torch.cat(list(_blocks(path)))[None]
+
+
+def _blocks(path, size=None):
+    """Yield the samples of an audio file, (n,), `size` at a time; see `load_waveform`."""
+    n_samples, lowest, highest = 0, math.inf, -math.inf
     try:
         with open_audio(path) as file:
-            rate = file.samplerate
-            waveform = np.concatenate([block.mean(axis=1) for block in file.blocks_to_end()])
+            if file.samplerate != SAMPLE_RATE:
+                raise UserError(
+                    f"{path}: is at {file.samplerate} Hz, not {SAMPLE_RATE}; "
+                    "utils/corpus/adjust_sample_rate.py converts audio files"
+                )
+            for block in filter(len, file.blocks_to_end(size)):
+                samples = block.mean(axis=1)
+                if not np.isfinite(samples).all():
+                    raise UserError(f"{path}: contains NaN or infinite samples")
+                warn_of_loudness(path, samples)
+                n_samples += len(samples)
+                lowest, highest = min(lowest, samples.min()), max(highest, samples.max())
+                yield torch.from_numpy(samples)
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: {reason(error)}") from error
-    if rate != SAMPLE_RATE:
-        raise UserError(
-            f"{path}: is at {rate} Hz, not {SAMPLE_RATE}; utils/corpus/adjust_sample_rate.py "
-            "converts audio files"
-        )
-    waveform = torch.from_numpy(waveform)[None]
-    if waveform.numel() == 0:
+    if not n_samples:
         raise UserError(f"{path}: contains no audio")
-    if not torch.isfinite(waveform).all():
-        raise UserError(f"{path}: contains NaN or infinite samples")
-    warn_of_loudness(path, waveform[0].numpy())
-    if is_silent(waveform[0]):
+    if n_samples > 1 and lowest == highest:
         _warn_of_silence(path)
-    return waveform
 
 
 @functools.cache  # once for each file
@@ -288,9 +395,7 @@ def _plan_chunks(module, path, n_samples, max_size, strict):
     """Cut a file into full chunks and one for the remaining frames."""
     shortest = shortest_input(module)
     if n_samples < shortest:
-        raise UserError(
-            f"{path}: {n_samples} samples are too short: the first frame needs {shortest}"
-        )
+        raise UserError(too_short(path, n_samples, shortest))
     size = min(max_size, longest_input(module)) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
     if size < shortest:
         raise UserError(
@@ -303,6 +408,10 @@ def _plan_chunks(module, path, n_samples, max_size, strict):
         start = max(0, n_samples - size) if starts_earlier else n_full * size
         chunks.append(_Chunk(start, n_samples, rest // SAMPLES_PER_FRAME))
     return chunks
+
+
+def too_short(path, n_samples, shortest):
+    return f"{path}: {n_samples} samples are too short: the first frame needs {shortest}"
 
 
 def _batches(chunks, batch_size):

@@ -176,9 +176,9 @@ def build_parser():
     add_extension(add)
     add("--get_encoded", action="store_true", help="score encoded frames instead of contexts")
     add("--seq_norm", action="store_true",
-        help="normalise each chunk to zero mean and unit variance over time")
-    add("--max_size_seq", type=at_least(SAMPLES_PER_FRAME), default=64000, metavar="SAMPLES",
-        help="samples per chunk that goes through the model (default: 64000, 4 s)")
+        help="normalise each file, or chunk, to zero mean and unit variance over time")
+    add("--max_size_seq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
+        help="cut files into chunks, as the original program did: its default was 64000 (4 s)")
     add("--strict", action="store_true",
         help="start the last chunk of a file earlier instead of making it shorter")
     add_shared_flags(model)

@@ -148,11 +148,11 @@ def add_feature_flags(add):
     add("--clusters", metavar="FILE",
         help="squared distances to these centers: .npy, .txt, or .pt of a clustering")
     add("--seqNorm", action="store_true",
-        help="zero mean and unit variance over time (implies --strict)")
+        help="each file, or chunk, of zero mean and unit variance (implies --strict)")
     add("--strict", action="store_true",
         help="start the last chunk of a file earlier instead of making it shorter")
-    add("--maxSizeSeq", type=at_least(SAMPLES_PER_FRAME), default=64000, metavar="SAMPLES",
-        help="samples per chunk that goes through the model (default: 64000, 4 s)")
+    add("--maxSizeSeq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
+        help="cut files into chunks, as the original program did: its default was 64000 (4 s)")
 
 
 def add_other_flags(add):

@@ -154,6 +154,16 @@ class ProbeHook(Hook):
         return self.world.on_rank_zero(lambda: self.probe(epoch, model))
 
 
+class UnitHook(ProbeHook):
+    """Measures the units that k-means makes of the model's contexts, on rank 0."""
+
+    flag = "unit_quality_each_epochs"
+
+    def __init__(self, measure, *, every, world):
+        super().__init__("unit", measure, every=every, world=world)
+        self.name = "the unit quality"
+
+
 # ----------------------------------------------------------------------------- as the flags ask for
 
 
@@ -173,6 +183,8 @@ def build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world):
         if args.speaker_sep:
             n_speakers = len(corpus.speakers)
             hooks.append(probe_hook(args, "speaker", sets(labelled=False), n_speakers, **place))
+    if args.unit_quality_each_epochs and not once:
+        hooks.append(unit_hook(args, corpus, labels, sets(labelled=False)[1], world=world))
     for hook in hooks:
         if not once and not any(map(hook.due, range(args.nEpoch))):
             print(
@@ -259,3 +271,16 @@ def probe_hook(args, task, sets, n_classes, *, device, world):
         return result.logged()
 
     return ProbeHook(task, probe, every=args.linsep_classif_each_epochs, world=world)
+
+
+def unit_hook(args, corpus, labels, validation_set, *, world):
+    """The UnitHook of --unit_quality_each_epochs; labels: PhoneLabels or None."""
+    from eval.unit_watch import measure_units
+
+    phones = labels_by_path(labels, validation_set.utterances, corpus) if labels else {}
+
+    def measure(epoch, model):
+        generator = generator_from(args.random_seed, epoch, "units")
+        return measure_units(model, validation_set, phones, args.nClusters, generator)
+
+    return UnitHook(measure, every=args.unit_quality_each_epochs, world=world)

@@ -450,7 +450,7 @@ def test_score_of_a_checkpoint(tiny_corpus, corpus_items, abx_model, tmp_path, c
     assert measured_on["features"] == str(abx_model)
     assert measured_on["item_file"] == str(corpus_items)
     assert measured_on["layer"] == "encoded"
-    assert measured_on["chunks"] == {"max_size_seq": 64000, "strict": True, "seq_norm": True}
+    assert measured_on["chunks"] == {"max_size_seq": None, "strict": True, "seq_norm": True}
     assert measured_on["metric"] == "cosine"
     assert measured_on["slicing"].startswith("librilight: ")
     assert measured_on["context"] == "any: A, B and X may have different phones around them"
@@ -478,6 +478,9 @@ def test_hidden_state_is_kept_within_a_file_only(tiny_corpus, corpus_items, abx_
         expected, _ = model.gAR.baseNet(encoded)  # all frames in one go
     assert encoded.shape[1] > 100  # more than two chunks
     assert_close(alone, expected[0], 1e-5)
+    whole = features(*flags)(second)
+    assert_close(whole, build_feature(model, paths[second])[0])
+    assert (whole - alone).abs().max() > 1e-3 * whole.abs().max()  # of frames at the cuts
 
 
 def test_an_unusable_file_is_named_and_left_out(

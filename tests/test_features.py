@@ -1,6 +1,7 @@
 """Tests of loading models, of features, and of torch.hub."""
 
 import argparse
+import copy
 import http.server
 import json
 import os
@@ -15,12 +16,14 @@ import pytest
 import soundfile
 import torch
 
+import feature_loader
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion, SpeakerCriterion
 from feature_loader import (
     FeatureModule,
     ModelPhoneCombined,
     build_feature,
     build_feature_batch,
+    features_in_parts,
     load_criterion_state,
     load_model,
     load_phone_classifier,
@@ -356,10 +359,10 @@ def test_other_criteria_are_no_phone_classifiers(tmp_path):
 # ------------------------------------------------------------------------------------ features
 
 GOLDEN_FEATURES = {  # array -> function and its arguments, as the manifest describes them
-    "feat_ctx": (build_feature, {}),
-    "feat_enc": (build_feature, {"get_encoded": True}),
-    "feat_strict": (build_feature, {"strict": True}),
-    "feat_seqnorm_strict": (build_feature, {"strict": True, "seq_norm": True}),
+    "feat_ctx": (build_feature, {"max_size": 64000}),
+    "feat_enc": (build_feature, {"get_encoded": True, "max_size": 64000}),
+    "feat_strict": (build_feature, {"strict": True, "max_size": 64000}),
+    "feat_seqnorm_strict": (build_feature, {"strict": True, "seq_norm": True, "max_size": 64000}),
     "feat_max20480": (build_feature, {"max_size": 20480}),
     "feat_batch": (build_feature_batch, {}),
     "feat_batch_strict": (
@@ -369,13 +372,60 @@ GOLDEN_FEATURES = {  # array -> function and its arguments, as the manifest desc
 }
 
 
+MODELS_OF_WHOLE_FILES = {
+    "LSTM": "--nLevelsGRU 2",
+    "sequential": "--samplingType sequential --arMode GRU --normMode batchNorm",
+    "no_ar": "--arMode no_ar --hiddenGar 8",
+    "reverse": "--cpc_mode reverse",
+    "instanceNorm": "--normMode instanceNorm",
+    "lfb": "--encoder_type lfb",
+    "mfcc": "--encoder_type mfcc",
+}
+
+
+@pytest.mark.parametrize("n_samples", [400, 480, 8000, 8151, 8152, 8159, 24159])
+@pytest.mark.parametrize("kind", MODELS_OF_WHOLE_FILES)
+def test_features_are_those_of_one_pass_over_the_file(tmp_path, monkeypatch, kind, n_samples):
+    monkeypatch.setattr(feature_loader, "FRAMES_PER_PART", 7)
+    model = build_model(flags(*MODELS_OF_WHOLE_FILES[kind].split())).eval()
+    waveform = write_noise(tmp_path / "a.wav", n_samples)
+    with torch.no_grad():
+        expected = model(waveform, torch.tensor([False]))
+    model.reset_hidden()
+    for features, get_encoded in zip(expected, (False, True), strict=True):
+        assert features.size(1) == n_samples // SAMPLES_PER_FRAME
+        assert_close(build_feature(model, tmp_path / "a.wav", get_encoded=get_encoded), features)
+    normalised = build_feature(model, tmp_path / "a.wav", seq_norm=True)
+    assert_close(normalised, seq_normalization(expected[0]), 1e-4)
+    assert model.hidden_state() is None
+    both = ConcatenatedModel([model, copy.deepcopy(model)])
+    parts = list(features_in_parts(both, tmp_path / "a.wav"))
+    assert_close(torch.cat(parts)[None], torch.cat([expected[0]] * 2, dim=2))
+    in_one = kind in ("reverse", "instanceNorm", "lfb", "mfcc")
+    assert all(len(part) <= 7 for part in parts) or in_one
+
+
+def test_a_long_file_takes_the_memory_of_a_part(tmp_path, model):
+    waveform = write_noise(tmp_path / "a.wav", 16000 * 90 + 151)
+    with torch.no_grad():
+        assert_close(build_feature(model, tmp_path / "a.wav"), model(waveform)[0])
+    lengths = []
+    model.gEncoder.conv0.register_forward_pre_hook(lambda _, x: lengths.append(x[0].size(1)))
+    for part in features_in_parts(model, tmp_path / "a.wav"):
+        assert len(part) <= 2000
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()  # the reader's own business
+    assert max(lengths) == 2002 * SAMPLES_PER_FRAME
+    assert len(lengths) == 5
+
+
 @needs_real_speech
 @pytest.mark.parametrize("array", [*GOLDEN_FEATURES, "feat_keephidden_file1"])
 @pytest.mark.parametrize("case", golden_cases("buildFeature"))
 def test_features_of_a_file_golden(case, array):
     model, *_ = load_model([case.path.parent / case.config["checkpoint"]])
     model.gAR.keep_hidden = array.startswith("feat_keephidden")
-    function, options = GOLDEN_FEATURES.get(array, (build_feature, {}))
+    function, options = GOLDEN_FEATURES.get(array, (build_feature, {"max_size": 64000}))
     features = function(model, REAL_SPEECH / "audio" / case.config["file"], **options)
     assert_close(features, case[array], 1e-4)
 
@@ -482,10 +532,15 @@ def test_chunks_of_a_transformer_are_no_longer_than_it_can_take(tmp_path, abspos
         flags("--arMode", "transformer", "--hiddenGar", "8", "--sizeWindow", "3200", *abspos)
     ).eval()
     waveform = write_noise(tmp_path / "a.wav", 8000)
+    path = tmp_path / "a.wav"
     with torch.no_grad():
         expected = torch.cat([model(chunk)[0] for chunk in waveform.split(3200, dim=2)], dim=1)
-    assert_close(build_feature(model, tmp_path / "a.wav"), expected)
-    assert build_feature(model, tmp_path / "a.wav", strict=True).shape == (1, 50, 8)
+        encoded = model.gEncoder(waveform).transpose(1, 2)
+        context = torch.cat([model.gAR(frames) for frames in encoded.split(20, dim=1)], dim=1)
+    assert_close(build_feature(model, path, max_size=64000), expected)
+    assert build_feature(model, path, max_size=64000, strict=True).shape == (1, 50, 8)
+    assert_close(build_feature(model, path), context)
+    assert_close(build_feature(model, path, get_encoded=True), encoded)
 
 
 @pytest.mark.parametrize("encoder", ["lfb", "mfcc"])

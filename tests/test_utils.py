@@ -160,8 +160,8 @@ LOWEST = {
         max_size_loaded nLevelsGRU nLevelsPhone schedulerRamp save_step logging_step
         n_process_loader linsepBatchSizeGPU linsep_n_epoch linsep_net_layers
         linsep_task_logging_step linsep_classif_each_epochs captureDSfreq captureDStotNr
-        captureEachEpochs""",
-    2: "hiddenEncoder",
+        captureEachEpochs unit_quality_each_epochs""",
+    2: "hiddenEncoder nClusters",
 }
 
 

@@ -77,13 +77,17 @@ class AudioFile(soundfile.SoundFile):
         """No: soundfile would seek after each `read`, which fails where the length is unknown."""
         return False
 
-    def blocks_to_end(self):
-        """Yield the rest of the file as arrays (n, channels) float32, all at once if possible."""
-        size = self.frames if self.knows_length else BLOCK
+    def blocks_to_end(self, size=None):
+        """Yield the rest of the file as arrays (n, channels) float32.
+
+        size: samples per block; without it, all at once if possible.
+        """
+        all_at_once = self.knows_length and not size
+        size = size or (self.frames if self.knows_length else BLOCK)
         while True:
             block = self.read(size, dtype="float32", always_2d=True)
             yield block
-            if self.knows_length or len(block) < size:
+            if all_at_once or len(block) < size:
                 return
 
 

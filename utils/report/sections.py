@@ -143,7 +143,7 @@ def stats_section(logs, args, stats, pictures):
     ]
     if args.captureSetStats and not keys:
         yield soft("None so far.")
-    for name in [*stats, ""]:  # values of no stat of this call come last
+    for name in [*stats, "units", ""]:  # values of no stat of this call come last
         own = [key for key in keys if key.startswith(f"{name}_") or not name]
         keys = [key for key in keys if key not in own]
         if own or name in pictures:

@@ -301,6 +301,11 @@ add("--linsep_checkpoint_dir", metavar="DIR",
     help="where the best classifiers go (default: they aren't saved)")
 add("--linsep_task_logging_step", type=at_least(1), default=1, metavar="EPOCHS",
     help="a probe's epochs between writes of its log")
+add = partial(declare, "linear separability (probes)", on_resume=INHERITED)
+add("--unit_quality_each_epochs", type=at_least(1), metavar="N",
+    help="cluster contexts of the validation set at epochs N, 2N, ... and log what these units say "
+    "of phones and speakers (eval/unit_quality.py)")
+add("--nClusters", type=at_least(2), default=50, metavar="K", help="units in that")
 
 # --------------------------------------------------------------------------------------- capture
 

@@ -295,6 +295,8 @@ def check_augmentation(args, explicit):
 
 
 def check_probes(args, explicit):
+    if not args.unit_quality_each_epochs:
+        refuse_any(explicit & {"nClusters"}, "needs --unit_quality_each_epochs N")
     if not args.supervised_classif_metric:
         refuse_any(explicit & PROBE_GROUP, "needs --supervised_classif_metric")
         return
