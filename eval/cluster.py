@@ -17,6 +17,8 @@ from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
 from eval.kmeans import kmeans
@@ -46,7 +48,7 @@ LARGE_SHARE = 0.5  # of all frames in one unit: something is wrong
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     corpus = scan_corpus(args.pathDB, args.file_extension, args.speaker_level, args.ignore_cache)
     files = listed_utterances(corpus, args.seqList)
     files = spread_over_speakers(files, SAMPLES_PER_FRAME * args.max_frames, args.seed)
@@ -115,7 +117,7 @@ def build_parser():
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
     add("out", help="new folder, or a .pt or .npy file, for the centers")
     add("pathDB", help="folder of the audio files; its first subfolders are the speakers")
-    add_extension(add, ".flac")
+    add_extension(add)
     add("--speaker_level", type=at_least(0), default=1, metavar="N",
         help="folders of a path that name the speaker")
     add("--seqList", metavar="FILE", help="use only these files, one name per line")
