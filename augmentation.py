@@ -18,6 +18,7 @@ from utils.data import effects
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.data.windows import split_into_packs
 from utils.misc import SAMPLE_RATE, generator_from
+from utils.run.command import DefaultExtension
 from utils.run.distributed import ALONE
 from utils.run.flags import AUGMENT_TYPES
 
@@ -198,7 +199,7 @@ def _windows(audio, starts, length):
 
 def open_recordings(args, root, title, world):
     """The AudioDataset of a directory, or of a random part of it if --max_size_loaded is less."""
-    extension, refresh = args.noise_extension, args.ignore_cache
+    extension, refresh = args.noise_extension or DefaultExtension(".wav"), args.ignore_cache
     corpus = world.on_rank_zero(lambda: scan_corpus(root, extension, 0, refresh))
     files = listed_utterances(corpus, args.pathSeqNoise if title == "noise" else None)
     lengths = np.array([file.samples for file in files])

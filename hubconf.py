@@ -49,7 +49,9 @@ def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
     unknown = sorted(flags.keys() - _own("utils.run.checkpoint").MODEL_FLAGS)
     if unknown:
         raise misc.UserError(f"{', '.join(unknown)}: not an architecture flag")
-    return _own("model").build_model(arguments.stored_arguments(flags, "CPC_audio"))
+    return _own("model").build_model(
+        arguments.stored_arguments({"initialisation": "lecun"} | flags, "CPC_audio")
+    )
 
 
 def _download(url, progress, error_type):

@@ -160,7 +160,7 @@ def train(state, train_loader, val_loader, hooks, files):
     if state.position.epoch >= args.nEpoch:
         console.print_finished(state.position.epoch)
         return
-    listeners = [screen, state, StartWatch(state, val_loader.dataset)]
+    listeners = [screen, state, StartWatch(state, val_loader)]
     forward_backward = console.note_if_starved(build_forward_backward(state), state)
     val_loader.prepare()
     try:

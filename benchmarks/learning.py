@@ -125,10 +125,12 @@ def runs(grid):
 
 
 def complete(grid, results, path, work, args):
-    """Do the runs that `results` lacks, or has of another command; save it after each."""
+    """Do the runs that `results` lacks, or has of another command or with fewer measures."""
     start, lock, done = time.monotonic(), threading.Lock(), results["runs"]
     todo = {
-        name: run for name, run in runs(grid).items() if done.get(name, {}).get("command") != run[1]
+        name: run
+        for name, run in runs(grid).items()
+        if not is_up_to_date(done.get(name), run[1], grid)
     }
     if not todo:
         return
@@ -156,6 +158,15 @@ def complete(grid, results, path, work, args):
             pass
 
 
+def is_up_to_date(result, words, grid):
+    """Whether a result is of this command, and has all measures."""
+    return (
+        result is not None
+        and result["command"] == words
+        and result["values"].keys() == grid["measures"].keys()
+    )
+
+
 def prepare(grid, work):
     """Run the grid's preparations that `work` hasn't seen."""
     work.mkdir(parents=True, exist_ok=True)
@@ -171,7 +182,8 @@ def prepare(grid, work):
 def measured(name, words, grid, work, threads):
     """Train one run, take its measures, delete it."""
     run, begin = work / name, time.monotonic()
-    run.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run, ignore_errors=True)  # what a killed call left may be of another command
+    run.mkdir(parents=True)
     log, places = run / "log.txt", {"work": work, "run": run, "seed": name.rpartition("/")[2]}
     for line in (words, *grid["then"]):
         call(line, places, log, threads)
@@ -184,7 +196,6 @@ def measured(name, words, grid, work, threads):
     return {
         "values": values,
         "seconds": round(time.monotonic() - begin, 1),
-        "threads": threads,
         "commit": commit(),
         **machine,
     }
@@ -273,8 +284,9 @@ def table(results, wanted):
 
 def values_at(results, at, measure):
     """The values of a measure in all runs with the settings `at`."""
-    runs_there = [r for r in results["runs"].values() if at.items() <= r["settings"].items()]
-    return [run["values"][measure] for run in runs_there]
+    wanted = filter(None, map(results["runs"].get, runs(results["grid"])))
+    found = [run for run in wanted if at.items() <= run["settings"].items()]
+    return [run["values"][measure] for run in found if measure in run["values"]]
 
 
 def in_words(values, measure):

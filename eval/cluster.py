@@ -50,6 +50,7 @@ def main(argv=None):
     keep_freed_memory()
     set_threads(device_from(args.device))
     corpus = scan_corpus(args.pathDB, args.file_extension, args.speaker_level, args.ignore_cache)
+    args.file_extension = corpus.extension
     files = listed_utterances(corpus, args.seqList)
     files = spread_over_speakers(files, SAMPLES_PER_FRAME * args.max_frames, args.seed)
     features, start = {name: vars(args)[name] for name in FEATURES}, time.monotonic()

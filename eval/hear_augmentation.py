@@ -23,7 +23,7 @@ from augmentation import Augmentation
 from dataset import Batch
 from feature_loader import load_waveform
 from utils.files import atomic_path, writing_to
-from utils.misc import SAMPLE_RATE, Position
+from utils.misc import SAMPLE_RATE, Position, UserError
 from utils.report.plot_capture import draw_spectrogram
 from utils.report.plots import save_figure
 from utils.run.command import CommandLine, command
@@ -40,6 +40,8 @@ def main(argv=None):
     clean = load_waveform(args.file)
     args.sizeWindow = clean.size(1)
     complete(args, set())
+    if not args.augment_type:
+        raise UserError("--augment_type: name the effects to hear, such as pitch additive reverb")
     check_augmentation(args, set())
     chains, copies = (
         [*([kind] for kind in args.augment_type), args.augment_type],
@@ -48,7 +50,8 @@ def main(argv=None):
     for args.augment_type in chains:
         augment = Augmentation(args, np.zeros(1)).draw(Position(0, 0, 0), np.zeros(1), None)
         batch = augment(Batch(clean[None], *[None] * 4), lambda tensor: tensor)
-        copies["_".join(args.augment_type)] = batch.past[0, 0]
+        heard = batch.waveform if batch.past is None else batch.past
+        copies["_".join(args.augment_type)] = heard[0, 0]
     figure = Figure(figsize=(8, 2.5 * len(copies)), layout="constrained")
     with writing_to(args.out):
         for place, name in zip(figure.subfigures(len(copies)), copies, strict=True):

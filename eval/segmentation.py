@@ -51,6 +51,7 @@ from utils.data.corpus import labels_by_path, listed_utterances, scan_corpus
 from utils.data.labels import (
     FRAMES_PER_SECOND,
     compare_lengths,
+    phone_ids,
     read_phone_labels,
     runs,
     symbols_beside,
@@ -82,8 +83,9 @@ def main(argv=None):
     labels = {unit: read_phone_labels(path) for unit, path in files.items() if path}
     n_phones = labels["phone"].n_phones
     symbols = symbols_beside(args.pathPhone, n_phones)
-    silence = silence_ids(args, symbols, n_phones)
+    silence = phone_ids(args.silence, symbols, n_phones, args.pathPhone)
     corpus = scan_corpus(args.pathDB, args.file_extension)
+    args.file_extension = corpus.extension
     paths = [path for path in (args.pathList, args.pathTune) if path]
     sets = [labelled_utterances(corpus, path, labels) for path in paths]
     shared = sorted(set.intersection(*({u.name for u, _ in chosen} for chosen in sets)))
@@ -155,17 +157,6 @@ def build_parser():
 
 
 # fmt: on
-
-
-def silence_ids(args, symbols, n_phones):
-    """The numbers of the phones in --silence. symbols: dict number -> symbol, or empty."""
-    known = {str(number): number for number in range(n_phones)}
-    known |= {symbol: number for number, symbol in symbols.items()}
-    unknown = [name for name in args.silence if name not in known]
-    if unknown:
-        there_are = first_few(symbols.values()) if symbols else f"numbers below {n_phones}"
-        raise UserError(f"--silence {unknown[0]}: no phone of {args.pathPhone}: {there_are}")
-    return [known[name] for name in args.silence]
 
 
 def labelled_utterances(corpus, path, labels):

@@ -4,11 +4,8 @@ At a learning rate that is too high, the first steps can make all encoded frames
 then look like positives, gradients vanish, and the loss stays that of guessing.
 """
 
-import os
-
 import torch
 
-from feature_loader import build_feature
 from model import preserved_state
 from utils.misc import mean, percent
 from utils.run.console import Listener
@@ -18,7 +15,6 @@ FEWEST_STEPS = 100  # before a start is called dead
 DEAD_BELOW = 0.1  # varying energy: 0.05 to 0.08 in dead runs, 0.3 and more in those that learn
 FEWEST_EPOCHS = 3  # of a run whose last loss says something
 EPOCHS_BETWEEN_NOTES = 10  # on a loss that stays where it was
-FILES_LOOKED_AT = 8
 
 
 def varying_energy(frames):
@@ -30,43 +26,49 @@ def varying_energy(frames):
 class StartWatch(Listener):
     """Notes a loss that stays where it was before training, and what helps.
 
-    state: the run's RunState; dataset: an AudioDataset, to look at some of its files
+    state: the run's RunState; loader: the BatchLoader of the validation set, whose first batch is
+    looked at
     """
 
-    def __init__(self, state, dataset):
-        self.state, self.dataset = state, dataset
-        self.noted = False
+    def __init__(self, state, loader):
+        self.state, self.loader = state, loader
+        self.next_look, self.noted, self.batch = FEWEST_STEPS, False, None
 
     def on_step(self, epoch, batch, n_batches, values, clock):
-        """In the first epoch: note, once, that the start is dead."""
-        if epoch == 0 and batch >= FEWEST_STEPS and not self.noted:
+        """In the first epoch, now and then: note, once, that the start is dead."""
+        if epoch == 0 and batch >= self.next_look:
+            self.next_look = 2 * batch
             self._look(f"in step {batch}", mean(values["locLoss_train"]), only_dead=True)
 
     def on_epoch(self, epoch, values, clock):
-        """Every tenth epoch, and after the last: note that nothing was learned yet."""
+        """After the first epoch the same; after every tenth and the last, note slow starts, too."""
         if "locLoss_val" not in values:  # a hook's own
             return
-        done, last = epoch + 1, self.state.args.nEpoch
+        done, last, loss = epoch + 1, self.state.args.nEpoch, mean(values["locLoss_val"])
         if done % EPOCHS_BETWEEN_NOTES == 0 or done == last >= FEWEST_EPOCHS:
-            self._look(f"in epoch {epoch}", mean(values["locLoss_val"]))
+            self.noted = False
+            self._look(f"in epoch {epoch}", loss)
+        elif epoch == 0:
+            self._look("after an epoch", loss, only_dead=True)
 
     def _look(self, when, loss, only_dead=False):
         args, start = self.state.args, self.state.logs.get("before_training")
-        if not start or not args.learningRate:
+        if self.noted or not start or not args.learningRate:
             return
         before = mean(start["locLoss_val"])
         if loss <= before - MIN_IMPROVEMENT * abs(before):
             return
-        helps = "a lower --learningRate, a --schedulerRamp or another --random_seed"
-        if args.initialisation == "original":
-            helps = f"a new run with --initialisation lecun, {helps}"
+        helps, verdict = "a lower --learningRate, a --schedulerRamp or another --random_seed", "is"
+        has_choice = args.encoder_type == "cpc" and not self.state.models
+        if args.initialisation == "original" and has_choice:
+            helps, verdict = f"a new run with --initialisation lecun, {helps}", "may be"
         varying = self._varying_energy() if args.encoder_type == "cpc" else 1
         if varying < DEAD_BELOW:
             self.noted = True
             print(
                 f"note: the loss, {before:.4f} before training, is {loss:.4f} {when}, and encoded "
                 f"frames are nearly all alike ({percent(varying)} of their energy varies): this "
-                f"start is dead. What helps: {helps}",
+                f"start {verdict} dead. What helps: {helps}",
                 flush=True,
             )
         elif not only_dead:
@@ -76,14 +78,13 @@ class StartWatch(Listener):
                 flush=True,
             )
 
+    @torch.no_grad()
     def _varying_energy(self):
-        """Of the encoded frames of some files, one after the other."""
-        model, files = self.state.networks.model, self.dataset.utterances
-        some = [files[i * len(files) // FILES_LOOKED_AT] for i in range(FILES_LOOKED_AT)]
+        """Of the encoded frames of the first batch of each process, the mean. All must call it."""
+        model, device = self.state.networks.model, self.state.device
+        if self.batch is None:
+            self.batch = next(self.loader.epoch(0), (None, None))[1]
         with preserved_state(model):
-            model.eval()
-            encoded = [
-                build_feature(model, os.path.join(self.dataset.root, file.path), get_encoded=True)
-                for file in some
-            ]
-        return varying_energy(torch.cat(encoded, dim=1).flatten(0, 1))
+            encoded = self.batch and model.eval()(self.batch.to(device).waveform)[1]
+        own = None if encoded is None else varying_energy(encoded.flatten(0, 1))
+        return mean([v for v in self.state.world.all_gather(own) if v is not None])

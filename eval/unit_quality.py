@@ -26,6 +26,7 @@ from utils.data.labels import (
     SILENCE,
     common_factor,
     differ_widely,
+    phone_ids,
     read_phone_labels,
     symbols_beside,
 )
@@ -49,7 +50,8 @@ def main(argv=None):
     speakers, speaker_ids = np.unique(by_name, return_inverse=True)
     n_phones = int(labels.max()) + 1
     symbols = symbols_beside(args.labels, n_phones)
-    options = {"silence": silence_ids(args, symbols, n_phones)}
+    silence = phone_ids(args.silence, symbols, n_phones, args.labels, optional=[SILENCE])
+    options = {"silence": silence}
     if len(speakers) > 1:
         options["speakers"] = np.repeat(speaker_ids, np.diff(starts, append=len(labels)))
     joint = joint_counts(labels, units)
@@ -144,16 +146,6 @@ def check_lengths(n_labels, n_units, names, args):
         )
     n_cut = counted(int((difference > 0).sum()), "file")
     print(f"{n_cut} have more or fewer units than labels, {such}: cut to the shorter")
-
-
-def silence_ids(args, symbols, n_phones):
-    """The ids of --silence. Raises UserError if the labels' symbols have no such phone."""
-    known = {symbol: id_ for id_, symbol in symbols.items()}
-    known |= {str(id_): id_ for id_ in range(n_phones)}
-    for name in args.silence:
-        if name not in known and name != SILENCE:
-            raise UserError(f"--silence {name}: no phone of {args.labels}: {first_few(known)}")
-    return [known[name] for name in args.silence if name in known]
 
 
 # -------------------------------------------------------------------------------------- results

@@ -464,7 +464,7 @@ def test_recordings_that_were_moved_are_named_again(tiny_corpus, tmp_path, capsy
     assert "warning" not in capsys.readouterr().out
     listed.write_text("left_out\n")
     assert run(*resume, "--nEpoch", 3, "--pathDBNoise", tmp_path / "moved") == 0
-    assert "warning: the noise set isn't the one" in capsys.readouterr().out
+    assert "warning: the noise or impulse response set isn't the one" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from criterion.networks import Networks
 from dataset import Batch
 from eval import linear_separability, starts
 from eval.hooks import CaptureHook
+from eval.starts import StartWatch
 from model import CPCAR, CPCEncoder, CPCModelNullspace, build_model
 from stats.stats_utils import STATS, usage
 from tests.helpers import (
@@ -1029,6 +1030,7 @@ def test_kept_hidden_state_begins_at_zero_in_each_pass_set_and_pack(
 
     monkeypatch.setattr(CPCAR, "_start", recorded_start)
     monkeypatch.setattr(train, "train_step", recorded_train_step)
+    monkeypatch.setattr(StartWatch, "_look", lambda *_, **__: None)  # nor does anything else look
     words = ["--samplingType", "sequential", "--max_size_loaded", "60000", "--arMode", "GRU"]
     trained(tiny_corpus, tmp_path, *words, epochs=2)
     pairs = list(zip(positions, starts[True], strict=True))

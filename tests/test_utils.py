@@ -950,6 +950,10 @@ def test_the_lock_of_another_machine_is_taken_over_by_the_same_job(
         owner = (tmp_path / LOCK_NAME).read_text()
     other = owner.replace(json.dumps(socket.gethostname()), '"elsewhere"')
     (tmp_path / LOCK_NAME).write_text(other)
+    if variable == "SLURM_JOB_ID":  # another step of the job may be alive, unless it was requeued
+        with pytest.raises(UserError, match="another machine"), locked(tmp_path, "--x"):
+            pass
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with locked(tmp_path, "--x"):
         assert "on elsewhere, since" in (printed := capsys.readouterr().out)
         assert f"same {words}\n" in printed

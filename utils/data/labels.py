@@ -139,6 +139,21 @@ def read_symbols(path):
     return symbols
 
 
+def phone_ids(names, symbols, n_phones, path, optional=()):
+    """The numbers of the phones that `--silence` names, by symbol or number.
+
+    symbols: dict number -> symbol, or empty; path: of the labels; optional: names that may be
+    missing. Raises UserError if another one is.
+    """
+    known = {str(number): number for number in range(n_phones)}
+    known |= {symbol: number for number, symbol in symbols.items()}
+    for name in names:
+        if name not in known and name not in optional:
+            there_are = first_few(symbols.values()) if symbols else f"numbers below {n_phones}"
+            raise UserError(f"--silence {name}: no phone of {path}: {there_are}")
+    return [known[name] for name in names if name in known]
+
+
 def symbols_beside(labels, n_phones=0):
     """The symbols (id -> symbol) in the phones.txt in the folder of a label file.
 

@@ -135,8 +135,8 @@ add("--pathDBNoise", effect="additive", metavar="DIR", help="additive: recording
     "(default: babble of other speakers of the training set, coloured noise if there are none)")
 add("--pathSeqNoise", effect="additive", metavar="FILE",
     help="additive: list of these recordings (default: all)")
-add("--noise_extension", type=extension, default=".wav", metavar="EXT",
-    help="ending of the names of noise and impulse responses")
+add("--noise_extension", type=extension, metavar="EXT", help="ending of the names of noise and "
+    "impulse responses (default: that of the kind that a folder holds; of several kinds, .wav)")
 add("--pathImpulseResponses", effect="natural_reverb", metavar="DIR",
     help="natural_reverb: recorded impulse responses")
 add("--t_ms", type=at_least(0), default=100, effect="time_dropout", metavar="MS",

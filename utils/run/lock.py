@@ -158,6 +158,8 @@ def _check_owner(handle, path, free, flag):
     job, restarts = current_job()
     of_same_job = elsewhere and owner["job"] == job
     restarted = of_same_job and owner["restarts"].isdigit() and int(owner["restarts"]) < restarts
+    if of_same_job and job.startswith("Slurm"):  # another step of it may be alive on that machine
+        of_same_job = restarted
     if not free and not restarted:
         raise UserError(
             f"{flag} {path.parent}: another program is training into it ({who}); stop that one, or "

@@ -185,6 +185,8 @@ def check_model(args, explicit):
     check_heads("arMode", args)
     if "normMode" in explicit and args.encoder_type != "cpc" and args.normMode != "layerNorm":
         raise UserError(f"--normMode {args.normMode} needs --encoder_type cpc")
+    if "initialisation" in explicit and args.encoder_type != "cpc":
+        raise UserError(f"--initialisation {args.initialisation} needs --encoder_type cpc")
 
 
 def check_heads(flag, args):
@@ -287,7 +289,7 @@ def check_augmentation(args, explicit):
         raise UserError("--additive_noise_snr replaces --min_snr_in_db and --max_snr_in_db")
     if args.min_snr_in_db > args.max_snr_in_db:
         raise UserError(f"--min_snr_in_db {args.min_snr_in_db}: above --max_snr_in_db")
-    if SAMPLE_RATE * args.t_ms // 1000 > args.sizeWindow:
+    if "time_dropout" in used and SAMPLE_RATE * args.t_ms // 1000 > args.sizeWindow:
         raise UserError(f"--t_ms {args.t_ms}: longer than a window, --sizeWindow")
 
 

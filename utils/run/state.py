@@ -255,9 +255,11 @@ class RunState(Listener):
                 self.networks.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
-        flags = self.args.threads, self.world.local_size
-        machine.keep_threads(state["machine"].get("threads"), self.device, *flags)
-        self.note_machine_change(state["machine"])
+        before, now = state["machine"], self.machine()
+        if all(before.get(part) == now[part] for part in ("device", "processes")):
+            flags = self.args.threads, self.world.local_size
+            machine.keep_threads(before.get("threads"), self.device, *flags)
+        self.note_machine_change(before)
         self.note_data_change(state["fingerprint"])
 
     def note_machine_change(self, before):
@@ -283,7 +285,7 @@ class RunState(Listener):
         A position in the old training set means nothing in the new one: the epoch ends there.
         """
         old, new = fingerprint.split("-"), self.fingerprint.split("-")
-        parts = ("training", "validation", *["noise"] * (len(new) - 2))
+        parts = ("training", "validation", *["noise or impulse response"] * (len(new) - 2))
         for part, before, now in zip(parts, old, new, strict=False):
             if before != now:
                 print(
