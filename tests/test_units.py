@@ -319,6 +319,9 @@ def test_units_that_dont_fit_their_labels_are_refused(tmp_path, capsys):
         (tmp_path / "units").write_text(line)
         with ends_refused(capsys, said):
             unit_quality.main([str(tmp_path / "units"), str(tmp_path / "labels")])
+    write_labels(tmp_path / "units", {"s/a-1": labels["a-1"], "t/a-1": labels["a-1"]})
+    with ends_refused(capsys, "a-1 may be several files"):
+        unit_quality.main([str(tmp_path / "units"), str(tmp_path / "labels")])
     write_labels(tmp_path / "units", at_50_hz)
     words = ["--frames_per_unit", "2", "--out", tmp_path, "--silence", "0"]
     unit_quality.main(list(map(str, [tmp_path / "units", tmp_path / "labels", *words])))
