@@ -5,18 +5,25 @@ and holds their decoded audio, `BatchLoader` cuts it into windows. Lengths are i
 B is the number of windows in a batch, L the samples in a window.
 """
 
+import functools
 import hashlib
 from bisect import bisect_right
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from utils.data.audio import SILENT
+from utils.data.batches import Batch
 from utils.data.corpus import labels_by_path, sort_utterances
 from utils.data.labels import compare_lengths
-from utils.data.packs import PackDecoding
-from utils.data.windows import Layout, cumulative, plan_pack, split_into_packs
+from utils.data.packs import PackDecoding, TwoBuffers
+from utils.data.windows import (
+    Layout,
+    count_batches,
+    cumulative,
+    plan_pack,
+    split_into_packs,
+)
 from utils.misc import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -29,6 +36,7 @@ from utils.misc import (
 from utils.run.distributed import ALONE
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
+FULL_BATCHES = 16  # of a speaker that several packs of shuffled files keep together, about
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
@@ -250,59 +258,6 @@ def build_sets(corpus, split, size_window, *, labels=None, max_sizes=None, **opt
 # ----------------------------------------------------------------------------------------- batches
 
 
-class Batch(NamedTuple):
-    """Windows with their labels. A loader yields them on the CPU; `to` makes them ready for use."""
-
-    waveform: torch.Tensor  # (B, 1, L) float32 in [-1, 1] after `to`, before int16 or float32
-    speaker: torch.Tensor  # (B,) int64, speaker id at the first sample
-    phone: torch.Tensor | None  # (B, L // 160) int64
-    window: torch.Tensor  # (B,) int64, index into the epoch's plan (see BatchLoader.locate)
-    continues: torch.Tensor  # (B,) bool, whether the row follows its last one in the same file
-
-    def to(self, device):
-        """The batch on `device`, the waveform in float32."""
-        device = torch.device(device)
-        batch = self.each(lambda tensor: _moved(tensor, device))
-        if batch.waveform.dtype == torch.int16:
-            batch = batch._replace(waveform=batch.waveform.float() / 32768)
-        return batch
-
-    def each(self, function):
-        """A Batch with `function` applied to each tensor."""
-        return Batch(*(None if tensor is None else function(tensor) for tensor in self))
-
-
-def _moved(tensor, device):
-    if device.type == "cpu":
-        return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def on_device(batches, device):
-    """Yield (Position, Batch) pairs with the batches on `device`.
-
-    On CUDA, a second stream copies a batch while the device works on the previous one.
-    """
-    if device.type != "cuda":
-        yield from ((position, batch.to(device)) for position, batch in batches)
-        return
-    copying, ahead = torch.cuda.Stream(device), None
-    for position, batch in batches:
-        copying.wait_stream(torch.cuda.current_stream())  # its freed memory may be reused here
-        with torch.cuda.stream(copying):
-            copied = position, batch.to(device), copying.record_event()
-        if ahead:
-            yield _when_copied(*ahead)
-        ahead = copied
-    if ahead:
-        yield _when_copied(*ahead)
-
-
-def _when_copied(position, batch, copied):
-    torch.cuda.current_stream().wait_event(copied)
-    return position, batch
-
-
 class BatchLoader:
     """Batches of the windows of a dataset, epoch by epoch; decodes the next pack in the background.
 
@@ -317,18 +272,24 @@ class BatchLoader:
         are dropped, unless a pack has no other, and up to `world.size` - 1 batches per epoch, so
         that all processes get the same number. If False: all windows in order (`sequential` and
         `uniform` are then the same), the last batch possibly incomplete
+    augmentation: augments each batch (an augmentation.Augmentation)
 
     In training, processes wait for each other at each new pack, otherwise only in `prepare`.
     """
 
-    def __init__(self, dataset, batch_size, sampling, *, seed, training, world=ALONE):
+    def __init__(
+        self, dataset, batch_size, sampling, *, seed, training, world=ALONE, augmentation=None
+    ):
         """Raises UserError if the dataset has no window, or too few batches for all processes."""
         if sampling not in SAMPLINGS:
             raise ValueError(f"sampling {sampling!r} is none of {SAMPLINGS}")
         self.dataset, self.batch_size, self.sampling = dataset, batch_size, sampling
         self.seed, self.training, self.world = seed, training, world
+        self.augmentation = augmentation
         self._ahead = {}  # (epoch, pack) -> PackDecoding, at most one
+        self._buffers = TwoBuffers() if training and world.group is not None else None
         self._n_batches = {}  # epoch -> batches in each pack, of the last epoch only
+        self._split = {}  # epoch -> files of each pack, of two epochs at most
         self._begin(0)
         self._check_size()
 
@@ -356,8 +317,8 @@ class BatchLoader:
         """
         if epoch not in self._n_batches:
             layouts = (Layout.of(files, self.dataset.samples) for files in self._packs_of(epoch))
-            plans = (self._plan(epoch, p, layout) for p, layout in enumerate(layouts))
-            self._n_batches = {epoch: [plan.n_batches for plan in plans]}
+            count = functools.partial(self._planner, count_batches, epoch)
+            self._n_batches = {epoch: [count(p)(layout) for p, layout in enumerate(layouts)]}
         n_batches = self._n_batches[epoch]
         return max(0, sum(n_batches[first.pack :]) - first.batch) if first else sum(n_batches)
 
@@ -365,15 +326,33 @@ class BatchLoader:
         """Decode all audio now, with all processes, if it fits in one pack."""
         if len(self._packs) == 1:
             self.dataset.only_pack(self.world)
+        if self.augmentation:
+            self.augmentation.prepare(self.world)
 
     def _packs_of(self, epoch):
-        generator = generator_from(self.seed, "packs", epoch) if self.training else None
-        return split_into_packs(self.dataset.samples, self.dataset.max_size_loaded, generator)
+        if epoch not in self._split:
+            generator = generator_from(self.seed, "packs", epoch) if self.training else None
+            data, pieces = self.dataset, None
+            if self.sampling == "samespeaker":  # with a little of everybody, few batches were full
+                size = FULL_BATCHES * self.batch_size * data.size_window
+                pieces = data.speakers, max(1, min(size, data.max_size_loaded // 100))
+            packs = split_into_packs(data.samples, data.max_size_loaded, generator, pieces)
+            self._split = dict([*self._split.items()][-1:]) | {epoch: packs}
+        return self._split[epoch]
 
-    def _plan(self, epoch, p, layout):
-        generator = generator_from(self.seed, "windows", epoch, p) if self.training else None
-        speakers, size_window = self.dataset.speakers[layout.files], self.dataset.size_window
-        return plan_pack(layout, speakers, self.sampling, size_window, self.batch_size, generator)
+    def _planner(self, function, epoch, p):
+        """`plan_pack` or `count_batches` for a pack, as a function of its Layout.
+
+        It holds nothing of this loader, which a thread would keep alive.
+        """
+        seed, training, speakers = self.seed, self.training, self.dataset.speakers
+        sizes = self.sampling, self.dataset.size_window, self.batch_size
+
+        def plan(layout):
+            generator = generator_from(seed, "windows", epoch, p) if training else None
+            return function(layout, speakers[layout.files], *sizes, generator)
+
+        return plan
 
     def epoch(self, epoch, first=None):
         """Yield (Position, Batch) for this process, from position `first` on (None: the start).
@@ -388,12 +367,14 @@ class BatchLoader:
             for p in range(first.pack, len(self._packs)):
                 pack = self._take(p)
                 self._decode_ahead(p + 1)
-                plan = self._plan(epoch, p, pack.layout)
-                self._plans[p] = plan, pack.layout
+                plan = pack.plan or self._planner(plan_pack, epoch, p)(pack.layout)
+                self._planned = p, plan, pack.layout
+                if len(pack.layout.files) < len(self._packs[p]):
+                    self._layouts[p] = pack.layout
                 for g in range(min(skip, plan.n_batches), plan.n_batches):
                     self._check_ahead()
                     if n_seen % self.world.size == self.world.rank:
-                        own = Position(epoch, p, g), self._gather(pack, p, g)
+                        own = Position(epoch, p, g), self._gather(pack, plan, p, g)
                     n_seen += 1
                     if n_seen % self.world.size == 0:  # all processes have a batch
                         yield own
@@ -413,10 +394,14 @@ class BatchLoader:
         for decoding in self._ahead.values():
             decoding.workers.stop()
         self._ahead = {}
+        if self._buffers:
+            self._buffers.drop()  # threads may still write to them
 
     def _begin(self, epoch):
-        """Start an epoch: plan its packs, and number their windows by the lengths in headers."""
-        self._epoch, self._packs, self._plans = epoch, self._packs_of(epoch), {}
+        """Start an epoch: choose its packs, and number their windows by the lengths in headers."""
+        self._epoch, self._packs = epoch, self._packs_of(epoch)
+        self._planned = None, None, None  # a pack, its plan and its layout: those used last
+        self._layouts = {}  # of packs in which files turned out to be bad
         sizes = np.array([self.dataset.samples[files].sum() for files in self._packs])
         self._first_windows = cumulative(sizes // self.dataset.size_window)
 
@@ -424,28 +409,32 @@ class BatchLoader:
         if len(self._packs) == 1:
             return self.dataset.only_pack(self.world)
         decoding = self._ahead.pop((self._epoch, p), None)
-        return (decoding or self._decoding(self._packs[p])).finish()
+        if decoding is None:
+            self.close()
+            decoding = self._decoding(self._epoch, p, self._packs[p])
+        return decoding.finish()
 
-    def _decoding(self, files):
-        return PackDecoding(self.dataset, files, self.world if self.training else ALONE)
+    def _decoding(self, epoch, p, files):
+        world, plan = self.world if self.training else ALONE, self._planner(plan_pack, epoch, p)
+        return PackDecoding(self.dataset, files, world, plan, self._buffers)
 
     def _decode_ahead(self, p):
         """Start decoding pack `p` or, in training after the last, the first of the next epoch."""
         if len(self._packs) == 1:
             return
         if p < len(self._packs):
-            self._ahead = {(self._epoch, p): self._decoding(self._packs[p])}
+            self._ahead = {(self._epoch, p): self._decoding(self._epoch, p, self._packs[p])}
         elif self.training:
-            files = self._packs_of(self._epoch + 1)[0]
-            self._ahead = {(self._epoch + 1, 0): self._decoding(files)}
+            epoch = self._epoch + 1
+            self._ahead = {(epoch, 0): self._decoding(epoch, 0, self._packs_of(epoch)[0])}
 
     def _check_ahead(self):
         for decoding in self._ahead.values():
             decoding.workers.check()
 
-    def _gather(self, pack, p, g):
+    def _gather(self, pack, plan, p, g):
         """Batch `g` of pack `p`, gathered in one operation on its audio."""
-        plan, layout = self._plans[p]
+        layout = pack.layout
         starts = torch.from_numpy(plan.batch(g))
         size_window, phone = self.dataset.size_window, None
         waveform = pack.audio.unfold(0, size_window, 1).index_select(0, starts)
@@ -454,13 +443,11 @@ class BatchLoader:
             phone = frames.index_select(0, starts // SAMPLES_PER_FRAME).long()
         files = layout.files[layout.file_at(plan.batch(g))]
         window = torch.arange(plan.edges[g], plan.edges[g + 1]) + int(self._first_windows[p])
-        return Batch(
-            waveform.unsqueeze(1),
-            torch.from_numpy(self.dataset.speakers[files]),
-            phone,
-            window,
-            torch.from_numpy(self._continues(plan, layout, g)),
-        )
+        speakers, continues = self.dataset.speakers[files], self._continues(plan, layout, g)
+        tensors = torch.from_numpy(speakers), phone, window, torch.from_numpy(continues)
+        position = Position(self._epoch, p, g)
+        augmented = self.augmentation and self.augmentation.draw(position, speakers, pack)
+        return Batch(waveform.unsqueeze(1), *tensors, augmented=augmented)
 
     def _continues(self, plan, layout, g):
         """Whether each row continues where it ended in the last batch of this process."""
@@ -474,18 +461,22 @@ class BatchLoader:
     def locate(self, window):
         """The (path, start in that file in samples) of a window of the current epoch."""
         p = bisect_right(self._first_windows, int(window)) - 1
-        plan, layout = self._plans[p]
+        if p != self._planned[0]:  # plans aren't kept: those of 60,000 hours take 1.4 GB
+            layout = self._layouts.get(p) or Layout.of(self._packs[p], self.dataset.samples)
+            self._planned = p, self._planner(plan_pack, self._epoch, p)(layout), layout
+        _, plan, layout = self._planned
         start = plan.starts[int(window) - self._first_windows[p]]
         i = layout.file_at(start)
         path = self.dataset.utterances[layout.files[i]].path
         return path, int(start - layout.boundaries[i])
 
 
-def build_loaders(args, sets, world):
-    """The BatchLoaders of the training and the validation set."""
+def build_loaders(args, sets, world, augmentation=None):
+    """The BatchLoaders of the training set, with an Augmentation, and of the validation set."""
     training, validation = sets
+    own = {"sampling": args.samplingType, "training": True, "augmentation": augmentation}
     common = {"batch_size": args.batchSizeGPU, "seed": args.random_seed, "world": world}
     return (
-        BatchLoader(training, sampling=args.samplingType, training=True, **common),
+        BatchLoader(training, **own, **common),
         BatchLoader(validation, sampling="sequential", training=False, **common),
     )

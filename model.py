@@ -161,7 +161,8 @@ class MFCCEncoder(nn.Module):
 
     def forward(self, waveform):
         """waveform: (B, 1, L) -> (B, E, S), S = (L - 1) // 160 + 1."""
-        return self.MFCC(waveform.squeeze(1))
+        with torch.autocast(waveform.device.type, enabled=False):  # bf16: energies of 8 bits
+            return self.MFCC(waveform.squeeze(1))
 
 
 def build_encoder(args):
@@ -328,8 +329,8 @@ class CPCModel(nn.Module):
 
         continues: (B,) bool, the rows that follow on from the last batch (None: all); only used by
             a context network that keeps its hidden state
-        past: (B, 1, L), another version of the same audio to compute the contexts from, such as an
-            augmented one; `encoded`, the targets, still comes from `waveform` (None: the same)
+        past: (N, 1, L), another version of the first N rows to compute their contexts from, such
+            as an augmented one; `encoded`, the targets, still comes from `waveform` (None: N = 0)
 
         Raises UserError if L is too short for a frame.
         """
@@ -339,14 +340,16 @@ class CPCModel(nn.Module):
                 f"{n_samples} samples of audio are too short for this encoder, "
                 f"which needs {self.gEncoder.shortest}: leave them out or pad them"
             )
-        if past is not None and past.shape != waveform.shape:
+        if past is not None and past.shape != waveform[: len(past)].shape:
             raise ValueError(f"past is {tuple(past.shape)}, the waveform {tuple(waveform.shape)}")
         # One pass of the encoder, so that a norm over the batch sees both.
         audio = waveform if past is None else torch.cat([past, waveform])
         frames = self.gEncoder(audio)[:, :, : n_samples // SAMPLES_PER_FRAME]
         frames = frames.transpose(1, 2).contiguous()
-        past_frames, encoded = (frames, frames) if past is None else frames.chunk(2)
-        return self.gAR(past_frames, continues), encoded
+        if past is None:
+            return self.gAR(frames, continues), frames
+        past_frames, encoded = frames.split([len(past), len(waveform)])
+        return self.gAR(torch.cat([past_frames, encoded[len(past) :]]), continues), encoded
 
     def hidden_state(self):
         """The kept state: a tensor, a tuple of two, or None. It is never modified in place."""

@@ -21,6 +21,8 @@ import math
 import random
 import sys
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
 from criterion import (
@@ -31,12 +33,13 @@ from criterion import (
     trains_on_phones,
 )
 from criterion.networks import Networks
-from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, on_device, set_options
+from dataset import MAX_SIZE_LOADED, build_loaders, build_sets, set_options
 from eval.hooks import PREDICTED, build_hooks
 from eval.starts import StartWatch
 from feature_loader import load_model
 from model import CPCModel, build_model, preserved_state
 from stats.stats_utils import build_stats, with_absolute_directories
+from utils.data.batches import on_device
 from utils.data.corpus import open_corpus, split_corpus
 from utils.data.labels import read_phone_labels
 from utils.misc import UserError, generator_from, seed_from
@@ -48,9 +51,10 @@ from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.distributed import joined_world
 from utils.run.flags import captured_names, parse_arguments
-from utils.run.launch import launch, processes_to_start
-from utils.run.lock import training_lock
+from utils.run.launch import launch, processes_to_start, run_program
+from utils.run.lock import lost_lock, training_lock
 from utils.run.logs import Clock, RunningMeans
+from utils.run.place import enter_slurm_step
 from utils.run.resolve import resolve, works_on_checkpoint
 from utils.run.rules import check_call
 from utils.run.state import RunState, learning_rate
@@ -65,6 +69,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, explicit = parse_arguments(argv)
     check_call(args, explicit)
+    enter_slurm_step()
     n_processes = processes_to_start(args)
     if n_processes:
         return launch(n_processes, main, argv)
@@ -100,10 +105,10 @@ def run(args, explicit, argv, world, device):
         if world.on_rank_zero(lambda: is_finished(args, checkpoint)):
             console.print_finished(checkpoint.state["position"][0])
             return
-    prepare_machine(args, world)
+    prepare_machine(args, world, device)
 
     # ---- data
-    corpus = world.on_rank_zero(lambda: open_corpus(args))
+    corpus = open_corpus(args, world=world)
     with world.shared_errors():
         labels = read_phone_labels(args.path_phone_data) if args.path_phone_data else None
         split = None if args.onlyCapture else split_corpus(args, corpus)
@@ -123,7 +128,7 @@ def run(args, explicit, argv, world, device):
         # ---- state
         if training:
             trained_on = sets(labelled=trains_on_phones(args))
-            loaders = build_loaders(args, trained_on, world)
+            loaders = prepare_loaders(args, trained_on, world)
             speakers = list(corpus.speakers) if tells_speakers_apart(args) else None
             state = RunState(args, networks, *loaders, device, models=models, speakers=speakers)
             if checkpoint:
@@ -131,9 +136,9 @@ def run(args, explicit, argv, world, device):
             files = RunFiles(state, argv, trained_on, labels, stats)
 
         # ---- hooks
-        place = {"checkpoint": checkpoint, "device": device, "world": world}
-        hooks = build_hooks(args, corpus, labels, sets, stats, **place)
+        hooks = build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world)
     if training:
+        del checkpoint  # its weights would stay in memory for the whole run
         train(state, *loaders, hooks, files)
     else:
         for hook in hooks:
@@ -156,13 +161,14 @@ def train(state, train_loader, val_loader, hooks, files):
         console.print_finished(state.position.epoch)
         return
     listeners = [screen, state, StartWatch(state, val_loader.dataset)]
-    forward_backward = build_forward_backward(state)
+    forward_backward = console.note_if_starved(build_forward_backward(state), state)
     val_loader.prepare()
     try:
         if state.position == (0, 0, 0):
             start = validate(state, val_loader, 0, "before training")
             state.logs["before_training"] = start
             screen.before_training(start)
+            world.raise_everywhere(lost_lock())
             # After --restart, the old run keeps its report as long as its checkpoints.
             if world.is_rank_zero and not state.checkpoints_to_remove:
                 files.write(state.logs)
@@ -179,6 +185,8 @@ def train(state, train_loader, val_loader, hooks, files):
     except Stopped:
         if state.position != (0, 0, 0) and state.save():
             print(f"saved in epoch {state.position.epoch}; the same command resumes there")
+        if world.is_rank_zero:
+            files.complete(state.logs, world.stop)
         raise
     screen.summary(state.logs, state.best_row, state.clock, files.places())
 
@@ -193,7 +201,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
     state.networks.train()
     if state.position == (epoch, 0, 0):
         state.networks.model.reset_hidden()
-        state.clock = Clock()
+        state.clock = Clock(device=state.device)
     clock = state.clock
     clock.start()
     batches = on_device(loader.epoch(epoch, state.position), state.device)
@@ -212,7 +220,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
                 for listener in listeners:
                     listener.on_step(epoch, means.batches, n_batches, values, clock)
             if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0:
-                world.stop_if_asked()
+                state.save_is_agreed = world.stop_if_asked(state.save_pace.is_due)
     state.check_finite()
     clock.stop()
     return {
@@ -227,7 +235,7 @@ def train_step(state, forward_backward, position, batch):
     """One step of the optimiser, on a batch that is on the device."""
     args, networks, optimizer = state.args, state.networks, state.optimizer
     # Everything random is seeded by the position in the data, so a resumed run draws the same.
-    torch.manual_seed(seed_from(args.random_seed, *position))
+    machine.seed_generators(seed_from(args.random_seed, *position))
 
     # forward and backward
     losses, accuracies = forward_backward(batch)
@@ -262,7 +270,7 @@ def build_forward_backward(state):
     networks = world.wrap(state.networks)
 
     def forward_backward(batch):
-        with machine.autocast(args, device):
+        with machine.autocast(args, device), machine.compiled(args, batch):
             losses, accuracies = networks(batch)
         loss = losses.sum()
         # A non-finite loss makes NaN gradients, so the all-reduce shows it to every rank.
@@ -289,7 +297,7 @@ def validate(state, loader, epoch, title):
         title = f"{title}: validation"
         for position, batch in console.progress(batches, what=title, unit=" batches", total=total):
             negatives = generator_from(args.random_seed, epoch, "validation", *position[1:])
-            with machine.autocast(args, state.device):
+            with machine.autocast(args, state.device), machine.compiled(args, batch):
                 losses, accuracies = networks(batch, negatives)
             means.add(losses, accuracies, len(batch.window))
     losses, accuracies = means.means()
@@ -336,8 +344,10 @@ def finish_epoch(state, epoch, files, save_now):
     is_last, is_saved = epoch + 1 == args.nEpoch, True
     if save_now or is_last or epoch % args.save_step == 0:
         is_saved = state.save(epoch)
+    world.raise_everywhere(lost_lock())
     if world.is_rank_zero:
-        files.write(state.logs, epoch_speed(state.clock, state.device, world.size))
+        speed = epoch_speed(state.clock, state.device, world.size)
+        files.write(state.logs, speed, if_due=not (is_last or save_now))
     # All wait for rank 0 here: a rank that ended earlier, after an error, would end it as well.
     lost = f"{state.directory}: the last epoch's checkpoint couldn't be written"
     world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)
@@ -346,13 +356,22 @@ def finish_epoch(state, epoch, files, save_now):
 # ---------------------------------------------------------------------------- machine and networks
 
 
-def prepare_machine(args, world):
+def prepare_machine(args, world, device):
     """Set seed, memory, threads and precision."""
     if args.random_seed is None:
         args.random_seed = world.on_rank_zero(lambda: random.SystemRandom().randrange(2**31))
     machine.keep_freed_memory()
-    machine.set_threads(args.threads, world.local_size)
+    machine.set_threads(device, args.threads, world.local_size)
     machine.set_precision(args.precision)
+
+
+def prepare_loaders(args, sets, world):
+    """The BatchLoaders of training and validation set; the first one augments if asked to."""
+    if not args.augment_type:
+        return build_loaders(args, sets, world)
+    from augmentation import Augmentation  # no other run spends time on it
+
+    return build_loaders(args, sets, world, Augmentation(args, sets[0].speakers, world))
 
 
 def build_networks(args, corpus, labels, checkpoint, stats):
@@ -385,14 +404,18 @@ def build_networks(args, corpus, labels, checkpoint, stats):
 
 
 def compile_networks(criterion, model):
-    """Compile encoder and criterion. Libraries have kernels for recurrent networks."""
+    """Compile encoder and criterion, for use in `machine.compiled` alone.
+
+    Libraries have kernels for recurrent networks.
+    """
+    torch.compiler.set_stance("force_eager")
     print("the first steps wait for the compiler, up to some minutes", flush=True)
     for part in model.modules():
         if isinstance(part, CPCModel):
-            part.gEncoder.compile()
+            part.gEncoder.compile(dynamic=False)
     criterion.fused_scores = True
-    criterion.compile()
+    criterion.compile(dynamic=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

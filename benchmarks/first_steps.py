@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -107,6 +109,7 @@ def draw(path, curves):
             axes.plot(list(shares), values, color=color, label=layer)
         axes.set(title=f"--initialisation {start}", ylim=(0, 1), xlabel="step")
         axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(0, max(shares))
         last.plot(losses, label=start)
     panels[0].set_ylabel("energy that varies from frame to frame")
     panels[-1].legend(fontsize="small")

@@ -45,6 +45,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
 from tests.common import ROOT

@@ -21,6 +21,8 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 from tests.common import ROOT
 from utils.corpus import make_demo
 from utils.files import load_json, save_json

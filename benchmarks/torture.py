@@ -27,6 +27,8 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ["OMP_NUM_THREADS"] = "1"  # forked processes inherit no threads
 
+import utils.run.before_torch  # noqa: F401
+
 from benchmarks.trials.damaged_files import checkpoints, corpora
 from benchmarks.trials.interruptions import disk, kill, stop
 from benchmarks.trials.runs import TINY, Part, Run, on, warm_up

@@ -33,16 +33,21 @@ from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
+import augmentation
 from benchmarks.data import in_new_process, write_corpus
 from criterion import soft_align
-from dataset import build_loaders, build_sets, on_device, set_options
+from dataset import build_sets, set_options
 from model import CPCEncoder
 from stats.stats_collector import StatsCollector
-from train import build_forward_backward, build_networks, prepare_machine
+from train import build_forward_backward, build_networks, prepare_loaders, prepare_machine
 from train import train_step as do_step
 from transformers import SIZE_FEED_FORWARD
+from utils.data import effects
+from utils.data.batches import on_device
 from utils.data.corpus import open_corpus, split_corpus
 from utils.files import save_json
 from utils.misc import SAMPLES_PER_FRAME
@@ -58,6 +63,7 @@ EXAMPLE = (
     "--nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSkipBeg 1 "
     "--CPCCTCSkipEnd 2"
 )
+AUGMENTED = "--augment_past --augment_type pitch additive reverb"
 CONFIGURATIONS = {  # the flags of train.py, beyond its defaults
     "cpc": "",
     "cpc-linear": "--rnnMode linear",
@@ -73,9 +79,16 @@ CONFIGURATIONS = {  # the flags of train.py, beyond its defaults
     "demo": f"{EXAMPLE} --rnnMode linear --hiddenEncoder 64 --hiddenGar 96 --arMode GRU "
     "--sizeWindow 10240",
 }
-ON_REQUEST = ("no-ar", "demo")  # configurations that are measured if they are asked for
+CONFIGURATIONS |= {  # contexts of augmented copies of all windows, or of half of them
+    f"{name}-{suffix}": f"{CONFIGURATIONS[name]} {AUGMENTED} {share}".strip()
+    for name in ("cpc", "cpcctc")
+    for suffix, share in (("aug", ""), ("aug0.5", "--augment_prob 0.5"))
+}
+# configurations that are measured if they are asked for
+ON_REQUEST = ("no-ar", "demo", *(name for name in CONFIGURATIONS if "-aug" in name))
 PARTS = (
     "data",
+    "augmentation",
     "passes",
     "encoder",
     "AR",
@@ -119,7 +132,7 @@ def parse_arguments(argv):
         default=[name for name in CONFIGURATIONS if name not in ON_REQUEST],
         metavar="NAME,NAME",
         help=f"which of {', '.join(CONFIGURATIONS)} to measure (default: all but "
-        f"{' and '.join(ON_REQUEST)})",
+        f"{', '.join(ON_REQUEST)})",
     )
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each")
     parser.add_argument("--warm_up", type=int, default=5, help="steps before these")
@@ -151,6 +164,12 @@ def print_table(results, args):
         values = [result["parts"][part] for result in results.values()]
         if any(values):
             print(f"{'  ' + part + ', ms':22}" + "".join(f"{value:15.1f}" for value in values))
+    for name, result in results.items():
+        plain = results.get(name.split("-")[0])
+        if "-aug" in name and plain:
+            part = 100 * result["parts"]["augmentation"] / plain["step_ms"]
+            times = result["step_ms"] / plain["step_ms"]
+            print(f"{name}: {times:.2f} times the plain step, of which augmentation {part:.1f} %")
 
 
 # ---------------------------------------------------------------- one configuration, in its process
@@ -164,6 +183,8 @@ def measure(name, root, options):
     ar_alone_ms = time_ar(training.state, watch)
     time_parts(training, watch)
     training.loader.dataset.only_pack()  # decoding isn't part of a step
+    for room in range(args.room_scale_max + 1) if args.augment_type else ():
+        effects.room_response(room, args.sizeWindow)  # as after the first hundred steps
     batches = all_batches(training)
     training.state.networks.train()
     level = memory(device)
@@ -219,11 +240,11 @@ def new_run(flags, world):
     """(RunState, training loader, validation loader) of flags of train.py; prints nothing."""
     with contextlib.redirect_stdout(io.StringIO()):
         args, _ = resolve(*parse_training_arguments(flags))
-        prepare_machine(args, world)
         device, corpus = device_from(args.device), open_corpus(args)
+        prepare_machine(args, world, device)
         sets = build_sets(corpus, split_corpus(args, corpus), **set_options(args))
         networks, _ = build_networks(args, corpus, None, None, StatsCollector())
-    loaders = build_loaders(args, sets, world)
+        loaders = prepare_loaders(args, sets, world)
     return RunState(args, networks.to(device), *loaders, device), *loaders
 
 
@@ -251,6 +272,9 @@ def time_parts(training, watch):
     """Let the watch time the functions that a step is made of."""
     state = training.state
     model, criterion = state.networks.model, state.networks.criterion
+    if state.args.augment_type:
+        watch.time("augmentation", training.loader.augmentation, "draw")
+        watch.time("augmentation", augmentation, "augmented")
     if state.args.compile:  # nothing may come between what is compiled and recorded
         watch.time("passes", training, "forward_backward")
     else:
@@ -374,8 +398,9 @@ def floating_point_operations(args):
     n_predictions = args.nPredicts + args.CPCCTCSelfLoop
     n_candidates = args.negativeSamplingExt + (n_future if args.CPCCTC else 1)
     scores = n_anchors * n_predictions * n_candidates * dim
+    encoded = batch * (1 + args.augment_prob * bool(args.augment_type))  # and those of the past
     return {
-        "encoder": 2 * batch * (3 * sum(convolutions) - convolutions[0]),
+        "encoder": 2 * encoded * (3 * sum(convolutions) - convolutions[0]),
         "AR": 2 * batch * 3 * ar,
         "heads and negatives": 2 * batch * 3 * (args.nPredicts * head + scores),
     }

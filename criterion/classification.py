@@ -4,6 +4,7 @@ Each has the interface of all criteria, `criterion(context, encoded, label)`; it
 names the label in a `Batch` that it takes, "speaker" or "phone".
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from criterion.prediction import CriterionOutput
 from criterion.seq_alignment import collapse_label_chain
+from utils.misc import NO_CHANCE, Chance
 
 
 def build_classifier(n_features, n_classes, n_layers=1, n_outputs=None):
@@ -44,6 +46,11 @@ class _Classifier(nn.Module):
         """
         loss, accuracy = self.loss_and_accuracy(self.logits(context, encoded), label)
         return CriterionOutput(loss, accuracy, {})
+
+    def chance(self):
+        """The Chance of giving all classes the same probability."""
+        *_, last = (part for part in self.modules() if isinstance(part, nn.Linear))
+        return Chance(math.log(last.out_features), 1 / last.out_features)
 
 
 class SpeakerCriterion(_Classifier):
@@ -119,6 +126,10 @@ class CTCPhoneCriterion(_Classifier):
     def logits(self, context, encoded=None):
         """(B, S, C) -> (B, S, n_phones + 1)"""
         return self.PhoneCriterionClassifier(context)
+
+    def chance(self):
+        """Unknown: it depends on the lengths of the sequences."""
+        return NO_CHANCE
 
     def loss_and_accuracy(self, logits, label):
         """CTC loss per label, averaged over the batch, (1, 1); rows with more labels than frames

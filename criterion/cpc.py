@@ -1,9 +1,12 @@
 """Contrastive predictive coding, and a criterion that learns nothing."""
 
+import math
+
 import torch.nn.functional as F
 from torch import nn
 
 from criterion.prediction import ContrastiveCriterion, CriterionOutput
+from utils.misc import NO_CHANCE, Chance
 
 
 class CPCCriterion(ContrastiveCriterion):
@@ -16,6 +19,10 @@ class CPCCriterion(ContrastiveCriterion):
 
     def __init__(self, n_predictions, **common):
         super().__init__(n_predictions=n_predictions, n_future=n_predictions, **common)
+
+    def chance(self):
+        """The Chance of scores that don't depend on the frame: one of N + 1 candidates is right."""
+        return Chance(math.log(self.n_negatives + 1), 1 / (self.n_negatives + 1))
 
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None):
         """context (B, S, C), encoded (B, S, E), speaker (B,) -> CriterionOutput with (1, K).
@@ -40,6 +47,9 @@ class NoneCriterion(nn.Module):
 
     target = "speaker"
     step_name, has_accuracy = None, True
+
+    def chance(self):
+        return NO_CHANCE
 
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None):
         """Returns a loss and an accuracy of zero, both (1, 1).

@@ -19,7 +19,7 @@ class Networks(nn.Module):
 
         generator: draws the negatives (None: the global generator).
         """
-        context, encoded = self.model(batch.waveform, batch.continues)
+        context, encoded = self.model(batch.waveform, batch.continues, batch.past)
         label = getattr(batch, self.criterion.target)
         output = self.criterion(context, encoded, label, generator=generator)
         return output.losses, output.accuracies
@@ -28,6 +28,11 @@ class Networks(nn.Module):
     def step_name(self):
         """What each of the n losses belongs to: "prediction step", "matched frame", or None."""
         return self.criterion.step_name
+
+    @property
+    def chance(self):
+        """The Chance (utils/misc.py) of the criterion."""
+        return self.criterion.chance()
 
     @property
     def has_accuracy(self):

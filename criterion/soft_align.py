@@ -5,13 +5,15 @@ anchor are aligned, in order, to the M >= K frames that follow it. Each predicti
 several consecutive frames, and the loss sums over all alignments, as in CTC (Graves et al., 2006).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from criterion.prediction import ContrastiveCriterion, CriterionOutput
-from utils.misc import UserError
+from utils.misc import Chance, UserError
 
 FORBIDDEN = -1000.0  # log-probability of a masked match
 LOG_ZERO = -1e30  # log-probability of the impossible; finite, so that differences of two aren't NaN
@@ -95,9 +97,7 @@ class CPCCTCCriterion(ContrastiveCriterion):
         scores = self.score_candidates(predictions, encoded, generator)
         positives = scores.positives.transpose(1, 2)  # (X, M, P), X = B * W
         log_scores = self.apply_mask(F.logsigmoid(positives - scores.negatives.unsqueeze(1)))
-        cost, alignment = soft_align(
-            log_scores / self.loss_temperature, *self.skips, blank=self.blank_type
-        )
+        cost, alignment = self.align(log_scores)
         # Unlike in plain CPC, a negative that is the true frame itself counts as a mistake: the
         # accuracies of the original stay.
         hits = scores.higher.transpose(1, 2)
@@ -111,6 +111,23 @@ class CPCCTCCriterion(ContrastiveCriterion):
         }
         captured = {name: captured[name].detach() for name in capture}
         return CriterionOutput(losses, accuracies, captured)
+
+    def chance(self):
+        """The Chance of scores that are all equal: log(N + 1) for each frame, less the logarithm of
+        the number of alignments.
+
+        There is none of the accuracy: where scores are random, not equal, each frame has the best
+        of several predictions.
+        """
+        n_symbols = len(self.wPrediction.predictors) + self.n_extra
+        scores = torch.full((1, self.n_future, n_symbols), -math.log(self.n_negatives + 1))
+        log_scores = self.apply_mask(scores.to(next(self.parameters()).device))
+        cost, _ = self.align(log_scores)
+        return Chance(cost.item() * self.loss_temperature / self.n_future)
+
+    def align(self, log_scores):
+        """`soft_align` of log_scores (X, M, P), before they are divided by the temperature."""
+        return soft_align(log_scores / self.loss_temperature, *self.skips, blank=self.blank_type)
 
     @property
     def blank_type(self):

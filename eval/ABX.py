@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import numpy as np
 import torch
 
@@ -38,11 +40,12 @@ from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
 from model import CPCAR
+from utils.data.listing import AUDIO, choose_extension
 from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, above, at_least, command
+from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_device, add_extension
 
@@ -62,7 +65,7 @@ DEBUG_FILES = 1000
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     library = require_fastabx() if args.fastabx else "built in"
     items = read_items(args.path_item_file, args.context == "any")
     if args.debug:
@@ -147,6 +150,8 @@ def parse_arguments(argv=None):
     folder = args.path_audio_data if args.load == "from_checkpoint" else args.path_features
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such directory")
+    kinds = AUDIO if args.load == "from_checkpoint" else READERS
+    args.file_extension = choose_extension(folder, args.file_extension, kinds)
     if args.load == "from_checkpoint":
         args.path_checkpoint = os.path.abspath(open_checkpoint(args.path_checkpoint).path)
         folder = os.path.dirname(args.path_checkpoint)
@@ -168,7 +173,7 @@ def build_parser():
     add("path_item_file", help="item file, one item per line: `file onset offset phone prev next "
         "speaker`")
     add("path_audio_data", help="folder of the audio files; subfolders are included")
-    add_extension(add, ".wav")
+    add_extension(add)
     add("--get_encoded", action="store_true", help="score encoded frames instead of contexts")
     add("--seq_norm", action="store_true",
         help="normalise each file, or chunk, to zero mean and unit variance over time")
@@ -181,7 +186,8 @@ def build_parser():
     add = stored.add_argument
     add("path_features", help="folder of the features, one file for each audio file")
     add("path_item_file", help="item file, as for from_checkpoint")
-    add_extension(add, ".pt", f"feature files, one of {' '.join(READERS)}")
+    add_extension(add, default=DefaultExtension(".pt"),
+        files=f"feature files, one of {' '.join(READERS)}")
     add_shared_flags(stored)
     return parser
 

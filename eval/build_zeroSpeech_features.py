@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import numpy as np
 
 from eval.center_push import read_centers, squared_distances
@@ -32,6 +34,7 @@ from feature_loader import (
     load_model,
     load_phone_classifier,
 )
+from utils.data.listing import choose_extension
 from utils.data.names import files_by_name
 from utils.files import (
     atomic_path,
@@ -43,10 +46,10 @@ from utils.files import (
 )
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, at_least, command, extension
+from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, check_same_flags
+from utils.run.shared_flags import add_device, add_extension, check_same_flags
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that the features depend on
@@ -59,7 +62,7 @@ DECISIVE = (  # flags that the features depend on
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     outputs = name_outputs(args)
     module = build_module(args).to(device_from(args.device))
     open_folder(args)
@@ -90,6 +93,7 @@ def parse_arguments(argv=None):
             raise UserError(f"--addCriterion writes phone probabilities: leave out --{name}")
     if not os.path.isdir(args.pathDB):
         raise UserError(f"{args.pathDB}: no such directory")
+    args.extension = choose_extension(args.pathDB, args.extension)
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
     args.pathOut = os.path.abspath(args.pathOut)
     args.clusters = args.clusters and os.path.abspath(args.clusters)
@@ -127,8 +131,7 @@ def build_parser():
     add("pathDB", help="folder of the audio files; subfolders are included")
     add("pathOut", help="folder to write the features to")
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
-    add("--extension", "--file_extension", type=extension, default=".wav", metavar="EXT",
-        help="ending of the names of the audio files")
+    add_extension(add, "--extension")
     add("--format", choices=["npz", "fea", "npy", "pt", "af"], default="fea",
         help="of the feature files; fea is text")
     add_feature_flags(parser.add_argument_group("features").add_argument)

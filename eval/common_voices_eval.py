@@ -22,6 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,7 +51,7 @@ PARALLEL = "module."  # prefix of keys: the original saves the state of DataPara
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     if args.command == "train":
         train(args)
     else:
@@ -103,7 +105,7 @@ def add_training_flags(add):
     add("--pathTrain", metavar="FILE", help="names of the utterances to train on (default: all)")
     add("--pathVal", metavar="FILE", help="names of the utterances to validate on (default: a "
         "tenth is set aside)")
-    add_extension(add, ".mp3")
+    add_extension(add)
     add("--freeze", action="store_true", help="train only the classifier, not the model")
     add("--no_pretraining", action="store_true", help="start from random weights of the model")
     add("--LSTM", action="store_true", help="an LSTM between the features and the classifier")
@@ -218,6 +220,7 @@ def list_utterances(args):
         ignore_cache=args.ignore_cache,
         n_threads=args.n_process_loader,
     )
+    args.file_extension = corpus.extension
     return corpus, read_phone_labels(args.pathPhone)
 
 

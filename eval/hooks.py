@@ -167,7 +167,7 @@ class UnitHook(ProbeHook):
 # ----------------------------------------------------------------------------- as the flags ask for
 
 
-def build_hooks(args, corpus, labels, sets, stats, *, checkpoint, device, world):
+def build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world):
     """Captures and probes, between epochs or once on a checkpoint, as the flags ask for.
 
     sets: `sets(labelled=...)` gives training and validation set, with phone labels or without.

@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
 from dataset import build_sets
@@ -57,9 +59,9 @@ def main(argv=None):
     directory = Path(args.pathCheckpoint)
     check_directory(directory, args)
     keep_freed_memory()
-    set_threads()
-    torch.manual_seed(args.random_seed)
     device = torch.device(args.device)
+    set_threads(device)
+    torch.manual_seed(args.random_seed)
     model, architectures = build_model(args, open_checkpoints(args))
     train_set, validation_set, n_classes = open_sets(args)
     probe = Probe(
@@ -210,7 +212,7 @@ def add_training_flags(add):
 
 
 def add_data_flags(add):
-    add_extension(add, ".flac")
+    add_extension(add)
     add("--speaker_level", type=at_least(1), default=1, metavar="N",
         help="number of folders below the root that name the speaker of a file")
     add("--size_window", type=int, metavar="SAMPLES",

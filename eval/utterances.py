@@ -18,6 +18,7 @@ from feature_loader import load_waveform, longest_input
 from utils.data.corpus import labels_by_path
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.console import progress
+from utils.run.machine import processors_each
 
 
 class LabelledUtterance(NamedTuple):
@@ -137,7 +138,7 @@ class UtteranceSet:
     def _decode(self, batches):
         """Yield each batch with its waveforms (L,), while those of the next one are decoded."""
         ahead = deque()
-        with ThreadPoolExecutor(self.n_threads) as pool:
+        with ThreadPoolExecutor(min(self.n_threads, processors_each())) as pool:
             for batch in batches:
                 ahead.append((batch, [pool.submit(self._waveform, u) for u in batch]))
                 if len(ahead) == 2:

@@ -42,7 +42,8 @@ class Stat:
     It runs before any data is loaded and raises `UserError` for an argument that it can't accept.
     """
 
-    # Names of the arguments, for messages: `name:ARGUMENT,ARGUMENT`. A DIRECTORY comes last.
+    # Names of the arguments, for messages: `name:ARGUMENT,[OPTION],ARGUMENT`, where an [OPTION] may
+    # be left out. A DIRECTORY comes last.
     arguments: ClassVar[tuple[str, ...]] = ()
 
     # Names of the captured tensors it reads; they are computed even if they aren't saved.

@@ -56,12 +56,19 @@ def with_absolute_directories(specs):
 
 def _with_absolute_directory(spec):
     name, _, arguments = spec.partition(":")
-    names, values = STATS[name].arguments if name in STATS else (), arguments.split(",")
+    values = arguments.split(",")
+    names = _names_of(STATS[name], values) if name in STATS else []
     if len(names) != len(values):
         return spec
     pairs = zip(names, values, strict=True)
     values = [os.path.abspath(v) if v and n == "DIRECTORY" else v for n, v in pairs]
     return f"{name}:{','.join(values)}"
+
+
+def _names_of(stat, values):
+    """The names of these arguments of a stat; a name in brackets may be left out."""
+    fewer = len(values) < len(stat.arguments)
+    return [name for name in stat.arguments if not (fewer and name.startswith("["))]
 
 
 def _parse_one(spec):
@@ -73,10 +80,10 @@ def _parse_one(spec):
             f"there are {usage()}"
         )
     stat, arguments = STATS[name], arguments.split(",")
-    if len(arguments) != len(stat.arguments):
+    if len(arguments) != len(_names_of(stat, arguments)):
         raise UserError(
             f"--captureSetStats: {spec!r} has {len(arguments)} arguments, where "
-            f"{usage(name)} has {len(stat.arguments)}"
+            f"{usage(name)} has {len(_names_of(stat, arguments))}"
         )
     return stat(*arguments)
 

@@ -779,6 +779,14 @@ def test_split_by_speaker_divides_speakers(tmp_path):
     assert {*map(speaker_of, split(few, tmp_path / "new", "--by", "speaker")[1])} == {"b"}
 
 
+def test_split_warns_of_folders_that_are_no_speakers(tmp_path, capsys):
+    root = empty_corpus(tmp_path / "TRAIN", {"DR1/F": 3, "DR1/G": 3, "DR2/H": 3})
+    split(root, tmp_path / "out", "--by", "speaker")
+    assert "DR1, DR2 count as speakers, and each holds only folders" in capsys.readouterr().out
+    split(root, tmp_path / "other", "--by", "speaker", "--speaker_level", 2)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_split_replaces_other_lists_only_if_told(tmp_path, capsys):
     root, out = empty_corpus(tmp_path / "audio", {"a": 20, "b": 20}), tmp_path / "out"
     before = split(root, out)
@@ -966,6 +974,23 @@ def test_clipped_samples_are_counted_and_what_is_no_audio_refused(tmp_path, caps
     assert "2 of 4 files can't be converted: nan.wav: contains NaN" in said.err
     assert "numbers.wav: many samples lie far beyond [-1, 1] (integers" in said.err
     assert sorted(os.listdir(tmp_path / "out")) == ["loud.flac", "quiet.flac"]
+
+
+@pytest.mark.parametrize("target", [".mp3", ".flac"])
+def test_copied_files_are_checked_like_others(tmp_path, capsys, target):
+    """.mp3 is copied, .flac converted: neither silence nor a file cut short goes unnoticed."""
+    write_tone(tmp_path / "in" / "a.mp3", 16_000, seconds=5)
+    whole = (tmp_path / "in" / "a.mp3").read_bytes()
+    (tmp_path / "in" / "cut.mp3").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(tmp_path / "in" / "zero.mp3", np.zeros(16_000), 16_000)
+    flags = ["--file_extension", ".mp3", "--out_extension", target]
+    refused(adjust_sample_rate.main, tmp_path / "in", tmp_path / "out", *flags)
+    said = capsys.readouterr()
+    assert "2 files converted" in said.out
+    assert "warning: 1 file, digital silence" in said.out
+    assert said.out.endswith("equal: zero.mp3\n")
+    assert re.search(r"cut.mp3: ends after \d+ samples, but its header says 80000", said.err)
+    assert sorted(os.listdir(tmp_path / "out")) == [f"a{target}", f"zero{target}"]
 
 
 def test_a_file_from_a_pipe_gets_a_length(tmp_path):

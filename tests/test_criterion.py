@@ -1428,3 +1428,43 @@ def test_certain_frames_give_their_labels():
     labels = torch.tensor([[1, 1, 4, 1, 4, 4, 2], [0, 0, 0, 0, 4, 0, 0]])
     certain = nn.functional.one_hot(labels, 5)
     assert best_label_sequences(certain, blank=4, n_keep=5) == [[1, 1, 2], [0, 0]]
+
+
+# ------------------------------------------------------------------------------------- chance level
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        None,
+        {"n_matched": 7},
+        {"n_matched": 5, "loss_temperature": 2.0, "skips_beg": 1, "skips_end": 2},
+        {"n_matched": 6, "self_loop": True, "learn_blank": True},
+        {"n_matched": 6, "mask_rules": parse_mask_rules("0:1:1:none,-1:none:0:2")},
+    ],
+    ids=["cpc", "cpc-ctc", "skips, temperature", "loop, blank", "mask"],
+)
+def test_chance_is_what_frames_give_that_are_all_the_same(options):
+    common = {"dim_context": 6, "dim_encoded": 4, "n_frames": 12, "n_negatives": 9}
+    common["rnn_mode"] = "linear"
+    criterion = CPCCTCCriterion(4, **options, **common) if options else CPCCriterion(4, **common)
+    same = torch.ones(2, 12, 1)
+    inputs = same * torch.randn(6), same * torch.randn(4), torch.zeros(2, dtype=torch.long)
+    for head in criterion.wPrediction.predictors[1:]:
+        head.weight.data = criterion.wPrediction.predictors[0].weight.data
+    losses = criterion(*inputs).losses
+    if options and criterion.n_extra:  # these predict something else than the heads: all zeros
+        losses = criterion(inputs[0], 0 * inputs[1], inputs[2]).losses
+    chance = criterion.chance()
+    assert losses.mean().item() == pytest.approx(chance.loss, rel=1e-5)
+    assert chance.accuracy == (None if options else 0.1)
+
+
+def test_the_chance_of_classifiers_is_one_class_of_all():
+    for criterion in (PhoneCriterion(6, 5, n_layers=2), SpeakerCriterion(6, 5)):
+        label = torch.zeros((3, 4) if criterion.target == "phone" else 3, dtype=torch.long)
+        for parameter in criterion.parameters():
+            parameter.data.zero_()
+        loss = criterion(torch.randn(3, 4, 6), None, label).losses.item()
+        assert (loss, 0.2) == pytest.approx(criterion.chance())
+    assert CTCPhoneCriterion(6, 5).chance() == NoneCriterion().chance() == (None, None)

@@ -16,13 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from dataset import Batch, on_device
+from dataset import Batch
 from tests.helpers import ends_refused
+from tests.test_distributed import hooks
 from tests.test_train import EXAMPLE, SMALL, assert_same, on, run, trained
+from utils.data.batches import _copying_stream, on_device
 from utils.misc import UserError
 from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.flags import build_parser
+from utils.run.logs import Clock
+from utils.run.machine import available_memory, set_precision
 from utils.run.rules import check_compilers
 
 
@@ -87,7 +91,9 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(log, "other"))
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(log, "own"))
-    return log
+    _copying_stream.cache_clear()
+    yield log
+    _copying_stream.cache_clear()
 
 
 @pytest.fixture
@@ -185,6 +191,47 @@ def test_a_recorded_run_that_was_stopped_goes_on(tiny_corpus, tmp_path, graphs):
     assert_same(whole, trained(tiny_corpus, tmp_path / "parts", epochs=3))
 
 
+def test_all_epochs_copy_on_one_stream(streams, monkeypatch):
+    """Of each stream, PyTorch keeps the memory that it freed."""
+    made, device = [], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(Stream([], "")) or made[0])
+    monkeypatch.setattr(Batch, "to", lambda self, device: self)
+    for _ in range(3):
+        assert len(list(on_device([(0, Batch(*[torch.zeros(1)] * 5))], device))) == 1
+    assert len(made) == 1
+
+
+def test_only_what_the_device_waits_for_is_waiting(monkeypatch):
+    """Of three fetched batches, while it has 0.5 s of work each: 0.25, 0.75 and 1 s for them."""
+    now, busy_until = [0.0], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(now[0], busy_until[0])
+
+        def query(self):
+            return self.at <= now[0]
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    def fetch(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock(waited=7.0, device=torch.device("cuda"))
+    for seconds in (0.25, 0.75, 1.0):
+        clock.wait_for(fetch, seconds)
+        busy_until[0] = max(now[0], busy_until[0]) + 0.5
+    assert clock.waited == 7.0 + 0.25 + 0.25 + 0.5
+    clock.wait_for(fetch, 0.1)  # of which the device knows nothing yet
+    assert len(clock._pending) == 1
+    assert clock.waited == 8.0
+
+
 def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypatch):
     """And each is waited for on its own, not with the next one."""
     monkeypatch.setattr(Batch, "to", lambda self, device: streams.append("copy") or self)
@@ -244,6 +291,42 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, to
     monkeypatch.setenv("PATH", os.devnull)
     with pytest.raises(UserError, match=re.escape(told)):
         check_compilers(cuda)
+
+
+def test_memory_that_pytorch_keeps_is_available(monkeypatch):
+    for name, found in (("mem_get_info", (50, 1000)), ("memory_reserved", 400),
+                        ("memory_allocated", 300)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert available_memory(torch.device("cuda")) == 150
+
+
+def test_attention_leaves_cudnn_out():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    set_precision("fp32")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_only_full_batches_are_compiled(tiny_corpus, tmp_path, monkeypatch):
+    """For fixed sizes; those of other sizes and the hooks' don't make the compiler start again."""
+    sizes, compiled = [], torch.nn.Module.compile
+
+    def eager(graph, inputs):
+        assert all(torch.is_tensor(x) for x in inputs), "a size that may change"
+        sizes.extend(len(x) for x in inputs if x.shape[1:] in ((1, 3200), (20, 8)))
+        return graph
+
+    def as_it_is(module, **options):
+        compiled(module, backend=eager, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", as_it_is)
+    words = [*hooks(tiny_corpus, tmp_path), "--samplingType", "samespeaker"]
+    plain = trained(tiny_corpus, tmp_path / "plain", *words)
+    assert not sizes
+    compiled_run = trained(tiny_corpus, tmp_path / "compiled", *words, "--compile")
+    assert sizes == [4] * 4, "encoder and criterion, to train and to validate"
+    for key in ("locLoss_train", "locLoss_val"):
+        for found, expected in zip(compiled_run["logs"][key], plain["logs"][key], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_gpu_without_room_is_told_in_one_line(capsys):

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 
+import dataset
 from dataset import (
     SAMPLINGS,
     AudioDataset,
@@ -47,9 +48,17 @@ from utils.data.corpus import (
 from utils.data.labels import PhoneLabels, read_phone_labels
 from utils.data.names import files_by_name
 from utils.data.packs import allocate_audio
-from utils.data.windows import Layout, plan_pack, plan_rows, split_into_packs
+from utils.data.windows import (
+    Layout,
+    count_batches,
+    largest_pack,
+    plan_pack,
+    plan_rows,
+    split_into_packs,
+)
 from utils.data.workers import Workers
 from utils.misc import SAMPLE_RATE, UserError, first_few, generator_from
+from utils.run.command import DefaultExtension
 from utils.run.console import PlainProgress
 from utils.run.distributed import World
 
@@ -108,6 +117,47 @@ def summary(item):
     """A batch and its position as something to compare."""
     position, batch = item
     return (*position, batch.window.tolist(), batch.continues.tolist(), batch.waveform.sum().item())
+
+
+# --------------------------------------------------------------- extensions that nobody has given
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen", "said"),
+    [
+        (["a.wav", "b.wav", "b.txt", "._b.flac"], ".wav", ""),
+        (["DR1/F/a.WAV", "DR1/F/a.PHN"], ".WAV", ""),
+        (["a.flac", "b.mp3", "c.mp3"], ".flac", "there are 2 .mp3, 1 .flac: those .* .flac are"),
+        (["a.ogg", "b.mp3", "c.mp3"], None, "several kinds of files, 2 .mp3, 1 .ogg: choose one"),
+        (["a.wav", "b.WAV"], None, "1 .WAV, 1 .wav"),
+        (["a.txt", "b"], ".flac", ""),  # find_files names what there is
+    ],
+    ids="one capital several foreign letters none".split(),
+)
+def test_the_default_extension_is_that_of_the_only_kind(tmp_path, capsys, names, chosen, said):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if chosen:
+        assert listing.choose_extension(tmp_path, DefaultExtension(".flac")) == chosen
+        assert bool(said) == bool(capsys.readouterr().out)
+    else:
+        with pytest.raises(UserError, match=said):
+            listing.choose_extension(tmp_path, DefaultExtension(".flac"))
+    assert listing.choose_extension(tmp_path, ".flac") == ".flac"
+
+
+def test_the_kind_is_looked_for_until_the_default_is_listed(tmp_path, monkeypatch):
+    write_audio(tmp_path, {"s/a.wav": noise(800)})
+    for ignore_cache in (False, False, True):
+        corpus = scan_corpus(tmp_path, DefaultExtension(".flac"), ignore_cache=ignore_cache)
+        assert (type(corpus.extension), corpus.extension) == (str, ".wav")
+    write_audio(tmp_path, {"s/a.flac": noise(900)})
+    assert scan_corpus(tmp_path, DefaultExtension(".flac")).extension == ".flac"
+    monkeypatch.setattr(listing, "_walk", None)
+    corpus = scan_corpus(tmp_path, DefaultExtension(".flac"))
+    assert [(u.path, u.samples) for u in corpus.utterances] == [("s/a.flac", 900)]
+    assert (type(corpus.extension), corpus.extension) == (str, ".flac")
 
 
 # ---------------------------------------------------------------------- listing: golden and formats
@@ -311,7 +361,7 @@ def test_a_database_given_a_folder_too_high_or_too_low_is_warned_of(tmp_path, ca
     warn_of_single_speaker(scan_corpus(tmp_path))
     said = capsys.readouterr().out
     assert "that is train for every file" in said
-    assert f"give --pathDB {tmp_path / 'train'}\n" in said
+    assert f"give --pathDB {tmp_path / 'train'}, or --speaker_level 2\n" in said
     warn_of_single_speaker(scan_corpus(tmp_path / "train"))
     assert capsys.readouterr().out == ""
     warn_of_single_speaker(scan_corpus(tmp_path / "train" / "19"))
@@ -339,7 +389,8 @@ def test_subsets_that_count_as_speakers_are_warned_of(sign, between, capsys):
     warn_of_subsets(listed(subsets))
     said = capsys.readouterr().out
     assert "warning: db: clean, other count as one speaker each" in said
-    assert "there are 3 speakers: give --pathDB one of these folders" in said
+    level = 3 if between else 2
+    assert f"3 speakers: give --speaker_level {level}, or --pathDB one of these folders" in said
     assert said.count("\n") == 1
 
 
@@ -821,6 +872,24 @@ def test_a_file_that_ends_early(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "skipped 1 of 3 files: s/1.mp3 (ends after" in said
     assert "its header says 80000)" in said
+    reason = re.search(r"ends after \d+ samples, but its header says 80000", said)[0]
+    with pytest.raises(UserError, match=f"s/1.mp3: {reason}"):
+        load_waveform(tmp_path / "s/1.mp3")
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.au"])
+def test_a_header_of_no_samples_is_not_an_empty_file(tmp_path, name):
+    """Some programs that write to a pipe leave 0 there; libsndfile then reads nothing."""
+    soundfile.write(tmp_path / name, noise(5_000), SAMPLE_RATE)
+    content = bytearray((tmp_path / name).read_bytes())
+    place = slice(40, 44) if name == "a.wav" else slice(8, 12)
+    assert int.from_bytes(content[place], "little" if name == "a.wav" else "big") == 10_000
+    content[place] = bytes(4)
+    (tmp_path / name).write_bytes(content)
+    reason = "its header says 0 samples of 10,0.. bytes: `sox --ignore-length"
+    assert re.match(reason, audio.read_header(tmp_path / name).problem)
+    with pytest.raises(UserError, match=f"{name}: {reason}"):
+        load_waveform(tmp_path / name)
 
 
 def test_silent_files_are_named_once_and_used(own_corpus, capsys):
@@ -837,6 +906,10 @@ def test_silent_files_are_named_once_and_used(own_corpus, capsys):
     named = re.findall(r"b/\w+\.flac", printed)
     assert sorted(named) == ["b/cancel.flac", "b/offset.flac", "b/zero.flac"]
     assert "of 11 files are digital silence" in printed
+    for path in files:
+        load_waveform(own_corpus / path)
+    warned = re.findall(r"warning: .*(b/\w+\.flac): digital silence", capsys.readouterr().out)
+    assert sorted(warned) == ["b/cancel.flac", "b/offset.flac", "b/zero.flac"]
 
 
 def test_too_many_bad_files(own_corpus):
@@ -1157,6 +1230,7 @@ def test_fixed_plans_hold_every_window(sampling, seed):
     plan = plan_pack(layout, speakers, sampling, WINDOW, 3)
     groups = [starts[i : i + 3] for starts in expected for i in range(0, len(starts), 3)]
     assert [plan.batch(g).tolist() for g in range(plan.n_batches)] == groups
+    assert count_batches(layout, speakers, sampling, WINDOW, 3) == len(groups)
 
 
 @pytest.mark.parametrize("sampling", ["samespeaker", "uniform", "samesequence"])
@@ -1167,6 +1241,8 @@ def test_training_plans(sampling, seed):
     begins = np.array([begin for begin, _ in intervals])
     plan = plan_pack(layout, speakers, sampling, WINDOW, 4, generator_from(seed))
     batches = [plan.batch(g).tolist() for g in range(plan.n_batches)]
+    counted = count_batches(layout, speakers, sampling, WINDOW, 4, generator_from(seed))
+    assert counted == len(batches)
     first, seen, order = {}, Counter(), []
     for batch in batches:
         owners = {int(np.searchsorted(begins, start, side="right")) - 1 for start in batch}
@@ -1249,10 +1325,33 @@ def test_packs_hold_each_file_once(seed):
     max_size = int(rng.integers(500, 8000))
     for generator in (None, generator_from(seed)):
         packs = split_into_packs(lengths, max_size, generator)
+        assert max(lengths[pack].sum() for pack in packs) <= largest_pack(lengths, max_size)
         assert sorted(np.concatenate(packs).tolist()) == list(range(len(lengths)))
         assert all((np.diff(pack) > 0).all() for pack in packs)
         assert all(lengths[pack].sum() <= max_size or len(pack) == 1 for pack in packs)
         assert len(packs) >= lengths.sum() / max_size
+
+
+def test_packs_keep_enough_of_a_speaker_together_for_full_batches():
+    """And yet hold many speakers; files as large as a piece are shuffled as they always were."""
+    rng = np.random.default_rng(0)
+    lengths, speakers = rng.integers(20, 200, 20_000) * 160, np.sort(rng.integers(0, 50, 20_000))
+    for max_size, batch_size in ((3_000_000, 4), (8_000_000, 8)):
+        size, together = 16 * batch_size * WINDOW, []
+        packs = split_into_packs(lengths, max_size, generator_from(1), (speakers, size))
+        assert sorted(np.concatenate(packs)) == list(range(20_000))
+        for pack in packs:
+            assert lengths[pack].sum() <= max_size
+            n_pieces = lengths[pack].sum() / size
+            assert len(np.unique(speakers[pack])) >= n_pieces / 2
+            plan = plan_pack(
+                Layout.of(pack, lengths), speakers[pack], "samespeaker", WINDOW, batch_size
+            )
+            together.extend(np.diff(plan.edges) == batch_size)
+        assert np.mean(together) > 0.9
+    files = split_into_packs(lengths, max_size, generator_from(1))
+    smallest = split_into_packs(lengths, max_size, generator_from(1), (speakers, 1))
+    assert all(map(np.array_equal, files, smallest))
 
 
 def test_packs_are_of_about_the_same_size():
@@ -1409,6 +1508,31 @@ def test_each_epoch_decodes_each_file_once_in_another_order(small_corpus, monkey
         decoded.clear()
         list(fixed.epoch(0))
         assert sorted(relative(fixed, decoded)) == sorted(LENGTHS)
+
+
+def test_packs_are_planned_when_they_are_due(own_corpus, monkeypatch):
+    """And then forgotten; windows of earlier packs are found all the same, bad files or not."""
+    corpus, plans = scan_corpus(own_corpus), []
+    (own_corpus / "b/x/b-1.flac").write_bytes(b"fLaC")  # found out while it is decoded
+
+    def noted(*args):
+        plan = plan_pack(*args)
+        plans.append(weakref.ref(plan.starts))
+        return plan
+
+    monkeypatch.setattr(dataset, "plan_pack", noted)
+    loader = loader_of(corpus, "samespeaker")
+    assert len(loader) > 5
+    assert not plans
+    located, n_alive = {}, []
+    for position, batch in loader.epoch(0):
+        located |= {int(window): loader.locate(window) for window in batch.window}
+        n_alive.append(sum(plan() is not None for plan in plans))
+        last = position.pack
+    assert last >= 2
+    assert max(n_alive) <= 2
+    assert {window: loader.locate(window) for window in located} == located
+    assert "b/x/b-1.flac" not in dict(located.values())
 
 
 def test_one_pack_is_decoded_once_and_kept(small_corpus, monkeypatch):

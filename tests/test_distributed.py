@@ -1,10 +1,16 @@
 """Tests of runs in several processes: two of them, on the CPU."""
 
+import errno
 import json
 import multiprocessing
 import os
 import select
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,9 +19,9 @@ import torch
 import train
 from criterion import build_criterion
 from criterion.networks import Networks
-from dataset import AudioDataset, Batch
+from dataset import AudioDataset, Batch, BatchLoader
 from model import build_model
-from tests.helpers import assert_close, ends_refused, write_tiny_corpus
+from tests.helpers import ROOT, assert_close, ends_refused, write_tiny_corpus
 from tests.test_train import (
     EXAMPLE,
     SMALL,
@@ -31,10 +37,12 @@ from utils.capture import CaptureWriter
 from utils.data.corpus import scan_corpus
 from utils.misc import UserError
 from utils.run import distributed
+from utils.run import launch as launching
 from utils.run.command import command
 from utils.run.distributed import World, joined_world
 from utils.run.flags import build_parser
 from utils.run.launch import launch, processes_to_start
+from utils.run.place import Place, enter_slurm_step, find_place, first_host, tasks_per_node
 from utils.run.stopping import StopSignals
 
 CRITERIA = {"CPC": [], "CPC-CTC": EXAMPLE[2:], "heads": ["--rnnMode", "transformer"]}
@@ -84,7 +92,26 @@ def meet(words):
         pack = audio.only_pack(world)
         found["pack"], found["files"] = pack.audio.clone(), pack.layout.files.tolist()
         found["same memory"] = writes_are_seen(world, pack.audio)
+        loader, found["allocated"] = in_packs(corpus, world), []
+        allocate = world.shared_tensor
+        world.shared_tensor = lambda *size: found["allocated"].append(size) or allocate(*size)
+        found["batches"] = batches_of(loader)
         torch.save(found, Path(directory, f"{world.rank}.pt"))
+
+
+def in_packs(corpus, world):
+    audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).utterances, 1600, n_threads=1)
+    audio.max_size_loaded = int(audio.samples.sum() // 3)
+    return BatchLoader(audio, 4, "samespeaker", seed=3, training=True, world=world)
+
+
+def batches_of(loader):
+    """Position -> waveform, speaker and place of all batches of three epochs."""
+    return {
+        tuple(position): [*batch[:2], batch.window]
+        for epoch in range(3)
+        for position, batch in loader.epoch(epoch)
+    }
 
 
 def writes_are_seen(world, audio):
@@ -138,15 +165,47 @@ def test_processes_decode_one_pack_together(met):
         assert seen["same memory"] == 77
 
 
+def slurm_step(rank, node, local_rank, tasks, nodes="node[1-2]", restarts=0):
+    """The variables that srun sets in a task of a step; `tasks` as in SLURM_STEP_TASKS_PER_NODE."""
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(sum(tasks_per_node(tasks))),
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_PROCID": str(rank),
+        "SLURM_NODEID": str(node),
+        "SLURM_LOCALID": str(local_rank),
+    }
+
+
+def test_processes_share_two_buffers_for_all_packs(met):
+    """And get what one alone would; in every epoch a file turns out to be bad, and is left out."""
+    (first, second), root = met
+    alone = batches_of(in_packs(root / "audio", World()))
+    together = first["batches"] | second["batches"]
+    assert first["batches"].keys().isdisjoint(second["batches"])
+    assert 0 <= len(alone) - len(together) <= 3, "at most the last batch of an epoch is dropped"
+    for position, values in together.items():
+        for found, expected in zip(values, alone[position], strict=True):
+            assert torch.equal(found, expected), position
+    assert len({pack for _, pack, _ in together}) >= 3
+    assert len(first["allocated"]) == len(second["allocated"]) == 2
+
+
 @command
 def meet_on_two_machines(words):
-    """Two processes on the first, one on the second; each saves the pack that it sees."""
+    """By srun, whose --distribution=cyclic puts ranks 0 and 2 on the first, 1 on the second.
+
+    Each saves the pack that it sees.
+    """
     directory, corpus = words
-    rank = os.environ["RANK"]
-    if rank == "2":
-        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    else:
-        os.environ["LOCAL_WORLD_SIZE"] = "2"
+    rank = int(os.environ["RANK"])
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    os.environ |= slurm_step(rank, node=rank % 2, local_rank=rank // 2, tasks="2,1")
+    enter_slurm_step()
     with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
         audio = AudioDataset(scan_corpus(corpus), scan_corpus(corpus).utterances, 1600)
         torch.save(audio.only_pack(world).audio, Path(directory, f"{rank}.pt"))
@@ -182,6 +241,45 @@ def test_shared_memory_is_free_when_a_process_is_gone(messages, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_shared_memory_without_room_is_replaced_by_a_file(tmp_path, monkeypatch, capsys):
+    """And that is said: it may be slow."""
+
+    def full(handle, offset, size):
+        if os.readlink(f"/proc/self/fd/{handle}").startswith(str(tmp_path / "shm")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(distributed, "SHARED_MEMORY", str(tmp_path / "shm"))
+    monkeypatch.setattr(distributed.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for name in ("shm", "tmp"):
+        (tmp_path / name).mkdir()
+    assert Path(distributed._reserve(10**9)).parent == tmp_path / "tmp"
+    assert not list((tmp_path / "shm").iterdir())
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {tmp_path}/shm: No space left on device: the 1.0 GB of audio")
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [(lambda _: None, 0), (lambda _: 143, 143), (lambda _: sys.exit(2), 2), (lambda _: 1 / 0, 1)],
+)
+def test_one_of_several_leaves_without_freeing_anything(ends, status, monkeypatch):
+    """Under torchrun as under this program's own launcher."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(found):
+        raise Left(found)
+
+    monkeypatch.setattr(launching, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(launching, "DELAY", 0)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left) as left:
+        launching.run_program(ends)
+    assert left.value.args == (status,)
+
+
 def test_a_process_that_waits_for_others_holds_no_shared_memory(monkeypatch):
     monkeypatch.setattr(distributed, "_reserve", None)
     with pytest.raises(RuntimeError, match="closed by peer"):
@@ -201,8 +299,9 @@ def test_one_that_is_alone_needs_no_one():
 
 
 def words_of(corpus, directory, *more):
-    words = [*on(corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *PACKS, *more]
-    return [str(word) for word in words]
+    words = [*on(corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *PACKS]
+    words += ["--threads", 1]  # bits depend on them, and by default they on what shares a machine
+    return [str(word) for word in [*words, *more]]
 
 
 def hooks(corpus, directory):
@@ -238,7 +337,12 @@ def interrupted(words, action):
 
 
 def asked_to_stop(words):
-    return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    """Process 1 notes whether the run was saved when it ends."""
+    status = interrupted(words, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    directory = Path(words[words.index("--pathCheckpoint") + 1])
+    if os.environ["RANK"] == "1" and (directory / "checkpoint_resume.pt").exists():
+        (directory / "saved before").touch()
+    return status
 
 
 def killed(words):
@@ -250,6 +354,7 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny_corpus, tmp_path, un
     assert launch(2, asked_to_stop, words) == 143
     resume = checkpoint_resume(tmp_path)
     assert resume["running"]["windows"] > 0
+    assert (tmp_path / "saved before").exists()
     assert launch(2, train.main, words) == 0
     printed = capfd.readouterr()
     assert printed.out.count("stopped by SIGTERM") == 1
@@ -496,3 +601,213 @@ def test_an_error_of_all_is_told_once(tiny_corpus, tmp_path, capfd):
     assert error.startswith("error: ")
     assert error.count("nothing-like-it") == 1
     assert len(error.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------- clusters
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("node7", "node7"),
+        ("node[01-04,7]", "node01"),
+        ("gpu-a[3,5-9],gpu-b1", "gpu-a3"),
+        ("x1,x[2-3]", "x1"),
+        ("rack[2-3]n[008-010].site", "rack2n008.site"),
+    ],
+)
+def test_the_first_host_is_that_of_scontrol(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_the_tasks_of_each_node():
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("16") == [16]
+
+
+CYCLIC = slurm_step(4, node=1, local_rank=1, tasks="3,2")
+BY_TORCHRUN = TORCHRUN | {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, Place()),
+        (CYCLIC, Place(4, 5, 1, 2, 1)),
+        (CYCLIC | {"WORLD_SIZE": "1", "RANK": "0"}, Place(4, 5, 1, 2, 1)),  # not by torchrun
+        (
+            {"SLURM_NTASKS": "5", "SLURM_PROCID": "0", "SLURM_NODEID": "0"},
+            Place(),
+        ),  # sbatch, salloc
+        (slurm_step(0, node=0, local_rank=0, tasks="1"), Place()),
+        (CYCLIC | BY_TORCHRUN, Place(1, 2, 1, 2, 3)),
+        (CYCLIC | BY_TORCHRUN | {"WORLD_SIZE": "1"}, Place()),
+        (TORCHRUN, Place(1, 2, 1, 2, 0)),
+    ],
+)
+def test_the_place_of_a_process(environment, found, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(environment))
+    enter_slurm_step()
+    assert find_place() == found
+
+
+def test_a_step_meets_on_its_first_host_unless_told_otherwise(monkeypatch):
+    for given in ({}, {"MASTER_ADDR": "other", "MASTER_PORT": "77"}):
+        monkeypatch.setattr(os, "environ", CYCLIC | given)
+        enter_slurm_step()
+        found = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+        assert found == (given or {"MASTER_ADDR": "node1", "MASTER_PORT": "27110"})
+
+
+@pytest.mark.parametrize("name", set(CYCLIC) - {"SLURM_STEP_NUM_TASKS", "SLURM_RESTART_COUNT"})
+def test_half_an_environment_of_srun_is_refused(name, monkeypatch):
+    monkeypatch.setattr(os, "environ", {k: v for k, v in CYCLIC.items() if k != name})
+    with pytest.raises(UserError, match=f"{name}.* isn't as srun sets it"):
+        enter_slurm_step()
+
+
+@pytest.mark.parametrize(("n_gpus", "taken"), [(1, 0), (2, 1)])
+def test_the_only_gpu_that_srun_shows_a_task_is_its_own(n_gpus, taken, monkeypatch):
+    monkeypatch.setattr(os, "environ", CYCLIC)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: numbers.append(number))
+    numbers = []
+    distributed._take_gpu(1)
+    assert numbers == [taken]
+
+
+def test_processes_that_do_not_meet_name_the_variable_of_the_interface(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ | TORCHRUN)  # nobody is at this port
+    monkeypatch.setattr(distributed, "FIRST_MEETING", timedelta(seconds=0.1))
+    with pytest.raises(
+        UserError, match="process 1 of 2 .* at 127.0.0.1:1 .*set GLOO_SOCKET_IFNAME"
+    ):
+        meet_on("cpu")
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "::1", None])
+def test_a_host_name_that_others_can_not_use_is_refused(address, monkeypatch):
+    def look_up(name, port):
+        if address is None:
+            raise socket.gaierror("Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(os, "environ", TORCHRUN | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+    with pytest.raises(UserError, match=f"{socket.gethostname()}, stands for .*GLOO_SOCKET_IFNAME"):
+        meet_on("cpu")
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth7"
+    distributed._check_host_name()
+
+
+def hung(words):
+    """`train.main` on another host, as the same job of Slurm, that hangs in its third step."""
+    socket.gethostname = lambda: "node1"
+    os.environ |= {"SLURM_JOB_ID": "4711", "RANK": "1"}
+    train_step, begun = train.train_step, []
+
+    def step(*arguments):
+        begun.append(arguments)
+        if len(begun) == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        train_step(*arguments)
+
+    train.train_step = step
+    train.main(words)
+
+
+def test_a_hung_process_whose_run_was_taken_over_writes_nothing_more(
+    tiny_corpus, tmp_path, monkeypatch, capfd
+):
+    words = words_of(tiny_corpus, tmp_path, "--resume_every", 1)
+    first = multiprocessing.get_context("spawn").Process(target=hung, args=(words,))
+    first.start()
+    _, status = os.waitpid(first.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    try:
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        assert run(*words) == 2  # another task of the same start
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert run(*words) == 0
+        printed = capfd.readouterr()
+        assert f"process {first.pid} on node1" in printed.err
+        assert f"taken over from process {first.pid} on node1" in printed.out
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+        first.join()
+    assert first.exitcode == 2
+    assert "checkpoint.lock is gone" in capfd.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+NETWORK = "10.231.77"  # of the two hosts
+
+
+@pytest.fixture
+def two_hosts():
+    """Names of two network namespaces, joined by the interface cpc0 of each."""
+    if not shutil.which("ip") or os.geteuid():
+        pytest.skip("needs root and iproute2")
+    hosts = [f"cpc-{os.getpid()}-{number}" for number in (1, 2)]
+    try:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "add", host], check=True, capture_output=True)
+        first, second = hosts
+        link = ["link", "add", "cpc0", "netns", first, "type", "veth", "peer", "cpc0", "netns"]
+        subprocess.run(["ip", *link, second], check=True, capture_output=True)
+        for number, host in enumerate(hosts, start=1):
+            for words in (
+                ["link", "set", "lo", "up"],
+                ["link", "set", "cpc0", "up"],
+                ["address", "add", f"{NETWORK}.{number}/24", "dev", "cpc0"],
+            ):
+                subprocess.run(["ip", "-n", host, *words], check=True, capture_output=True)
+        yield hosts
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode()}")
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "delete", host], check=False, capture_output=True)
+
+
+def srun(hosts, names, words, directory, restarts=0):
+    """One task of train.py on each host, as srun would start them; their processes.
+
+    The host at each address has one of these names and knows itself, as on Debian, as 127.0.1.1.
+    """
+    tasks = []
+    for rank, (host, name) in enumerate(zip(hosts, names, strict=True)):
+        number = int(host[-1])
+        file = directory / f"hosts of {name}"
+        other = f"{NETWORK}.{3 - number} {names[1 - rank]}"
+        file.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{other}\n")
+        script = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
+        command = ["ip", "netns", "exec", host, "unshare", "--uts", "--mount", "sh", "-c", script]
+        command += ["sh", name, file, sys.executable, ROOT / "train.py", *words]
+        variables = slurm_step(rank, rank, 0, "1(x2)", ",".join(names), restarts)
+        environment = os.environ | variables | {"GLOO_SOCKET_IFNAME": "cpc0"}
+        output = subprocess.PIPE if rank == 0 else None
+        tasks.append(subprocess.Popen(command, env=environment, stdout=output, text=True))
+    return tasks
+
+
+def test_a_run_goes_on_without_the_host_that_died(two_hosts, tiny_corpus, tmp_path, undisturbed):
+    """Two hosts on one machine; the run resumes with rank 0 on the host that had rank 1."""
+    run_directory = tmp_path / "run"
+    words = words_of(tiny_corpus, run_directory, *EXAMPLE, "--resume_every", 1, "--logging_step", 1)
+    first, second = srun(two_hosts, ["node1", "node2"], words, tmp_path)
+    assert any(line.startswith("epoch 0  batch 3 of") for line in first.stdout)
+    subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "cpc0", "down"], check=True)
+    for task in (first, second):  # Slurm ends what is left of the job
+        task.kill()
+        task.wait()
+    first.stdout.close()
+    assert "node1" in (run_directory / "checkpoint.lock").read_text()
+    subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "cpc0", "up"], check=True)
+    tasks = srun(two_hosts[::-1], ["node2", "node3"], words, tmp_path, restarts=1)
+    printed, _ = tasks[0].communicate()
+    assert [task.wait() for task in tasks] == [0, 0]
+    assert "taken over from process" in printed
+    assert "checkpoint_resume.pt, 0 epochs done" in printed
+    assert_same(checkpoint(run_directory, 1), checkpoint(undisturbed, 1), without=["args", "logs"])

@@ -1,6 +1,11 @@
 """Tests on a GPU, skipped where there is none. test_cuda.py imitates some of it."""
 
+import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,11 +15,19 @@ import train
 import transformers
 from benchmarks import criteria, train_step
 from criterion import sampling
+from criterion.networks import Networks
 from criterion.prediction import PredictionNetwork
 from criterion.seq_alignment import beam_search_batch
-from dataset import Batch, on_device
-from tests.helpers import assert_close
-from tests.test_distributed import hooks, tiny_batch, tiny_step
+from dataset import Batch
+from tests.helpers import ROOT, assert_close
+from tests.test_distributed import (
+    asked_to_stop,
+    hooks,
+    interrupted,
+    tiny_batch,
+    tiny_step,
+    words_of,
+)
 from tests.test_fused_scores import (
     SIZES,
     assert_exact,
@@ -34,8 +47,11 @@ from tests.test_train import (
     run,
     trained,
 )
+from utils.data.batches import on_device
 from utils.run.cuda_graph import WARM_UP, RecordedPasses
 from utils.run.distributed import World
+from utils.run.launch import launch
+from utils.run.machine import set_precision
 from utils.run.stopping import StopSignals
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -95,6 +111,7 @@ def test_a_gpu_computes_what_the_cpu_does(words, precision, tolerance, tiny_corp
         ["--normMode", "instanceNorm"],
         ["--normMode", "ID", "--speakerEmbedding", "4", "--limitNegsInBatch", "2"],
         ["--cpc_mode", "none"],
+        ["--augment_past", "--augment_type", "pitch", "additive", "reverb"],
         [*EXAMPLE, "--CPCCTCLearnBlank", "--CPCCTCNormalizeEncs", "--CPCCTCNormalizePreds"],
         [*EXAMPLE, "--CPCCTCMasq", "0:2:1:2", "--CPCCTCNoNegsMatchWin", "--CPCCTCLossTemp", "2"],
         ["--supervised"],
@@ -108,7 +125,7 @@ def test_any_network_on_a_gpu(words, tiny_corpus, tmp_path, monkeypatch, capsys,
     words = [tiny_corpus / "phones.txt" if word == "PHONES" else word for word in words]
     words += ["--learningRate", "0"]
     on_cpu = trained(tiny_corpus, tmp_path / "cpu", *words, "--device", "cpu", epochs=1)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
     for precision, tolerance in (("fp32", 1e-3), ("bf16", 0.05)):
         words_on_gpu = [*words, *GPU, "--precision", precision, "--compile"]
         replays.clear()
@@ -161,6 +178,124 @@ def test_a_gpu_without_room_is_told_in_one_line(tiny_corpus, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: CUDA out of memory.")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("n_frames", [116, 128])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.03)])
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_on_a_gpu(n_frames, precision, tolerance, training, monkeypatch):
+    """Values and gradients as on the CPU in double precision, by the kernel that is meant."""
+    monkeypatch.setattr(transformers, "DROPOUT", 0.0)
+    set_precision(precision)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    shapes = [(6, 8, n_frames, 32)] * 3 + [(32, 128)]
+    inputs = [torch.randn(shape).to(kind).double() for shape in shapes]
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", kind)):
+        leaves = [x.to(device, dtype).requires_grad_(training) for x in inputs]
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.set_grad_enabled(training), torch.profiler.profile(activities=activities) as log:
+            attended = transformers.attend(*leaves, training)
+        gradients = torch.autograd.grad(attended.sin().sum(), leaves) if training else ()
+        results.append([attended, *gradients])
+    for found, expected in zip(*reversed(results), strict=True):
+        assert_close(found, expected.detach(), tolerance)
+    operations = {event.key for event in log.key_averages()}
+    assert "aten::_scaled_dot_product_efficient_attention" in operations
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--nLevelsGRU", "2"],
+        ["--arMode", "GRU", "--nLevelsGRU", "2"],
+        ["--rnnMode", "transformer", "--dropout"],
+        ["--precision", "bf16"],
+        ["--samplingType", "samespeaker", *EXAMPLE],  # with smaller batches between
+    ],
+    ids=" ".join,
+)
+def test_each_recorded_step_has_the_gradients_of_an_eager_one(
+    words, tiny_corpus, tmp_path, monkeypatch, replays
+):
+    """And leads to the same weights, with a validation between; nothing is compiled here."""
+    step = train.train_step
+
+    def noted(state, forward_backward, position, batch):
+        def and_kept(batch):
+            results = forward_backward(batch)
+            found.append(torch.cat([p.grad.flatten() for p in state.networks.parameters()]).cpu())
+            return results
+
+        step(state, and_kept, position, batch)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+    monkeypatch.setattr(train, "train_step", noted)
+    runs, tolerance = [], 0.05 if "bf16" in words else 1e-3
+    for can_be_recorded in (train.can_be_recorded, lambda *_: False):
+        found = []
+        monkeypatch.setattr(train, "can_be_recorded", can_be_recorded)
+        end = trained(tiny_corpus, tmp_path / str(len(runs)), *GPU, *words, "--compile", epochs=3)
+        runs.append([*found, *end["gEncoder"].values()])
+    assert len(found) > 20
+    assert len(replays) > 10
+    for i, (recorded, eager) in enumerate(zip(*runs, strict=True)):
+        if eager.is_floating_point() and eager.isfinite().all():
+            assert_close(recorded, eager.cpu(), tolerance, f"step {i}")
+
+
+def test_an_epoch_after_a_failed_recording_and_a_lack_of_memory(
+    tiny_corpus, tmp_path, monkeypatch, capsys, replays
+):
+    forward = Networks.forward
+
+    def waiting(self, *inputs):
+        results = forward(self, *inputs)
+        results[0].sum().item()  # waits for the device, which can't be recorded
+        return results
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Networks, "forward", waiting)
+        trained(tiny_corpus, tmp_path, *GPU, "--compile", epochs=1)
+    assert "can't be recorded" in capsys.readouterr().out
+    assert not replays
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2**50, device="cuda")
+    torch.cuda.empty_cache()
+    trained(tiny_corpus, tmp_path, *GPU, "--compile", epochs=2)
+    assert replays
+
+
+@pytest.mark.parametrize("compiled", [[], ["--compile"]])
+def test_the_budget_of_a_step(compiled, tiny_corpus, tmp_path, monkeypatch):
+    """Once all runs: no memory from the driver, no waiting, no copy from pageable memory."""
+    steps, reserved, step, finish = [], [], train.train_step, train.finish_epoch
+    profile = torch.profiler.profile()
+
+    def noted(*item):
+        steps.append(item)
+        if len(steps) == 40:
+            profile.start()
+        step(*item)
+        if len(steps) == 45:
+            profile.stop()
+
+    def finished(*args, **options):
+        finish(*args, **options)
+        reserved.append(torch.cuda.memory_reserved())
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
+    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(train, "finish_epoch", finished)
+    words = [*GPU, *compiled, "--samplingType", "uniform", "--logging_step", "10000"]
+    trained(tiny_corpus, tmp_path, *words, "--save_step", 100, epochs=41)
+    assert reserved[40] == reserved[3]
+    counts = {event.key: event.count for event in profile.key_averages()}
+    unwanted = ("cudaMalloc", "cudaHostAlloc", "StreamSynchronize", "EventSynchronize", "Pageable")
+    assert not [key for key in counts if any(word in key for word in unwanted)]
+    launches = sum(count for key, count in counts.items() if "cudaLaunchKernel" in key)
+    assert launches < 6 * (100 if compiled else 1000)
 
 
 @pytest.mark.parametrize("words", [[], EXAMPLE, ["--rnnMode", "transformer", "--dropout"]])
@@ -335,6 +470,66 @@ def test_two_gpus_train_as_two_processes_on_the_cpu(words, tiny_corpus, tmp_path
     on_gpus = trained(tiny_corpus, tmp_path / "gpus", *words, "--device", "cuda")
     for expected, found in zip(*(r["logs"]["locLoss_val"] for r in (on_cpu, on_gpus)), strict=True):
         assert found == pytest.approx(expected, rel=0.01)
+
+
+def with_equal_weights(words):
+    """`train.main`, where all ranks have the same weights after each epoch, bit for bit."""
+    finish = train.finish_epoch
+
+    def checked(state, *args, **options):
+        weights = [p.detach().cpu().numpy().tobytes() for p in state.networks.parameters()]
+        digest = hashlib.blake2b(b"".join(weights)).hexdigest()
+        state.world.check_same(digest, "the ranks' weights differ")
+        finish(state, *args, **options)
+
+    train.finish_epoch = checked
+    return train.main(words)
+
+
+def usr1(words):
+    return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+
+def without_memory(words):
+    """`train.main`, where the second of two ranks has no memory on its GPU."""
+    if os.environ["RANK"] == "1":
+        torch.cuda.set_per_process_memory_fraction(1e-4, 1)
+    return train.main(words)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+
+
+@two_gpus
+@pytest.mark.parametrize(("stop", "status"), [(asked_to_stop, 143), (usr1, 138)])
+def test_two_gpus_keep_equal_weights_stop_and_resume(stop, status, tiny_corpus, tmp_path):
+    words = words_of(tiny_corpus, tmp_path, *EXAMPLE, "--device", "cuda", "--nGPU", "2")
+    assert launch(2, stop, words) == status
+    assert launch(2, with_equal_weights, words) == 0
+    assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
+
+
+@two_gpus
+def test_a_lack_of_memory_on_one_of_two_gpus_ends_both(tiny_corpus, tmp_path, capfd):
+    big = ["--hiddenEncoder", 512, "--hiddenGar", 512]
+    words = words_of(tiny_corpus, tmp_path, *big, "--device", "cuda", "--nGPU", "2")
+    assert launch(2, without_memory, words) == 2
+    assert "CUDA out of memory" in capfd.readouterr().err
+
+
+@two_gpus
+def test_torchrun_starts_two_gpus(tiny_corpus, tmp_path):
+    """As the own launcher does; an error ends them, too."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    ends = []
+    for place, start in (("own", [sys.executable, "train.py", "--nGPU", "2"]), ("run", torchrun)):
+        words = words_of(tiny_corpus, tmp_path / place, "--device", "cuda")
+        assert subprocess.run([*start, *words], cwd=ROOT, timeout=300).returncode == 0
+        ends.append(checkpoint(tmp_path / place, 1)["gEncoder"])
+    for name, weight in ends[0].items():
+        assert_close(ends[1][name].float(), weight.float(), 1e-3, name)
+    broken = [*torchrun, *words, "--nEpoch", "3", "--learningRate", "1e30"]
+    assert subprocess.run(broken, cwd=ROOT, timeout=300).returncode != 0
 
 
 @pytest.mark.parametrize("words", [[], ["--compile", "--precision", "bf16"]])

@@ -19,6 +19,7 @@ FLOORS = """
     criterion
     model
     dataset
+    augmentation
     stats
     feature_loader
     eval
@@ -32,7 +33,7 @@ FLOORS = """
 """.split()
 
 PYTEST_FLOORS = {"tests", "conftest", "unit_tests"}  # these may import it, and may be long
-LONGEST_TRAIN, LONGEST_FILE, LONGEST_FUNCTION = 400, 500, 60  # lines
+LONGEST_TRAIN, LONGEST_FILE, LONGEST_FUNCTION = 450, 500, 60  # lines
 
 
 def find_modules():

@@ -1,6 +1,9 @@
 """Grids of runs (benchmarks/learning.py), their results, and the tables made from them."""
 
+import itertools
+
 from benchmarks import learning
+from tests.common import ROOT
 from utils.files import load_json, save_json
 
 GRID = {
@@ -36,3 +39,11 @@ def test_a_grid_runs_once_and_keeps_its_values(tmp_path, capsys):
     save_json(tmp_path / "results" / "few.json", results)
     learning.main([str(word) for word in words])
     assert "| tiny, linear |  | 3.25 |" in capsys.readouterr().out
+
+
+def test_tables_in_the_readme_are_those_of_the_results():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    results = [load_json(path) for path in learning.RESULTS.glob("*.json")]
+    assert results
+    for table in itertools.chain.from_iterable(map(learning.tables, results)):
+        assert table in text

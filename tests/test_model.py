@@ -473,6 +473,13 @@ def test_recurrent_networks_work_in_float32_under_autocast(mode):
     assert {state.dtype for state in _tensors(ar.hidden)} == {torch.float32}
 
 
+def test_cepstra_are_computed_in_float32_under_autocast():
+    encoder, waveform = MFCCEncoder(13), torch.randn(2, 1, 3200)
+    expected = encoder(waveform)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(waveform), expected)
+
+
 def _tensors(state):
     return state if isinstance(state, tuple) else (state,)
 
@@ -762,7 +769,7 @@ def test_past_and_waveform_share_a_pass_of_the_encoder():
 
 def test_past_of_another_shape_is_refused():
     model, waveform = build_model(architecture()), torch.randn(2, 1, 1600)
-    for past in (torch.randn(1, 1, 1600), torch.randn(2, 1, 1760)):
+    for past in (torch.randn(3, 1, 1600), torch.randn(2, 1, 1760)):
         with pytest.raises(ValueError, match="past is"):
             model(waveform, past=past)
 

@@ -26,10 +26,10 @@ from utils.capture import CapturedWindow, CaptureReader, CaptureWriter
 from utils.data.corpus import scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import save_json
-from utils.misc import SAMPLE_RATE, UserError
+from utils.misc import SAMPLE_RATE, Chance, UserError
 from utils.report import line_chart, pictures, plot_capture, summary
 from utils.report.elements import MAX_ROWS
-from utils.report.line_chart import Line, draw_lines, thinned, ticks
+from utils.report.line_chart import Level, Line, draw_lines, thinned, ticks
 from utils.report.markup import Markup, join, printable, tag
 from utils.report.page import REPORT, RunReport
 from utils.report.plots import save_figure
@@ -223,6 +223,19 @@ def test_audio_is_that_of_the_window_across_files(tmp_path, database):
         reader.window(2), *plot_capture.file_border(reader, reader.window(2))
     )
     assert title == "window 2, 7/a.wav from 1.28 s, speaker 7, after 0.38 s 8/b.wav"
+
+
+def test_audio_from_a_pipe_is_found(tmp_path):
+    """Its header gives no length."""
+    path, samples = tmp_path / "a.flac", np.arange(30_000, dtype=np.int16)
+    soundfile.write(path, samples, SAMPLE_RATE)
+    content = bytearray(path.read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    path.write_bytes(content)
+    waveform = np.zeros(10_240, np.float32)
+    plot_capture._read_into(waveform, path, 20_480)
+    assert np.array_equal(waveform[:9_520] * 2**15, samples[20_480:])
+    assert not waveform[9_520:].any()
 
 
 @pytest.mark.parametrize(("file", "speaker"), [("203/1/a.wav", "203"), ("a.wav", "2"), (None, "2")])
@@ -474,12 +487,14 @@ def report_of(
     report = RunReport(args, defaults, list(command), sets, labels, stats, **of_criterion)
     for epoch in logs["epoch"][:-1]:
         report.record.add(epoch, speed(epoch), report.command)
+        report.record.reported = epoch
     report.write(logs, speed(logs["epoch"][-1]))
     return Path(args.pathCheckpoint, REPORT).read_text(encoding="utf-8")
 
 
 def test_the_page_says_how_far_the_run_is_and_how_good(tmp_path):
-    read = Page(report_of(arguments(tmp_path), invented_logs(11)))
+    chance = Chance(5.6, 0.008)
+    read = Page(report_of(arguments(tmp_path), invented_logs(11), chance=chance))
     assert [a for name, a in read.tags if name == "h1"]
     text = read.text
     assert "11 of 40 epochs done" in text
@@ -489,7 +504,8 @@ def test_the_page_says_how_far_the_run_is_and_how_good(tmp_path):
     assert f"validation accuracy {100 * (0.18 + 0.5 * 10 / 11):.1f} %" in text
     assert "windows/s 250 data wait 2.5 %" in text
     assert "peak memory 1.00 GiB" in text
-    assert "before training 5.5" in text
+    assert "before training 5.5 chance 5.6" in text
+    assert "before training 1 chance 0.8" in text
     assert "phone probe 30.8 % accuracy, epoch 8" in text
     for section in SECTIONS:
         identity = section.lower().replace(" ", "-")
@@ -754,6 +770,18 @@ def test_a_capture_is_drawn_when_it_is_made_and_shown_until_the_next(tmp_path):
     assert sorted(capture.glob("pictures/*")) == drawn
 
 
+def test_a_capture_is_drawn_with_a_report_that_was_put_off(tmp_path):
+    args = arguments(tmp_path)
+    write_capture(Path(args.pathCaptureSave, "10"))
+    report = RunReport(args, build_parser().parse_args([]), ["train.py"], [])
+    for n_epochs in range(1, 12):
+        report.put_off(invented_logs(n_epochs), speed(n_epochs - 1))
+    assert not report.covers(10)
+    report.write(invented_logs(13), speed(12))
+    assert report.covers(12)
+    assert len(embedded(Path(args.pathCheckpoint, REPORT).read_text())) == pictures.MAX_WINDOWS
+
+
 def test_a_capture_that_cannot_be_drawn_costs_nothing_but_its_pictures(tmp_path, capsys):
     args = arguments(tmp_path)
     Path(args.pathCaptureSave, "5").mkdir(parents=True)
@@ -873,7 +901,7 @@ def test_a_line_rises_to_the_right_within_its_picture():
 def test_any_values_give_a_drawing_with_finite_coordinates(values):
     lines = [Line("a", list(enumerate(values)), "other")]
     for from_zero in (False, True):
-        drawing = draw_lines("x", lines, ("level", 1.0), from_zero)
+        drawing = draw_lines("x", lines, [Level("level", 1.0)], from_zero)
         assert "nan" not in drawing
         assert "inf" not in drawing
         for x, y in coordinates(drawing)[0]:

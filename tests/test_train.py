@@ -1,5 +1,7 @@
 """Tests of the program as a whole: training runs, from the command line to their files."""
 
+import functools
+import gc
 import io
 import json
 import os
@@ -9,10 +11,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 import train
@@ -34,10 +38,13 @@ from tests.helpers import (
     write_tiny_corpus,
 )
 from utils.report import run_files
+from utils.report.plots import draw_curves
+from utils.run import state as run_state
 from utils.run.checkpoint import save_checkpoint
 from utils.run.command import EXIT_BROKEN_PIPE
 from utils.run.flags import build_parser
 from utils.run.lock import locked
+from utils.run.pace import Pace
 from utils.run.stopping import Stopped
 
 SMALL = (
@@ -130,6 +137,30 @@ def test_a_run_that_goes_on_ends_like_one_that_never_stopped(words, tiny_corpus,
     assert_same(whole, checkpoint(tmp_path / "parts", 3))
 
 
+def test_without_the_flag_a_run_takes_the_kind_of_audio_there_is_and_stays_with_it(
+    tiny_corpus, tmp_path, capsys
+):
+    flacs = sorted(Path(tiny_corpus, "audio").rglob("*.flac"))
+    for path in flacs:
+        copy = (tmp_path / path.relative_to(tiny_corpus)).with_suffix(".wav")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(copy, *soundfile.read(path, dtype="int16"))
+    for name in ("train.txt", "test.txt"):
+        shutil.copy(Path(tiny_corpus, name), tmp_path)
+    expected = trained(tiny_corpus, tmp_path / "flac")["logs"]
+    assert trained(tmp_path, tmp_path / "run", epochs=1)["args"]["file_extension"] == ".wav"
+    for path in flacs:  # not what the run was trained on
+        (tmp_path / path.relative_to(tiny_corpus)).with_suffix(".flac").write_bytes(b"")
+    assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2, "--ignore_cache") == 0
+    found = checkpoint(tmp_path / "run", 1)
+    assert (found["args"]["file_extension"], found["logs"]) == (".wav", expected)
+    capsys.readouterr()
+    assert run(*on(tmp_path), *SMALL, "--pathCheckpoint", tmp_path / "other", "--ignore_cache") == 2
+    said = capsys.readouterr()
+    assert f"there are {len(flacs)} .flac, {len(flacs)} .wav: those that end with .flac" in said.out
+    assert "are bad, nothing is left" in said.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_run_stopped_inside_an_epoch_goes_on_from_that_step(
     number, tiny_corpus, tmp_path, monkeypatch
@@ -218,6 +249,110 @@ def test_resume_every_keeps_the_last_steps_of_a_killed_run(tiny_corpus, tmp_path
     assert state["running"]["batches"] == 4
     assert run(*flags) == 0
     assert_same(whole, checkpoint(tmp_path / "parts", 1))
+
+
+@pytest.fixture
+def hand(monkeypatch):
+    """Sets the clock of all that is done now and then: a list of one number."""
+    now = [0.0]
+    paced = functools.partial(Pace, now=lambda: now[0])
+    for module in (run_files, run_state):
+        monkeypatch.setattr(module, "Pace", paced)
+    return now
+
+
+def test_what_takes_long_is_done_less_often():
+    now = [0.0]
+    pace = Pace(60, share=0.01, now=lambda: now[0])
+    for duration, waits in ((0.1, 60), (0.6, 60), (2.0, 200)):
+        with pace.timed():
+            now[0] += duration
+        now[0] += waits - 0.01
+        assert not pace.is_due
+        now[0] += 0.02
+        assert pace.is_due
+
+
+def test_a_run_is_saved_every_ten_minutes(tiny_corpus, tmp_path, monkeypatch, hand):
+    """At the step after the one in which all agree on it: here every step, of a minute each."""
+    saves, train_step, save = [], train.train_step, run_state.save_checkpoint
+
+    def minute(*item):
+        train_step(*item)
+        hand[0] += 60
+
+    def noted(directory, contents, epoch):
+        saves.append((round(hand[0] / 60), epoch))
+        return save(directory, contents, epoch)
+
+    monkeypatch.setattr(train, "train_step", minute)
+    monkeypatch.setattr(train, "STEPS_BETWEEN_STOP_CHECKS", 1)
+    monkeypatch.setattr(run_state, "save_checkpoint", noted)
+    trained(tiny_corpus, tmp_path, "--batchSizeGPU", 1, epochs=3)
+    inside, of_epochs = [[at for at, e in saves if (e is None) == yes] for yes in (True, False)]
+    assert len(of_epochs) == 3
+    assert len(inside) >= 3
+    for at in inside:
+        assert at - max(before for before, _ in [(0, 0), *saves] if before < at) == 11
+
+
+def test_curves_and_report_are_drawn_once_a_minute(tiny_corpus, tmp_path, monkeypatch, hand):
+    """And at the end; logs and record are written after each epoch."""
+    drawn, train_one_epoch = [], train.train_one_epoch
+
+    def of_25_seconds(*args):
+        hand[0] += 25
+        if hand[0] > 25:
+            assert len(json.loads((tmp_path / "checkpoint_logs.json").read_text())["epoch"]) == len(
+                reported(tmp_path)
+            )
+        return train_one_epoch(*args)
+
+    def noted(logs, *args):
+        drawn.append(logs["epoch"][-1])
+        draw_curves(logs, *args)
+
+    monkeypatch.setattr(train, "train_one_epoch", of_25_seconds)
+    monkeypatch.setattr(run_files, "draw_curves", noted)
+    trained(tiny_corpus, tmp_path, epochs=8)
+    assert drawn == [2, 5, 7]
+    assert [row["epoch"] for row in reported(tmp_path)] == list(range(8))
+
+
+def test_a_stopped_run_leaves_curves_and_report_as_far_as_it_came(
+    tiny_corpus, tmp_path, monkeypatch, hand
+):
+    def ask_to_stop(current, *_):
+        if current.position.epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    drawn, train_step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: [ask_to_stop(*a), train_step(*a)])
+    monkeypatch.setattr(run_files, "draw_curves", lambda logs, *_: drawn.append(logs["epoch"]))
+    flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", tmp_path, "--nEpoch", 4]
+    assert run(*flags) == 143
+    assert drawn == [[0, 1]]
+
+
+def test_the_checkpoint_that_a_run_resumed_from_is_freed(tiny_corpus, tmp_path, monkeypatch):
+    trained(tiny_corpus, tmp_path, epochs=1)
+    resolve, train_all, found = train.resolve, train.train, []
+
+    def noted(*args):
+        args, checkpoint = resolve(*args)
+        found.append(weakref.ref(checkpoint))
+        return args, checkpoint
+
+    def without(*args):
+        gc.collect()
+        assert found[0]() is None
+        found.append("trained")
+        train_all(*args)
+
+    monkeypatch.setattr(train, "resolve", noted)
+    monkeypatch.setattr(train, "train", without)
+    trained(tiny_corpus, tmp_path, epochs=2)
+    assert found[1:] == ["trained"]
 
 
 def test_a_run_killed_after_its_last_save_has_its_curves_and_report_written(
@@ -602,6 +737,20 @@ def test_an_unmutated_checkpoint_goes_on(inside_an_epoch, tmp_path):
     shutil.copy(inside_an_epoch, tmp_path)
     assert run("--pathCheckpoint", tmp_path) == 0
     assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(2, 2), (1, 1)])
+def test_a_run_goes_on_with_its_threads_where_they_fit(
+    processors, threads, inside_an_epoch, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("utils.run.machine.n_processors", lambda: processors)
+    state = torch.load(inside_an_epoch, weights_only=True)
+    state["machine"]["threads"] = 2
+    torch.save(state, tmp_path / "checkpoint_resume.pt")
+    assert run("--pathCheckpoint", tmp_path) == 0
+    assert checkpoint(tmp_path, 1)["machine"]["threads"] == threads
+    assert ("threads 2 -> 1" in capsys.readouterr().out) == (threads == 1)
 
 
 def reported(directory):

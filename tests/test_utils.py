@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -37,9 +36,8 @@ from utils.files import (
     save_json,
     save_tensors,
 )
-from utils.misc import UserError, seed_from
+from utils.misc import Chance, UserError, seed_from
 from utils.report.plots import draw_curves
-from utils.run import machine
 from utils.run.checkpoint import (
     Checkpoint,
     load_optimizer,
@@ -67,7 +65,7 @@ from utils.run.flags import (
     parse_arguments,
     stored_arguments,
 )
-from utils.run.lock import LOCK_NAME, locked
+from utils.run.lock import LOCK_NAME, locked, lost_lock
 from utils.run.logs import Clock, RunningMeans, append_epoch
 from utils.run.resolve import inherit_args
 from utils.run.rules import check_arguments, check_call, complete
@@ -132,9 +130,12 @@ def test_sets_of_flags_follow_from_the_declarations():
     assert {name for name in ARCHITECTURE if name.startswith("CPCCTC")} - {"CPCCTC"} == CPCCTC_ONLY
     assert {"CTC", "nLevelsPhone", "onEncoder"} == SUPERVISED_ONLY
     assert INHERITED >= CAPTURE_GROUP | PROBE_GROUP
-    assert {"pathTrain", "pathVal", "pathCaptureDS", "path_phone_data", "load"} == FILES
+    assert {
+        "pathTrain", "pathVal", "pathCaptureDS", "path_phone_data", "load", "pathSeqNoise"
+    } == FILES  # fmt: skip
     directories = {
-        "pathDB", "pathCaptureSave", "pathCheckpoint", "linsep_logs_dir", "linsep_checkpoint_dir"
+        "pathDB", "pathCaptureSave", "pathCheckpoint", "linsep_logs_dir", "linsep_checkpoint_dir",
+        "pathDBNoise", "pathImpulseResponses",
     }  # fmt: skip
     assert FILES | directories == PATHS
 
@@ -219,8 +220,12 @@ def test_every_command_names_the_nearest_flag():
 
 
 def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off():
-    args = build_parser().parse_args(["--no", "batchNorm", "--nEp", "3"])
+    args = build_parser().parse_args(["--nor", "batchNorm", "--nEp", "3"])
     assert (args.normMode, args.nEpoch) == ("batchNorm", 3)
+    with pytest.raises(
+        UserError, match="match --noise_band, --noise_extension, --normMode .--help"
+    ):
+        build_parser().parse_args(["--no", "batchNorm"])
 
 
 def test_help_explains_every_flag_once():
@@ -783,8 +788,10 @@ def test_curves_are_drawn_from_full_partial_and_single_logs(tmp_path):
     draw_curves({"epoch": [0], "locLoss_val": [[1.0]]}, tmp_path / "small.png")
     draw_curves(logs, tmp_path / "other.png", "matched frame")
     draw_curves(logs, tmp_path / "one.png", None, with_accuracy=False)
+    draw_curves(logs, tmp_path / "chance.png", chance=Chance(3.0, 0.1))
+    draw_curves(logs | {"phone_baseline_val_acc": [None, None, [0.2]]}, tmp_path / "majority.png")
     pictures = {path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(pictures) == 4
+    assert len(pictures) == 6
     assert (tmp_path / "full.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -924,6 +931,31 @@ def test_the_lock_of_another_machine_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=expected), locked(tmp_path, "--x"):
         pass
     assert json.loads((tmp_path / LOCK_NAME).read_text()) == owner
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [("SLURM_JOB_ID", "Slurm job 5"), ("TORCHELASTIC_RUN_ID", "torchrun job 5")],
+)
+def test_the_lock_of_another_machine_is_taken_over_by_the_same_job(
+    variable, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv(variable, "5")
+    with locked(tmp_path, "--x"):
+        owner = (tmp_path / LOCK_NAME).read_text()
+    other = owner.replace(json.dumps(socket.gethostname()), '"elsewhere"')
+    (tmp_path / LOCK_NAME).write_text(other)
+    with locked(tmp_path, "--x"):
+        assert "on elsewhere, since" in (printed := capsys.readouterr().out)
+        assert f"same {words}\n" in printed
+        assert lost_lock() is None
+        (tmp_path / LOCK_NAME).write_text(other)
+        assert "was taken over by process" in str(lost_lock())
+    assert (tmp_path / LOCK_NAME).read_text() == other  # not that of the block any more
+    assert lost_lock() is None
+    monkeypatch.setenv(variable, "none")
+    with pytest.raises(UserError, match="another machine"), locked(tmp_path, "--x"):
+        pass
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": {}}', "\x00"])
@@ -1291,54 +1323,6 @@ def test_memory_without_room_is_told_in_one_line(capsys):
         command(lambda argv: torch.empty(2**58))()
     with pytest.raises(RuntimeError, match="[Ss]hape"):  # another error is as it was
         command(lambda argv: torch.empty(2).view(3))()
-
-
-# ----------------------------------------------------------------------------------- processors
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "quota"),
-    [
-        ("0::/\n", {"cpu.max": "max 100000"}, math.inf),
-        ("0::/\n", {"cpu.max": "150000 100000"}, 1.5),
-        ("0::/job/step\n", {"job/cpu.max": "200000 100000", "job/step/cpu.max": "max 100000"}, 2),
-        ("0::/seen/from/outside\n", {"cpu.max": "50000 100000"}, 0.5),
-        ("3:cpu,cpuacct:/a\n0::/\n", {"cpu/a/cpu.cfs_quota_us": "-1"}, math.inf),
-        (
-            "4:cpuset:/\n3:cpu,cpuacct:/a/b\n0::/\n",
-            {"cpu/a/cpu.cfs_quota_us": "3000\n", "cpu/a/cpu.cfs_period_us": "1000\n"},
-            3,
-        ),
-        (None, {}, math.inf),
-    ],
-)
-def test_the_quota_of_a_container_is_found(tmp_path, groups, files, quota):
-    if groups:
-        (tmp_path / "proc/self").mkdir(parents=True)
-        (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, content in files.items():
-        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sys/fs/cgroup" / name).write_text(content)
-    assert machine._quota(tmp_path) == quota
-
-
-@pytest.mark.parametrize(("quota", "expected"), [(math.inf, 5), (2.5, 3), (0.1, 1), (9, 5)])
-def test_processors_are_those_that_may_be_used(monkeypatch, quota, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
-    monkeypatch.setattr(machine, "_quota", lambda: quota)
-    assert machine.n_processors() == expected
-
-
-def test_threads_are_no_more_than_processors(monkeypatch):
-    chosen = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "n_processors", lambda: 6)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    machine.set_threads()
-    machine.set_threads(0, 4)
-    machine.set_threads(7, 4)
-    assert chosen == [6, 1, 7]
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval/ABX.py", "utils/corpus/make_split.py"])

@@ -22,6 +22,17 @@ class ReportedElsewhere(UserError):
     """An error that another process of the run reports to the user."""
 
 
+class Chance(NamedTuple):
+    """The means of a criterion's losses and accuracies where nothing is told apart; None if
+    unknown."""
+
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+NO_CHANCE = Chance()
+
+
 class Position(NamedTuple):
     """A place in the data: batch number `batch` of pack `pack`, counted over all ranks."""
 

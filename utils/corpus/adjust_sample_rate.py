@@ -8,24 +8,27 @@ Ogg, Opus, MP3 and more), to 16-bit files in the same folders below OUT. With LA
 whose name without extension is the first word of one of its lines. Files that exist already aren't
 converted again, so repeating an interrupted call resumes it. Unreadable files are listed at the
 end; the exit status is then 2. Samples beyond [-1, 1], which 16 bits can't hold, are clipped and
-counted; files that consist of them are refused.
+counted; files that consist of them are refused, silent ones named.
 """
 
 import math
 import os
 import shutil
 import sys
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import utils.run.before_torch  # noqa: F401
 
 import numpy as np
 import soundfile
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from utils.data.audio import MOST_BEYOND, TOO_LOUD, open_audio, read_header, reason
+from utils.data.audio import MOST_BEYOND, SILENT, TOO_LOUD, open_audio, read_header, reason
 from utils.data.labels import read_text
-from utils.data.listing import find_files
+from utils.data.listing import choose_extension, find_files
 from utils.data.names import keys_of, name_of
 from utils.data.workers import Workers
 from utils.files import atomic_path, remove_leftovers
@@ -35,7 +38,7 @@ from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
 
 BLOCK, MARGIN = 60, 1  # seconds resampled at once, and additional ones at both ends
-CONVERTED, EXISTING = DONE = ("converted", "exists already")
+CONVERTED, EXISTING = "converted", "exists already"
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz; what a header claims beyond is no audio
 LARGEST_KERNEL = 2**20  # numbers in torchaudio's table; between usual rates it has up to 2**19
 
@@ -53,21 +56,28 @@ def main(argv=None):
     for folder in {os.path.dirname(target_of(args, path)) for path in paths}:
         remove_leftovers(folder)
     results = Workers(convert, paths, args.n_threads).results("converting", " files")
-    outcomes = [outcome for _, (outcome, _) in results]
+    report(args, results)
+    failures = [f"{path}: {result.outcome}" for path, result in results if result.failed]
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(paths)} files can't be converted: {first_few(failures, 20)}"
+        )
+
+
+def report(args, results):
+    """Print what was done, and what of it may be wrong; results: (path, Result) pairs."""
+    outcomes = [result.outcome for _, result in results]
     n_converted, n_existing = outcomes.count(CONVERTED), outcomes.count(EXISTING)
     print(f"{n_converted} files converted, {n_existing} existed already: {args.path_out}")
-    clipped = [f"{path} ({n_samples})" for path, (_, n_samples) in results if n_samples]
+    clipped = [f"{path} ({result.clipped})" for path, result in results if result.clipped]
     if clipped:
         print(
             f"warning: samples beyond [-1, 1] were clipped in {counted(len(clipped), 'file')}: "
             f"{first_few(clipped, 20)}"
         )
-    failed = [(path, outcome) for path, (outcome, _) in results if outcome not in DONE]
-    failures = [f"{path}: {outcome}" for path, outcome in failed]
-    if failures:
-        raise UserError(
-            f"{len(failures)} of {len(paths)} files can't be converted: {first_few(failures, 20)}"
-        )
+    silent = [path for path, result in results if result.is_silent]
+    if silent:
+        print(f"warning: {counted(len(silent), 'file')}, {SILENT}: {first_few(silent, 20)}")
 
 
 # A flag on two lines reads better than on seven, hence:
@@ -83,7 +93,7 @@ def build_parser():
     add("path_out", help="folder to write to")
     add("--out_sample_rate", type=at_least(1), default=SAMPLE_RATE, metavar="HZ",
         help="of the new files (default: 16000)")
-    add_extension(add, ".mp3")
+    add_extension(add)
     add("--out_extension", type=extension, metavar="EXT",
         help="of the new files, which also sets their format "
         "(default: that of the old ones); .flac is lossless, .mp3 compresses a second time")
@@ -97,14 +107,15 @@ def build_parser():
 
 def parse_arguments(argv):
     args = build_parser().parse_intermixed_args(argv)
+    if not os.path.isdir(args.path_db):
+        raise UserError(f"{args.path_db}: no such directory")
+    args.file_extension = choose_extension(args.path_db, args.file_extension)
     args.out_extension = args.out_extension or args.file_extension
     if format_of("file" + args.out_extension) not in soundfile.available_formats():
         raise UserError(
             f"--out_extension {args.out_extension}: not a format that can be written; "
             "try .flac or .wav"
         )
-    if not os.path.isdir(args.path_db):
-        raise UserError(f"{args.path_db}: no such directory")
     inside = os.path.commonpath([os.path.realpath(args.path_db), os.path.realpath(args.path_out)])
     if inside == os.path.realpath(args.path_db):
         raise UserError(f"{args.path_out}: is inside {args.path_db}; name another folder")
@@ -136,25 +147,37 @@ def target_of(args, path):
     return os.path.join(args.path_out, stem + args.out_extension)
 
 
+class Result(NamedTuple):
+    """What became of a file."""
+
+    outcome: str  # CONVERTED, EXISTING or the reason it can't be converted
+    clipped: str = ""  # how many of its samples were clipped, if any were
+    is_silent: bool = False
+
+    @property
+    def failed(self):
+        return self.outcome not in (CONVERTED, EXISTING)
+
+
 def convert_file(args, path, resample):
-    """Convert one file. Returns CONVERTED, EXISTING or the reason it can't be converted, and what
-    the conversion lost, if anything."""
+    """Convert one file. Returns its `Result`."""
     source, target = os.path.join(args.path_db, path), target_of(args, path)
+    rate, tally = args.out_sample_rate, Tally()
     try:
-        if is_converted(source, target, args.out_sample_rate):
-            return EXISTING, ""
-        with open_audio(source) as audio:
-            if audio.frames == 0:
-                return "empty", ""
+        if is_converted(source, target, rate):
+            return Result(EXISTING)
+        with open_audio(source) as audio, atomic_path(target) as temporary:
+            blocks = tally.count(resampled_blocks(audio, rate, resample))
             same_format = args.out_extension == args.file_extension
-            with atomic_path(target) as temporary:
-                same_rate = audio.samplerate == args.out_sample_rate
-                if same_format and same_rate and audio.knows_length:
-                    shutil.copyfile(source, temporary)
-                    return CONVERTED, ""
-                return CONVERTED, write_audio(temporary, audio, args.out_sample_rate, resample)
+            if same_format and audio.samplerate == rate and audio.knows_length:
+                for _ in blocks:  # what is copied must be usable, too
+                    pass
+                shutil.copyfile(source, temporary)
+                return Result(CONVERTED, "", tally.is_silent)
+            write_audio(temporary, blocks, rate, audio.channels)
+            return Result(CONVERTED, tally.clipped, tally.is_silent)
     except (OSError, soundfile.SoundFileError, UserError) as error:
-        return reason(error), ""
+        return Result(reason(error))
 
 
 def is_converted(source, target, rate):
@@ -165,26 +188,46 @@ def is_converted(source, target, rate):
     return header.rate == rate and not header.problem
 
 
-def write_audio(path, audio, rate, resample):
-    """Write the open file `audio` at `rate` Hz, with 16 bits if the format supports them.
+class Tally:
+    """What the samples of a file are like."""
 
-    Returns how many samples were clipped, as text, or "" if none was. Raises UserError for what
-    can't be audio.
-    """
-    if not LOWEST_RATE <= audio.samplerate <= HIGHEST_RATE:
-        raise UserError(f"its header gives an impossible rate: {audio.samplerate} Hz")
-    format_ = format_of(path)
-    subtype = "PCM_16" if soundfile.check_format(format_, "PCM_16") else None
-    n_samples = n_beyond = 0
-    with soundfile.SoundFile(path, "w", rate, audio.channels, subtype, format=format_) as new:
-        for block in resampled_blocks(audio, rate, resample):
+    def __init__(self):
+        self.n_samples = self.n_beyond = 0
+        self.lowest, self.highest = math.inf, -math.inf  # averaged over channels
+
+    def count(self, blocks):
+        """Yield each of the blocks (n, channels). Raises UserError for what can't be audio."""
+        for block in blocks:
             if not np.isfinite(block).all():
                 raise UserError("contains NaN or infinite samples")
-            n_samples, n_beyond = n_samples + block.size, n_beyond + int((abs(block) > 1).sum())
+            self.n_samples += block.size
+            self.n_beyond += int((abs(block) > 1).sum())
+            mean = block.mean(axis=1)
+            self.lowest = min(self.lowest, mean.min(initial=math.inf))
+            self.highest = max(self.highest, mean.max(initial=-math.inf))
+            yield block
+        if not self.n_samples:
+            raise UserError("empty")
+        if self.n_beyond > MOST_BEYOND * self.n_samples:
+            raise UserError(TOO_LOUD)
+
+    @property
+    def clipped(self):
+        return f"{self.n_beyond:,} of {self.n_samples:,}" if self.n_beyond else ""
+
+    @property
+    def is_silent(self):
+        """Whether training will call it silent (`is_silent` in utils/data/audio.py)."""
+        return self.n_samples > 1 and self.lowest == self.highest
+
+
+def write_audio(path, blocks, rate, n_channels):
+    """Write blocks (n, channels) at `rate` Hz, with 16 bits if the format supports them."""
+    format_ = format_of(path)
+    subtype = "PCM_16" if soundfile.check_format(format_, "PCM_16") else None
+    with soundfile.SoundFile(path, "w", rate, n_channels, subtype, format=format_) as new:
+        for block in blocks:
             new.write(block.clip(-1, 1))
-    if n_beyond > MOST_BEYOND * n_samples:
-        raise UserError(TOO_LOUD)
-    return f"{n_beyond:,} of {n_samples:,}" if n_beyond else ""
 
 
 def format_of(path):
@@ -198,6 +241,8 @@ def resampled_blocks(audio, rate, resample):
     Blocks of whole seconds begin at whole samples at both rates, and each is resampled together
     with a margin that is cut off: the result is the same as resampling the whole file at once.
     """
+    if not LOWEST_RATE <= audio.samplerate <= HIGHEST_RATE:
+        raise UserError(f"its header gives an impossible rate: {audio.samplerate} Hz")
     old, seconds = audio.samplerate, max(MARGIN, BLOCK // -(-audio.channels // 8))
     samples = audio.read((seconds + MARGIN) * old, dtype="float32", always_2d=True)
     before = 0

@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import utils.run.before_torch  # noqa: F401
+
 from praatio import textgrid
 from praatio.utilities.errors import PraatioException
 
@@ -44,10 +46,11 @@ from utils.data.labels import (
     write_labels,
     write_symbols,
 )
+from utils.data.listing import choose_extension
 from utils.data.names import files_by_shortest_key
 from utils.files import check_content, refuse_to_replace, writing_to
 from utils.misc import SAMPLE_RATE, UserError, first_few, nfc
-from utils.run.command import CommandLine, command
+from utils.run.command import CommandLine, DefaultExtension, command
 from utils.run.console import progress
 from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
@@ -55,6 +58,7 @@ from utils.run.shared_flags import add_extension
 STRESS = re.compile(r"([A-Z]+)[0-2]")  # AH0, AH1, AH2
 POSITION = re.compile(r"(.+)_[BIES]")  # Kaldi's AH0_B: beginning, inside, end, single
 NOT_SPEECH = ("sil", "sp", "SIL", "<sil>", "<eps>")
+KINDS = (".textgrid", ".phn")
 PHN, TIMIT_SILENCE = ".phn", ("h#", "pau", "epi")
 ROUNDING = 0.011  # seconds that intervals may overlap: CTM files are often rounded to 10 ms
 MIN_FILES_FOR_PROCESSES = 200
@@ -78,13 +82,15 @@ class Utterance(NamedTuple):
 @command
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    in_folder = os.path.isdir(args.alignments)
+    if in_folder:
+        args.file_extension = choose_extension(args.alignments, args.file_extension, KINDS)
     is_phn = args.file_extension.lower() == PHN
     if args.silence is None:
         args.silence = TIMIT_SILENCE if is_phn else NOT_SPEECH
     args.silence = [nfc(symbol) for symbol in args.silence]
     args.silence_symbol = nfc(args.silence_symbol)
     symbols = given_symbols(args)
-    in_folder = os.path.isdir(args.alignments)
     if in_folder and args.channel is not None:
         raise UserError("--channel: for CTM files only, TextGrids have tiers (--tier)")
     utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments, args.channel)
@@ -125,7 +131,7 @@ def build_parser():
     add("--phones", metavar="FILE", help="phones.txt with the ids to use (default: new ids)")
     add("--tier", default="phones", help='tier of the TextGrids; "SPEAKER - TIER" is accepted if '
         "there is only one speaker")
-    add_extension(add, ".TextGrid", "TextGrids")
+    add_extension(add, default=DefaultExtension(".TextGrid"), files="TextGrids")
     add("--channel", metavar="NAME", help="channel of a CTM file to convert; needed where an "
         "utterance has several (default: its only one)")
     add("--n_process", type=int, default=n_processors(), metavar="N",

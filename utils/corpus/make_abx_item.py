@@ -15,6 +15,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import utils.run.before_torch  # noqa: F401
+
 from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
 from utils.files import write_lines, writing_to
 from utils.misc import UserError, counted, first_few, nfc

@@ -17,7 +17,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from utils.data.corpus import read_utterance_list
+import utils.run.before_torch  # noqa: F401
+
+from utils.data.corpus import Corpus, Utterance, read_utterance_list, warn_of_speakers
+from utils.data.listing import choose_extension
 from utils.data.names import files_by_key, files_by_shortest_key
 from utils.files import refuse_to_replace, write_lines, writing_to
 from utils.misc import UserError, first_few, seed_from
@@ -58,7 +61,7 @@ def build_parser():
     add = parser.add_argument
     add("pathDB", help="root of the audio files, speaker/.../name + extension")
     add("out", help=f"folder to write {TRAIN} and {VALIDATION} to")
-    add_extension(add, ".flac")
+    add_extension(add)
     add("--by", choices=["utterance", "speaker"], default="utterance",
         help="hold out utterances of each speaker, or whole speakers")
     add("--validation", type=float, default=0.1, metavar="FRACTION",
@@ -83,6 +86,7 @@ def parse_arguments(argv):
         raise UserError("--speaker_level 0: all files have one speaker; use --by utterance")
     if not os.path.isdir(args.pathDB):
         raise UserError(f"{args.pathDB}: no such directory")
+    args.file_extension = choose_extension(args.pathDB, args.file_extension)
     return args
 
 
@@ -97,6 +101,9 @@ def names_by_speaker(args):
     for name, path in paths.items():
         folders = path.split("/")[:-1]
         speakers.setdefault("/".join(folders[: args.speaker_level]), []).append(name)
+    if args.speaker_level:
+        utterances = tuple(Utterance(0, path, samples=0) for path in paths.values())
+        warn_of_speakers(Corpus(args.pathDB, utterances, tuple(sorted(speakers))))
     missing = sorted((listed or set()) - paths.keys())
     if missing:
         print(f"{args.list}: {len(missing)} names aren't in {args.pathDB}: {first_few(missing)}")

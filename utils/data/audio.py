@@ -12,7 +12,10 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more isn't believed
 SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital silence
+LARGE_HEADER = 4096  # bytes: in a larger file without samples, something else must be
+NO_LENGTH = "its header says 0 samples of {:,} bytes: `sox --ignore-length OLD NEW` completes it"
 BLOCK = 2**20  # samples read at once where nobody knows how many there are
+CHANGED = "changed since the database was listed; --ignore_cache lists it again"
 SILENT = "digital silence, or channels that cancel: all samples, averaged over channels, are equal"
 FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
 MOST_BEYOND = 0.1  # fraction of samples beyond [-1, 1] in loud audio; with more, it is none
@@ -37,18 +40,17 @@ def read_header(path):
     try:
         with open_audio(path) as file:
             samples = file.frames if file.knows_length else sum(map(len, file.blocks_to_end()))
-            if samples:
-                return Header(samples, file.samplerate, fits_int16(file))
-            return Header(0, file.samplerate, fits_int16(file), "empty")
+            return Header(samples, file.samplerate, fits_int16(file), "" if samples else "empty")
     except (OSError, soundfile.SoundFileError) as error:
         return Header(0, problem=reason(error))
 
 
 class AudioFile(soundfile.SoundFile):
-    """An audio file that is read from its beginning to its end.
+    """An audio file that is read from its beginning to its end, or from `seek` on.
 
     knows_length: whether `frames` can be true. An encoder that writes to a pipe can't go back to
         the header to fill in the length: some leave it out, others claim the largest there is.
+    position: the place in the file, in samples
     """
 
     def __init__(self, path):
@@ -56,6 +58,20 @@ class AudioFile(soundfile.SoundFile):
         self.knows_length = self.frames <= min(
             LONGEST_FILE, SAMPLES_PER_BYTE * os.path.getsize(path)
         )
+        self.position = 0
+
+    def read(self, frames=-1, **options):
+        """As soundfile's. Raises OSError if the file ends before its header says so."""
+        samples = super().read(frames, **options)
+        self.position += len(samples)
+        wanted = len(options["out"]) if "out" in options else frames
+        if self.knows_length and len(samples) < wanted and self.position < self.frames:
+            raise OSError(f"ends after {self.position} samples, but its header says {self.frames}")
+        return samples
+
+    def seek(self, frames, whence=soundfile.SEEK_SET):
+        self.position = super().seek(frames, whence)
+        return self.position
 
     def seekable(self):
         """No: soundfile would seek after each `read`, which fails where the length is unknown."""
@@ -81,12 +97,19 @@ def open_audio(path):
     soundfile opens one file at a time, whatever the number of threads. So the beginning of the
     file is read first: threads then wait for slow storage in parallel, and errors of the file
     system get proper messages. Bytes, since file names need not be valid UTF-8.
+
+    A header that says 0 samples is an OSError, too: libsndfile would read none. In WAV and AU files
+    of a program that can't go back to the header, they are there nevertheless.
     """
     name = os.fsencode(path) if os.name == "posix" else path
     check_content(name)
     with open(name, "rb", buffering=0) as file:
         file.read(8192)
-    return AudioFile(name)
+    audio, n_bytes = AudioFile(name), os.path.getsize(name)
+    if not audio.frames:
+        audio.close()
+        raise OSError("empty" if n_bytes < LARGE_HEADER else NO_LENGTH.format(n_bytes))
+    return audio
 
 
 def fits_int16(file):
@@ -112,7 +135,7 @@ def decode_into(waveform, path, listed_samples):
         with open_audio(path) as file:
             length = file.frames if file.knows_length else listed_samples
             if (length, file.samplerate) != (listed_samples, SAMPLE_RATE):
-                return "changed since the database was listed; --ignore_cache lists it again"
+                return CHANGED
             if waveform.dtype == np.int16 and not fits_int16(file):
                 return "no longer a 16-bit mono file; --ignore_cache lists the database again"
             n_read = _read_mono(file, waveform)
@@ -120,8 +143,8 @@ def decode_into(waveform, path, listed_samples):
         return "deleted since the database was listed; --ignore_cache lists it again"
     except (OSError, soundfile.SoundFileError) as error:
         return reason(error)
-    if n_read < len(waveform):
-        return f"ends after {n_read} samples, but its header says {listed_samples}"
+    if n_read < len(waveform):  # its header doesn't say how many there are
+        return CHANGED
     if waveform.dtype == np.float32 and not np.isfinite(waveform).all():
         return "contains NaN or infinite samples"
     warn_of_loudness(path, waveform)

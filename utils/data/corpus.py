@@ -12,6 +12,7 @@ from utils.data.listing import list_audio_files
 from utils.data.names import keys_of, refuse_ambiguous
 from utils.files import lines_of
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from, nfc
+from utils.run.distributed import ALONE
 
 LIBRISPEECH_FOLDERS = 2  # folders above a file: speaker and chapter
 GROUP = re.compile(r"dr\d|(train|dev|test|val)(id\w*)?", re.IGNORECASE)  # no speakers' names
@@ -44,10 +45,13 @@ class Corpus(NamedTuple):
     root: str
     utterances: tuple[Utterance, ...]
     speakers: tuple[str, ...]
+    extension: str = ".flac"  # of the files' names
 
 
 def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_threads=8):
     """Find every file below `root` whose name ends with `extension` and read its header.
+
+    A DefaultExtension stands for the kind of audio there is (`choose_extension`).
 
     The speaker of a file is the first `speaker_level` folders of its path, joined by "/" ("" if
     there are none); speaker ids number these names in sorted order. Unusable files are included,
@@ -59,24 +63,24 @@ def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_
     root = os.fspath(root)
     if not os.path.isdir(root):
         raise UserError(f"no such directory: {root} (--pathDB)")
-    columns = list_audio_files(root, extension, ignore_cache, n_threads)
+    extension, columns = list_audio_files(root, extension, ignore_cache, n_threads)
     level = max(0, speaker_level)
     names = ["/".join(path.split("/")[:-1][:level]) for path in columns["path"]]
     speakers = tuple(sorted(set(names)))
     speaker_id = {speaker: i for i, speaker in enumerate(speakers)}
     rows = zip((speaker_id[name] for name in names), *columns.values(), strict=True)
-    return Corpus(root, tuple(sort_utterances(map(Utterance._make, rows))), speakers)
+    return Corpus(root, tuple(sort_utterances(map(Utterance._make, rows))), speakers, extension)
 
 
-def open_corpus(args, speakers_matter=True):
-    """The Corpus of --pathDB; warns, if speakers matter, where that may be a folder too high."""
-    corpus = scan_corpus(
-        args.pathDB,
-        args.file_extension,
-        args.speaker_level,
-        ignore_cache=args.ignore_cache,
-        n_threads=args.n_process_loader,
-    )
+def open_corpus(args, speakers_matter=True, world=ALONE):
+    """The Corpus of --pathDB; `args` gets the extension of its files.
+
+    Warns, if speakers matter, where --pathDB may be a folder too high.
+    """
+    options = {"ignore_cache": args.ignore_cache, "n_threads": args.n_process_loader}
+    place = args.pathDB, args.file_extension, args.speaker_level
+    corpus = world.on_rank_zero(lambda: scan_corpus(*place, **options))
+    args.file_extension = corpus.extension
     if speakers_matter:
         warn_of_speakers(corpus)
     return corpus
@@ -125,7 +129,10 @@ def warn_of_single_speaker(corpus):
     )
     if all(utterance.path.count("/") > LIBRISPEECH_FOLDERS for utterance in corpus.utterances):
         inner = os.path.join(corpus.root, speaker)
-        print(f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}")
+        print(
+            f"warning: if the folders in {speaker} are the speakers, give --pathDB {inner}, or "
+            "--speaker_level 2"
+        )
 
 
 def warn_of_subsets(corpus):
@@ -136,11 +143,12 @@ def warn_of_subsets(corpus):
     matches = [BELOW_A_SUBSET.fullmatch(utterance.path) for utterance in corpus.utterances]
     if len(corpus.speakers) > 1 and all(matches):
         n_speakers = len({match[1] for match in matches})
+        level = matches[0].string.count("/", 0, matches[0].end(1)) + 1
         print(
             f"warning: {corpus.root}: {first_few(corpus.speakers)} count as one speaker each: the "
             f"speaker of a file is the first folder below --pathDB. By their file names there are "
-            f"{counted(n_speakers, 'speaker')}: give --pathDB one of these folders, or one with "
-            "links to the speakers in all of them"
+            f"{counted(n_speakers, 'speaker')}: give --speaker_level {level}, or --pathDB one of "
+            "these folders, or one with links to the speakers in all of them"
         )
 
 

@@ -8,9 +8,13 @@ from utils.data.audio import LONGEST_FILE, read_header
 from utils.data.workers import Workers
 from utils.files import atomic_path, check_regular
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few
+from utils.run.command import DefaultExtension
 
 LISTING = ".cpc_listing.json"  # in the root of the database
 FORMAT = 1
+AUDIO = frozenset(  # endings of names, in lower case, of what libsndfile reads
+    ".aif .aifc .aiff .au .caf .flac .mp3 .nist .oga .ogg .opus .rf64 .snd .sph .w64 .wav".split()
+)
 SECONDS_OF_WRITING = 10  # writing the listing changes its own folder
 COLUMNS = {"path": str, "samples": int, "rate": int, "fits_int16": bool, "problem": str}
 
@@ -18,17 +22,22 @@ COLUMNS = {"path": str, "samples": int, "rate": int, "fits_int16": bool, "proble
 def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
     """All files below `root` whose names end with `extension`, as columns: name -> list.
 
+    extension: a DefaultExtension stands for what `choose_extension` finds
+
     Columns are the path relative to `root` and the fields of `Header`. Unless `ignore_cache`, they
     come from the listing of an earlier call, and only files that were unusable are opened again.
-    Raises UserError if there is no such file.
+    Returns the extension and the columns. Raises UserError if there is no such file.
     """
     columns = None if ignore_cache else _load(root, extension)
+    if columns is None and isinstance(extension, DefaultExtension):
+        chosen = choose_extension(root, extension)
+        return list_audio_files(root, chosen, ignore_cache or chosen == extension, n_threads)
     if columns is None:
         paths = find_files(root, extension)
         headers = _read_headers(root, paths, n_threads)
         columns = dict(zip(COLUMNS, [paths, *map(list, zip(*headers, strict=True))], strict=True))
         _store(root, extension, columns)
-        return columns
+        return str(extension), columns
     _report_changes(root, columns["path"], n_threads)
     properties = enumerate(zip(columns["rate"], columns["problem"], strict=True))
     unusable = [i for i, (rate, problem) in properties if problem or rate != SAMPLE_RATE]
@@ -36,7 +45,7 @@ def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
     for i, header in zip(unusable, headers, strict=True):
         for name, value in header._asdict().items():
             columns[name][i] = value
-    return columns
+    return str(extension), columns
 
 
 def _report_changes(root, paths, n_threads):
@@ -82,14 +91,58 @@ def _read_headers(root, paths, n_threads):
 # ------------------------------------------------------------------------------- finding the files
 
 
+def choose_extension(root, extension, kinds=AUDIO):
+    """`extension` if the user gave it; otherwise that of the only kind of files below `root`.
+
+    kinds: extensions in lower case, of which several mean several kinds. Then the DefaultExtension
+    is taken, which is said, or, if there are no such files, a UserError names the kinds.
+    """
+    if not isinstance(extension, DefaultExtension):
+        return extension
+    endings = Counter(os.path.splitext(path)[1] for path in _walk(root)[0])
+    found = Counter({ending: n for ending, n in endings.items() if ending.lower() in kinds})
+    if len(found) == 1:
+        return next(iter(found))
+    if found and extension not in found:
+        raise UserError(
+            f"{root}: holds several kinds of files, {_counts(found)}: choose one with "
+            "--file_extension"
+        )
+    if found:
+        print(
+            f"{root}: there are {_counts(found)}: those that end with {extension} are used "
+            "(--file_extension)"
+        )
+    return str(extension)
+
+
 def find_files(root, extension):
     """Sorted paths, relative to `root` and with "/", of all files ending with `extension`.
 
-    Follows links to folders, except to those that contain the link. Leaves out what begins with a
-    dot, such as the `._name` that a Mac writes beside a file, and says how many files that were.
-    Reports unreadable folders. Raises UserError, with the extensions found, if none is left.
+    Leaves out what begins with a dot, such as the `._name` that a Mac writes beside a file, and
+    says how many files that were. Reports unreadable folders. Raises UserError, with the extensions
+    found, if none is left.
     """
-    found, others, unreadable, n_hidden = [], Counter(), [], 0
+    paths, hidden, unreadable = _walk(root)
+    if unreadable:
+        print(f"{root}: {len(unreadable)} folders can't be read: {first_few(unreadable)}")
+    n_hidden = sum(path.endswith(extension) for path in hidden)
+    if n_hidden:
+        print(f"{root}: left out {counted(n_hidden, 'file')}, hidden by a dot before a name")
+    found = sorted(path for path in paths if path.endswith(extension))
+    if not found:
+        others = _counts(Counter(os.path.splitext(path)[1] for path in paths))
+        there = f"there are {others} (--file_extension)" if paths else "there are no files in it"
+        raise UserError(f"{root}: no file ends with {extension!r}; {there}")
+    return found
+
+
+def _walk(root):
+    """Paths of all files below `root`, of those that a dot hides, and unreadable folders.
+
+    Follows links to folders, except to those that contain the link.
+    """
+    paths, hidden_paths, unreadable = [], [], []
     pending = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
@@ -105,19 +158,11 @@ def find_files(root, extension):
             path = f"{folder}/{entry.name}" if folder else entry.name
             if _is_folder(entry):
                 pending.append((path, above | {this}))
-            elif _is_hidden(path):
-                n_hidden += entry.name.endswith(extension) and entry.name != LISTING
-            elif entry.name.endswith(extension):
-                found.append(path)
-            else:
-                others[os.path.splitext(entry.name)[1]] += 1
-    if unreadable:
-        print(f"{root}: {len(unreadable)} folders can't be read: {first_few(unreadable)}")
-    if n_hidden:
-        print(f"{root}: left out {counted(n_hidden, 'file')}, hidden by a dot before a name")
-    if not found:
-        raise UserError(f"{root}: no file ends with {extension!r}; {_describe(others)}")
-    return sorted(found)
+            elif not _is_hidden(path):
+                paths.append(path)
+            elif entry.name != LISTING:
+                hidden_paths.append(path)
+    return paths, hidden_paths, unreadable
 
 
 def _is_hidden(path):
@@ -132,9 +177,9 @@ def _is_folder(entry):
         return False
 
 
-def _describe(extensions):
-    seen = [f"{n} {extension or 'without extension'}" for extension, n in extensions.most_common()]
-    return f"there are {first_few(seen)} (--file_extension)" if seen else "there are no files in it"
+def _counts(extensions):
+    """A Counter of extensions for a message, the most frequent first."""
+    return first_few(f"{n} {name or 'without extension'}" for name, n in extensions.most_common())
 
 
 # -------------------------------------------------------------------------------- cached listing

@@ -1,5 +1,6 @@
 """Packs: the audio of several files, concatenated and decoded in place by threads."""
 
+import functools
 import mmap
 import os
 from typing import NamedTuple
@@ -8,10 +9,11 @@ import numpy as np
 import torch
 
 from utils.data.audio import decode_into, is_silent
-from utils.data.windows import Layout
+from utils.data.windows import Layout, PackPlan, largest_pack
 from utils.data.workers import Workers
 from utils.misc import UserError
 from utils.run.distributed import ALONE
+from utils.run.machine import processors_each
 
 
 class Pack(NamedTuple):
@@ -20,6 +22,7 @@ class Pack(NamedTuple):
     audio: torch.Tensor  # (samples,) int16 or float32
     labels: torch.Tensor | None  # (samples // 160,) int16
     layout: Layout
+    plan: PackPlan | None = None  # where one was asked for
 
 
 def allocate_audio(samples, dtype):
@@ -39,6 +42,29 @@ def allocate_audio(samples, dtype):
     return torch.frombuffer(memory, dtype=dtype)[:samples]
 
 
+class TwoBuffers:
+    """The memory for all packs of a run that the processes of a machine share, used in turn.
+
+    Filling memory that was used before is several times faster than filling new memory, for which
+    all would have to wait besides.
+    """
+
+    def __init__(self):
+        self.buffers = []  # the one handed out last is the last
+
+    def allocate(self, dataset, world):
+        """The buffer whose pack is done with, for any pack of `dataset`. All must call this."""
+        if len(self.buffers) < 2:
+            size = largest_pack(dataset.samples, dataset.max_size_loaded)
+            self.buffers.append(world.shared_tensor(size, dataset.dtype))
+        else:
+            self.buffers.reverse()
+        return self.buffers[-1]
+
+    def drop(self):
+        self.buffers = []
+
+
 class PackDecoding:
     """A pack being decoded by threads, which start at once; `finish` waits for them.
 
@@ -46,23 +72,25 @@ class PackDecoding:
     bad on one machine is left out on all.
     """
 
-    def __init__(self, dataset, files, world=ALONE):
-        """`files`: (n,) ascending indices of the dataset's utterances."""
-        self.dataset, self.world = dataset, world
+    def __init__(self, dataset, files, world=ALONE, plan=None, buffers=None):
+        """`files`: (n,) ascending indices of the dataset's utterances.
+
+        plan: Layout -> PackPlan, called in a thread; buffers: TwoBuffers of several processes
+        """
+        self.dataset, self.world, self.plan = dataset, world, plan
         self.layout = Layout.of(files, dataset.samples)
         size = int(self.layout.boundaries[-1])
-        # Also on machines with a single process: others may have more, and all must call this.
-        allocate = world.shared_tensor if world.group is not None else allocate_audio
-        self.audio = allocate(size, dataset.dtype)
-        parts = np.split(self.audio.numpy(), self.layout.boundaries[1:-1])
-        utterances = [dataset.utterances[i] for i in files]
-        items = [
-            (part, os.path.join(dataset.root, utterance.path), utterance.samples)
-            for part, utterance in zip(parts, utterances, strict=True)
-        ]
-        self.own = range(world.local_rank, len(items), world.local_size)
-        own_items = [items[i] for i in self.own]
-        self.workers = Workers(_decode, own_items, dataset.n_threads)
+        if buffers:
+            self.audio = buffers.allocate(dataset, world)[:size]
+        elif world.group is not None:  # if only on another machine: all must call this
+            self.audio = world.shared_tensor(size, dataset.dtype)
+        else:
+            self.audio = allocate_audio(size, dataset.dtype)
+        self.own = range(world.local_rank, len(files), world.local_size)
+        decode = functools.partial(_decode, dataset, self.layout, self.audio)
+        n_threads = min(dataset.n_threads, processors_each(world.local_size))
+        self.workers = Workers(decode, self.own, n_threads)
+        self.planning = Workers(plan, [self.layout], 1) if plan else None
 
     def finish(self):
         """The `Pack`, without files that turned out to be bad (see `AudioDataset.skip`)."""
@@ -81,7 +109,13 @@ class PackDecoding:
             self.world.raise_everywhere()  # nobody reads before that is done
         layout = Layout.of(files[good], self.dataset.samples)
         audio = self.audio[: int(layout.boundaries[-1])]
-        return Pack(audio, self.dataset.labels_of(layout.files), layout)
+        return Pack(audio, self.dataset.labels_of(layout.files), layout, self._plan(layout))
+
+    def _plan(self, layout):
+        if not self.planning:
+            return None
+        (plan,) = self.planning.results("planning", " packs")
+        return plan if len(layout.files) == len(self.layout.files) else self.plan(layout)
 
     def _results(self):
         """Wait for the threads of all processes. Returns a dict: index in the pack -> what
@@ -91,10 +125,16 @@ class PackDecoding:
         return {i: result for part in reversed(found) for i, result in part.items()}
 
 
-def _decode(item):
-    """Why a file is unusable ("" if it isn't), and whether it is digital silence."""
-    problem = decode_into(*item)
-    return problem, not problem and is_silent(item[0])
+def _decode(dataset, layout, audio, i):
+    """Decode file `i` of a pack into its place.
+
+    Returns why it is unusable ("" if it isn't), and whether it is digital silence.
+    """
+    utterance = dataset.utterances[layout.files[i]]
+    waveform = audio[layout.boundaries[i] : layout.boundaries[i + 1]].numpy()
+    path = os.path.join(dataset.root, utterance.path)
+    problem = decode_into(waveform, path, utterance.samples)
+    return problem, not problem and is_silent(waveform)
 
 
 def close_gaps(audio, boundaries, good):

@@ -47,20 +47,22 @@ def cumulative(lengths):
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def split_into_packs(lengths, max_size, generator=None):
+def split_into_packs(lengths, max_size, generator=None, pieces=None):
     """Split files into packs of at most `max_size` samples: a list of ascending index arrays.
 
     With a generator the files are shuffled first. Packs have about the same size, so that none is
     too small to mix its windows well; a file longer than `max_size` gets a pack to itself.
+
+    pieces: (speakers, samples) of the files keep about so many samples of a speaker together
     """
     total, order = int(lengths.sum()), np.arange(len(lengths))
     if total <= max_size:
         return [order]
     if generator is not None:
         order = torch.randperm(len(lengths), generator=generator).numpy()
-    n_packs = -(-total // max_size)
-    limit = min(max_size, -(-total // n_packs) + int(lengths.max()))
-    ends = cumulative(lengths[order])
+        if pieces:
+            order = _by_pieces(order, lengths, *pieces, generator)
+    limit, ends = _limit(lengths, max_size), cumulative(lengths[order])
     packs, begin = [], 0
     while begin < len(order):
         end = int(np.searchsorted(ends, ends[begin] + limit, side="right")) - 1
@@ -68,6 +70,31 @@ def split_into_packs(lengths, max_size, generator=None):
         packs.append(np.sort(order[begin:end]))
         begin = end
     return packs
+
+
+def _by_pieces(order, lengths, speakers, size, generator):
+    """Shuffle pieces of about `size` samples of a speaker's files; `order`: all files, shuffled."""
+    by_speaker = order[np.argsort(speakers[order], kind="stable")]
+    begins = cumulative(lengths[by_speaker])[:-1]
+    is_first = np.diff(speakers[by_speaker], prepend=-1) != 0
+    rank = (begins - np.maximum.accumulate(np.where(is_first, begins, 0))) // size
+    piece = np.cumsum(is_first | (np.diff(rank, prepend=0) != 0)) - 1
+    n_pieces = int(piece[-1]) + 1
+    if n_pieces == len(order):
+        return order
+    keys = torch.randperm(n_pieces, generator=generator).numpy()
+    return by_speaker[np.argsort(keys[piece], kind="stable")]
+
+
+def largest_pack(lengths, max_size):
+    """No pack of `split_into_packs` has more samples, however the files are shuffled."""
+    return min(int(lengths.sum()), max(_limit(lengths, max_size), int(lengths.max())))
+
+
+def _limit(lengths, max_size):
+    total = int(lengths.sum())
+    n_packs = -(-total // max_size)
+    return min(max_size, -(-total // n_packs) + int(lengths.max()))
 
 
 def plan_pack(layout, speakers, sampling, size_window, batch_size, generator=None):
@@ -87,6 +114,17 @@ def plan_pack(layout, speakers, sampling, size_window, batch_size, generator=Non
     if sampling == "uniform" and len(edges) > 2 and edges[-1] - edges[-2] < batch_size:
         edges = edges[:-1]  # other samplings keep incomplete batches
     return _shuffle_batches(starts, edges, generator)
+
+
+def count_batches(layout, speakers, sampling, size_window, batch_size, generator=None):
+    """`plan_pack(...).n_batches`, for packs that aren't due yet: no window gets its place."""
+    if sampling == "sequential" and generator is not None:
+        plan = plan_pack(layout, speakers, sampling, size_window, batch_size, generator)
+        return plan.n_batches
+    _, counts = _windows_in(_intervals(layout, speakers, sampling), size_window, generator)
+    n_batches = int((-(-counts // batch_size)).sum())
+    incomplete = sampling == "uniform" and generator is not None and counts[0] % batch_size
+    return n_batches - 1 if incomplete and n_batches > 1 else n_batches
 
 
 def plan_rows(size, offset, size_window, batch_size):
@@ -119,11 +157,7 @@ def _cut_windows(boundaries, size_window, generator):
 
     With a generator, windows start at a random offset and are shuffled within their interval.
     """
-    sizes = np.diff(boundaries)
-    offsets = np.zeros_like(sizes)
-    if generator is not None:
-        offsets = _random_offsets(sizes, size_window, generator)
-    counts = (sizes - offsets) // size_window
+    offsets, counts = _windows_in(boundaries, size_window, generator)
     interval = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(interval)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = (boundaries[:-1] + offsets)[interval] + index * size_window
@@ -131,6 +165,15 @@ def _cut_windows(boundaries, size_window, generator):
         keys = torch.randperm(len(starts), generator=generator).numpy()
         starts = starts[np.lexsort((keys, interval))]
     return starts, index
+
+
+def _windows_in(boundaries, size_window, generator):
+    """For each interval, where its first window starts in it, and how many windows it has."""
+    sizes = np.diff(boundaries)
+    offsets = np.zeros_like(sizes)
+    if generator is not None:
+        offsets = _random_offsets(sizes, size_window, generator)
+    return offsets, (sizes - offsets) // size_window
 
 
 def _random_offsets(sizes, size_window, generator):

@@ -6,13 +6,13 @@ from utils.report.markup import tag
 MAX_ROWS = 12  # of a table over epochs, besides the first and the best
 
 
-def chart(title, lines, level=None, from_zero=False):
+def chart(title, lines, levels=(), from_zero=False):
     """A line chart over epochs with heading and legend; None if there are no values."""
-    drawing = draw_lines(title, lines, level, from_zero)
+    drawing = draw_lines(title, lines, levels, from_zero)
     if drawing is None:
         return None
     caption = tag("figcaption", title)
-    return tag("figure", caption, legend(lines, level), drawing, class_="chart")
+    return tag("figure", caption, legend(lines, levels), drawing, class_="chart")
 
 
 def single(title, pairs, from_zero=False):

@@ -28,6 +28,14 @@ class Line(NamedTuple):
         return round(0.3 + 0.7 * self.strength, 2)
 
 
+class Level(NamedTuple):
+    """A named value to compare lines with; `kind` is a class of the style sheet."""
+
+    name: str
+    value: float
+    kind: str = "level"
+
+
 class Axes(NamedTuple):
     """The mapping from epochs and values to the picture."""
 
@@ -45,20 +53,20 @@ class Axes(NamedTuple):
         return round(HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def draw_lines(title, lines, level=None, from_zero=False):
+def draw_lines(title, lines, levels=(), from_zero=False):
     """An `<svg>` of the lines that have points, as Markup; None if none has.
 
-    level: (name, value) of a horizontal line to compare with, or None; from_zero: start the value
-    axis at zero. Works for one epoch and for thousands: long lines are thinned, keeping all peaks.
+    levels: `Level`s, drawn as horizontal lines; from_zero: start the value axis at zero. Works for
+    one epoch and for thousands: long lines are thinned, keeping all peaks.
     """
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    axes = fit_axes(lines, level, from_zero)
+    axes = fit_axes(lines, levels, from_zero)
     return tag(
         "svg",
         *draw_grid(axes),
-        *draw_level(axes, level),
+        *(draw_level(axes, level) for level in levels),
         *(mark for line in lines for mark in draw_line(axes, line)),
         *draw_bands(axes, lines),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -68,11 +76,11 @@ def draw_lines(title, lines, level=None, from_zero=False):
     )
 
 
-def fit_axes(lines, level, from_zero):
-    """Axes that include every point and the level, with a margin."""
+def fit_axes(lines, levels, from_zero):
+    """Axes that include every point and all levels, with a margin."""
     epochs = [epoch for line in lines for epoch, _ in line.points]
     values = [value for line in lines for _, value in line.points]
-    values += [level[1]] if level else []
+    values += [level.value for level in levels]
     values += [0.0] if from_zero else []
     low, high = min(values), max(values)
     size = max(abs(low), abs(high)) or 1.0
@@ -96,9 +104,8 @@ def draw_grid(axes):
 
 
 def draw_level(axes, level):
-    if level:
-        y = axes.y(level[1])
-        yield tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="level")
+    y = axes.y(level.value)
+    return tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_=level.kind)
 
 
 def draw_line(axes, line):
@@ -165,14 +172,13 @@ def readable(value, digits=4):
     return "0" if float(text) == 0 else text
 
 
-def legend(lines, level=None):
+def legend(lines, levels=()):
     """The names and latest values of the lines, as Markup."""
     lines = [line for line in lines if line.points]
     if any(line.kind == "step" for line in lines) and len(lines) > 2:
         lines = [lines[0], lines[-1]]
     entries = [_entry(line.name, line.points[-1][1], line.kind, line.opacity) for line in lines]
-    if level:
-        entries.append(_entry(*level, "level"))
+    entries += [_entry(*level) for level in levels]
     return tag("p", *entries, class_="legend")
 
 

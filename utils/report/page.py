@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from utils.files import atomic_path
+from utils.misc import NO_CHANCE
 from utils.report.elements import duration, memory, percentage, shown, soft
 from utils.report.markup import Markup, join, tag
 from utils.report.pictures import draw_capture, embed, find_pictures, latest_capture
@@ -51,6 +52,7 @@ class RunReport:
     machine: a description of the machine of this call
     step_name: what the values in a row of the logs belong to, None if a row has only one
     has_accuracy: whether the logged accuracies mean anything
+    chance: the Chance of the criterion
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class RunReport:
         *,
         step_name="prediction step",
         has_accuracy=True,
+        chance=NO_CHANCE,
     ):
         self.args, self.defaults, self.stats = args, defaults, dict(stats or {})
         self.command, self.machine = shlex.join(command), machine
-        self.step_name, self.has_accuracy = step_name, has_accuracy
+        self.step_name, self.has_accuracy, self.chance = step_name, has_accuracy, chance
         self.corpus = [corpus_row(dataset, labels) for dataset in sets]
         self.directory = Path(args.pathCheckpoint)
         self.record = RunRecord(self.directory)
@@ -80,19 +83,28 @@ class RunReport:
         None if another process trained that.
         Raises OSError if they can't be written.
         """
-        if speed:
-            self.record.add(logs["epoch"][-1], speed, self.command)
+        self.add(logs, speed)
         capture = latest_capture(logs, self.args)
-        if capture and capture.name == str(logs["epoch"][-1]):
+        if capture and int(capture.name) > self.record.reported:
             draw_capture(capture)
         pictures = embed(find_pictures(logs, self.args, self.stats, capture))
         with atomic_path(self.directory / REPORT) as temporary:
             Path(temporary).write_text(self.page(logs, pictures), encoding="utf-8")
+        self.record.reported = logs["epoch"][-1] if logs["epoch"] else -1
         self.record.save()  # last: it marks the report as complete
+
+    def put_off(self, logs, speed):
+        """Write only `report_data.json` after an epoch."""
+        self.add(logs, speed)
+        self.record.save()
+
+    def add(self, logs, speed):
+        if speed:
+            self.record.add(logs["epoch"][-1], speed, self.command)
 
     def covers(self, epoch):
         """Whether the report was written after this epoch."""
-        return any(row["epoch"] == epoch for row in self.record.epochs)
+        return self.record.covers(epoch)
 
     def page(self, logs, pictures):
         """The whole page; pictures: group -> Markup, as `embed` returns them."""
@@ -102,7 +114,7 @@ class RunReport:
         if not self.has_accuracy:
             logs = without_accuracies(logs)  # they are zeros
         sections = {
-            "Training": training_section(logs, self.step_name),
+            "Training": training_section(logs, self.step_name, self.chance),
             "Probes": probe_section(logs, args, pictures),
             "Stats": stats_section(logs, args, self.stats, pictures),
             "Capture": capture_section(logs, args, pictures),
@@ -201,7 +213,7 @@ def validation_status(logs, what, key, scale, show, best_of):
         epoch, best = best_of(values, key=lambda pair: pair[1])
         yield f"validation {what}", show(values[-1][1]), f"best {show(best)}, epoch {epoch}"
     elif before:
-        yield f"validation {what}", show(before[1]), before[0]
+        yield f"validation {what}", show(before.value), before.name
 
 
 def speed_status(row):

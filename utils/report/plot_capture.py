@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils.run.before_torch  # noqa: F401
+
 import numpy as np
 import soundfile
 import torch

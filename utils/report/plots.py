@@ -4,6 +4,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.files import atomic_path
+from utils.misc import NO_CHANCE
+from utils.report.values import points, probe_metrics
 
 MAX_MARKERS = 40  # with more epochs, markers would merge and hide dashes
 
@@ -15,13 +17,14 @@ def save_figure(figure, path, dpi=110):
         figure.savefig(temporary, dpi=dpi, format="png")
 
 
-def draw_curves(logs, path, step="prediction step", with_accuracy=True):
+def draw_curves(logs, path, step="prediction step", with_accuracy=True, chance=NO_CHANCE):
     """Draw `checkpoint_logs.json` (a dict): losses, accuracies, probes and the learning rate.
 
     Thin lines are single steps, from the nearest (dark) to the farthest (light), these two labelled
     with their numbers; thick lines are means, solid for validation and dashed for training.
     step: what the values in a row of the logs belong to, None if a row has only one
     with_accuracy: whether the logged accuracies mean anything
+    chance: the Chance of the criterion, a dotted line
     """
     figure = Figure(figsize=(11, 7.5))
     margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95}
@@ -30,10 +33,10 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True):
     )
     epochs = logs["epoch"]
     each = f": mean, and each {step} in validation" if step else ""
-    _draw_steps(losses, epochs, logs, "locLoss")
+    _draw_steps(losses, epochs, logs, "locLoss", chance.loss)
     losses.set(title=f"loss{each}", ylabel="loss")
     if with_accuracy:
-        _draw_steps(accuracies, epochs, logs, "locAcc", scale=100)
+        _draw_steps(accuracies, epochs, logs, "locAcc", chance.accuracy, scale=100)
         accuracies.set(title=f"accuracy{each}", ylabel="accuracy (%)")
     else:
         _write_inside(accuracies, "CTC has no accuracy")
@@ -50,10 +53,14 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True):
 
 
 def _draw_series(axes, epochs, values, **style):
-    points = [(e, v) for e, v in zip(epochs, values, strict=False) if v is not None]
-    if points:
-        marker = "o" if len(points) <= MAX_MARKERS else None
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, **style)
+    pairs = zip(epochs, values, strict=False)
+    _draw_points(axes, [(epoch, value) for epoch, value in pairs if value is not None], **style)
+
+
+def _draw_points(axes, pairs, **style):
+    if pairs:
+        marker = "o" if len(pairs) <= MAX_MARKERS else None
+        axes.plot(*zip(*pairs, strict=True), marker=marker, markersize=3, **style)
 
 
 def _write_beside(axes, point, text):
@@ -64,7 +71,7 @@ def _write_inside(axes, text):
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
 
-def _draw_steps(axes, epochs, logs, key, scale=1):
+def _draw_steps(axes, epochs, logs, key, chance, scale=1):
     for part, dashes, color in (("train", "--", "C0"), ("val", "-", "C1")):
         rows = logs.get(f"{key}_{part}", [])
         steps = max((len(row) for row in rows if row), default=0)
@@ -77,19 +84,20 @@ def _draw_steps(axes, epochs, logs, key, scale=1):
         means = [row and scale * sum(row) / len(row) for row in rows]
         name = {"train": "training", "val": "validation"}[part]
         _draw_series(axes, epochs, means, color=color, linestyle=dashes, linewidth=2, label=name)
+    if axes.lines and chance is not None:
+        axes.axhline(scale * chance, color="0.4", linestyle=":", label="chance")
     if axes.lines:
         axes.legend()
 
 
 def _draw_probes(axes, epochs, logs):
     """Accuracies of the probes, or the phone error rates of CTC probes."""
-    names = {"_best_val_acc": "accuracy", "_best_val_per": "phone error rate"}
-    for key in sorted(logs):
-        ending = key[-len("_best_val_acc") :]
-        if ending in names:
-            values = [v and 100 * (v[0] if isinstance(v, list) else v) for v in logs[key]]
-            label = f"{key.removesuffix(ending)}: {names[ending]}"
-            _draw_series(axes, epochs, values, label=label)
+    names = {"acc": "accuracy", "per": "phone error rate"}
+    for number, (task, metric, key) in enumerate(probe_metrics(logs)):
+        label, majority = f"{task}: {names[metric]}", f"{task}_baseline_val_{metric}"
+        _draw_points(axes, points(logs, key, 100), color=f"C{number}", label=label)
+        style = {"color": f"C{number}", "linestyle": ":", "label": f"{task}: majority class"}
+        _draw_points(axes, points(logs, majority, 100), **style)
     axes.set_title("probes: linear separability in validation")
     axes.set_ylabel("%")
     if axes.lines:

@@ -5,13 +5,15 @@ from utils.report.page import REPORT, RunReport
 from utils.report.plots import draw_curves
 from utils.report.run_record import machine_in_words
 from utils.run.flags import build_parser
+from utils.run.pace import Pace
 
 LOGS = "checkpoint_logs.json"
 CURVES = "checkpoint_curves.png"
+SECONDS_BETWEEN_PICTURES = 60.0
 
 
 class RunFiles:
-    """Writes them after each epoch.
+    """Writes them after each epoch: curves and report at most once a minute, and at the end.
 
     state: the RunState; argv: the command line of this call; sets: training and validation
     AudioDataset; labels: PhoneLabels or None; stats: StatsCollector.
@@ -20,6 +22,8 @@ class RunFiles:
     def __init__(self, state, argv, sets, labels, stats):
         self.directory, networks = state.directory, state.networks
         self.step_name, self.has_accuracy = networks.step_name, networks.has_accuracy
+        self.chance = networks.chance
+        self.pace = Pace(SECONDS_BETWEEN_PICTURES)
         self.report = RunReport(
             state.args,
             build_parser().parse_args([]),
@@ -30,23 +34,31 @@ class RunFiles:
             machine_in_words(state.device, state.world.size),
             step_name=self.step_name,
             has_accuracy=self.has_accuracy,
+            chance=self.chance,
         )
 
-    def write(self, logs, speed=None):
+    def write(self, logs, speed=None, if_due=False):
         """Write all of them; speed: the `epoch_speed` of the last epoch.
 
-        What can't be written costs a warning: a run is worth more than its pictures.
+        if_due: curves and report only if the last ones are old enough. What can't be written costs
+        a warning: a run is worth more than its pictures.
         """
         try:
             if logs["epoch"]:
                 save_json(self.directory / LOGS, logs)
-                draw_curves(logs, self.directory / CURVES, self.step_name, self.has_accuracy)
-            self.report.write(logs, speed)
+            if if_due and not self.pace.is_due:
+                self.report.put_off(logs, speed)
+                return
+            with self.pace.timed():
+                if logs["epoch"]:
+                    what = self.step_name, self.has_accuracy, self.chance
+                    draw_curves(logs, self.directory / CURVES, *what)
+                self.report.write(logs, speed)
         except OSError as error:
             print(f"warning: {self.directory}: logs and pictures not written ({error})")
 
     def complete(self, logs, stop):
-        """Write what a run that was killed right after a save hadn't written yet."""
+        """Write what was put off, or what a killed run hadn't written yet."""
         if logs["epoch"] and not self.report.covers(logs["epoch"][-1]):
             with stop.deferred():
                 self.write(logs)

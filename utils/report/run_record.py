@@ -58,6 +58,7 @@ class RunRecord:
 
     epochs: dicts of `epoch_speed`, each with its `epoch`; calls: dicts of each `command` that the
     run was started or resumed with and the first `epoch` it finished. Both are in order of epochs.
+    reported: the last epoch that `report.html` and the curves show, -1 before the first.
     """
 
     def __init__(self, directory):
@@ -65,6 +66,9 @@ class RunRecord:
         content = self._content()
         self.epochs = _entries(content.get("epochs"), "machine")
         self.calls = _entries(content.get("calls"), "command")
+        latest = self.epochs[-1]["epoch"] if self.epochs else -1
+        reported = content.get("reported")  # older records were written with each report
+        self.reported = reported if type(reported) is int else latest
 
     def _content(self):
         try:
@@ -75,19 +79,21 @@ class RunRecord:
 
     def covers(self, epoch):
         """Whether everything was written after this epoch."""
-        return any(row["epoch"] == epoch for row in self.epochs)
+        return epoch <= self.reported
 
     def add(self, epoch, speed, command):
         """Record a finished epoch, replacing the records of it and of later ones."""
         self.epochs = [row for row in self.epochs if row["epoch"] < epoch]
         self.epochs.append({"epoch": epoch, **speed})
+        self.reported = min(self.reported, epoch - 1)
         self.calls = [call for call in self.calls if call["epoch"] < epoch]
         command = printable(command)
         if not self.calls or self.calls[-1]["command"] != command:
             self.calls.append({"epoch": epoch, "command": command})
 
     def save(self):
-        save_json(self.path, {"calls": self.calls, "epochs": self.epochs})
+        content = {"calls": self.calls, "epochs": self.epochs, "reported": self.reported}
+        save_json(self.path, content)
 
 
 def _entries(value, text):

@@ -17,7 +17,7 @@ from utils.report.elements import (
     table,
     three_decimals,
 )
-from utils.report.line_chart import Line
+from utils.report.line_chart import Level, Line
 from utils.report.markup import tag
 from utils.report.pictures import latest_capture
 from utils.report.values import (
@@ -42,13 +42,13 @@ OF_PROBES = re.compile(r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|
 NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
-def training_section(logs, step):
-    """step: the `step_name` of `RunReport`."""
+def training_section(logs, step, chance):
+    """step, chance: those of `RunReport`."""
     if not logs["epoch"]:
         yield soft(NOTHING_YET)
     yield charts(
-        compared(logs, "Loss", "locLoss"),
-        compared(logs, "Accuracy (%)", "locAcc", 100),
+        compared(logs, "Loss", "locLoss", chance.loss),
+        compared(logs, "Accuracy (%)", "locAcc", chance.accuracy, 100),
         *by_step(logs, step),
         single("Learning rate", points(logs, "learningRate"), from_zero=True),
         single("Norm of the gradient", points(logs, "gradNorm_train"), from_zero=True),
@@ -56,13 +56,16 @@ def training_section(logs, step):
     yield from last_epoch_by_step(logs, step)
 
 
-def compared(logs, title, key, scale=1.0):
-    """A chart with a training and a validation curve."""
+def compared(logs, title, key, chance, scale=1.0):
+    """A chart with a training and a validation curve; chance: a level, or None."""
     lines = [
         Line("training", points(logs, f"{key}_train", scale), "training"),
         Line("validation", points(logs, f"{key}_val", scale), "validation"),
     ]
-    return chart(title, lines, before_training(logs, f"{key}_val", scale))
+    before = before_training(logs, f"{key}_val", scale)
+    levels = [before] if before else []
+    levels += [] if chance is None else [Level("chance", scale * chance, "chance")]
+    return chart(title, lines, levels)
 
 
 def by_step(logs, step):
@@ -108,8 +111,8 @@ def probe_chart(logs, task, metric, key):
         Line("validation", points(logs, key, 100), "validation"),
     ]
     baselines = points(logs, f"{task}_baseline_val_{metric}", 100)
-    level = (f"majority {task}", baselines[-1][1]) if baselines else None
-    return chart(f"{task.capitalize()} probe: {METRICS[metric]} (%)", lines, level)
+    levels = [Level(f"majority {task}", value) for _, value in baselines[-1:]]
+    return chart(f"{task.capitalize()} probe: {METRICS[metric]} (%)", lines, levels)
 
 
 def probe_table(logs, task, metric, key):

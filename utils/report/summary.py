@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils.run.before_torch  # noqa: F401
+
 from utils.files import load_json
 from utils.misc import UserError, first_few, mean, percent
 from utils.report.run_record import RunRecord

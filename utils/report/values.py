@@ -7,6 +7,8 @@ import math
 import re
 import statistics
 
+from utils.report.line_chart import Level
+
 PROBE_METRIC = re.compile(r"(?P<task>.+)_best_val_(?P<metric>acc|per)")
 
 
@@ -49,10 +51,10 @@ def step_points(logs, key, scale=1.0):
 
 
 def before_training(logs, key, scale=1.0):
-    """("before training", value) of the validation, or None."""
+    """The validation before training as a Level, or None."""
     values = logs.get("before_training")
     value = number(values.get(key), scale) if isinstance(values, dict) else None
-    return None if value is None else ("before training", value)
+    return None if value is None else Level("before training", value)
 
 
 def probe_metrics(logs):

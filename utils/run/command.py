@@ -100,6 +100,22 @@ def _number(kind, is_allowed, bound):
 decay_rate = _number(float, lambda n: 0 <= n < 1, "in [0, 1)")  # Adam's betas
 
 
+class DefaultExtension(str):
+    """The ending of file names that is preferred where the user gives none and there are several
+    kinds of files (`choose_extension` in utils/data/listing.py)."""
+
+
+AUDIO_EXTENSION = DefaultExtension(".flac")
+
+
+def band(text):
+    """LOW-HIGH in Hz; stays text, as in checkpoints."""
+    low, _, high = text.partition("-")
+    if not (low.isdecimal() and high.isdecimal() and int(low) < int(high) <= 8000):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be LOW-HIGH in Hz, up to 8000")
+    return text
+
+
 def extension(text):
     """The ending of file names: `flac` means .flac; one with a dot, as _a.flac, stays."""
     return f".{text}" if text and "." not in text else text

@@ -4,10 +4,12 @@ import contextlib
 import errno
 import io
 import os
+import statistics
 import sys
 import threading
 import time
 
+import torch
 from tqdm import tqdm
 
 from utils.misc import counted, mean, percent
@@ -16,6 +18,7 @@ from utils.misc import counted, mean, percent
 tqdm.set_lock(threading.RLock())
 
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
+STEPS_WATCHED, STARVED = 10, 0.6  # the first steps of a call; of their time, what is too little
 
 # ----------------------------------------------------------------------------- where output goes
 
@@ -202,6 +205,36 @@ class Console(Listener):
         print(f"{'speed, last epoch':<20}{clock}")
         for name, path in files.items():
             print(f"{name:<20}{path}")
+
+
+def note_if_starved(forward_backward, state):
+    """The same function, but a line says where its first calls had to wait for processors.
+
+    The processor time of the thread that calls it is compared with the clock. That thread has no
+    rest but to wait for the others, which without competition get to the end when it does. The time
+    of all threads would be low for small networks, too, and count those that decode. Ranks wait
+    for each other, and for a GPU: nothing is said of them.
+    """
+    if state.world.size > 1 or state.device.type != "cpu" or torch.get_num_threads() == 1:
+        return forward_backward
+    shares = []
+
+    def watched(batch):
+        if len(shares) == STEPS_WATCHED:
+            return forward_backward(batch)
+        start, busy = time.perf_counter(), time.thread_time()
+        result = forward_backward(batch)
+        shares.append((time.thread_time() - busy) / (time.perf_counter() - start))
+        if len(shares) == STEPS_WATCHED and (share := statistics.median(shares)) < STARVED:
+            tqdm.write(
+                f"note: steps get {percent(share)} of the time of their {torch.get_num_threads()} "
+                "threads: other programs, or the limit of a container, take the rest; try a "
+                "smaller --threads"
+            )
+            sys.stdout.flush()
+        return result
+
+    return watched
 
 
 def print_finished(n_epochs):

@@ -1,13 +1,16 @@
 """The processes of a run: who this one is, and everything that they tell each other.
 
 `python train.py --nGPU N` starts them on one machine (utils/run/launch.py), torchrun or Slurm's
-srun on several. Each trains on its own batches. PyTorch's DistributedDataParallel averages
-their gradients (Li et al., "PyTorch Distributed", VLDB 2020). Whatever else they have to agree on
-goes through the methods of `World`, which all processes must call in the same order.
+srun on several (utils/run/place.py). Each trains on its own batches. PyTorch's
+DistributedDataParallel averages their gradients (Li et al., "PyTorch Distributed", VLDB 2020).
+Whatever else they have to agree on goes through the methods of `World`, which all processes must
+call in the same order.
 """
 
 import contextlib
+import ipaddress
 import os
+import socket
 import tempfile
 from datetime import timedelta
 
@@ -17,27 +20,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.misc import ReportedElsewhere, UserError, first_few
 from utils.run import console
+from utils.run.place import find_place, is_task_of_srun
 from utils.run.stopping import Stopped, let_signals_in
 
+FIRST_MEETING = timedelta(minutes=2)  # until all processes are there, and again until connected
 LONGEST_PROBE = timedelta(days=30)  # how long other ranks wait for the one that trains it
+INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable that names the network between machines
 # Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
 # group, which may itself wait for the lock to free the last gradients.
 _never_freed = []
 SHARED_MEMORY = "/dev/shm"
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World:
     """All processes of a run, as one of them sees them; without `group`, one that is alone.
 
     rank, size: number of this process, and how many there are
-    local_rank, local_size: the same among those of this machine
+    local_rank, local_size: the same among those of this machine, which has the number `machine`
     stop: the StopSignals in force
     group: the processes' own group for messages (gloo, on the CPU)
     """
 
-    def __init__(self, rank=0, size=1, local_rank=0, local_size=1, stop=None, group=None):
-        self.rank, self.size = rank, size
+    def __init__(
+        self, rank=0, size=1, local_rank=0, local_size=1, machine=0, stop=None, group=None
+    ):
+        self.rank, self.size, self.machine = rank, size, machine
         self.local_rank, self.local_size = local_rank, local_size
         self.stop, self.group = stop, group
 
@@ -77,11 +84,20 @@ class World:
         differ = any(other != value for other in values)
         self.raise_everywhere(UserError(reason) if differ else None)
 
-    def stop_if_asked(self):
-        """Raise Stopped on every rank if one of several was asked to stop."""
-        if self.group is not None:
-            requested = self.stop.requested
-            self.raise_everywhere(None if requested is None else Stopped(requested))
+    def stop_if_asked(self, wish=None):
+        """Raise Stopped on every rank if one of several was asked to stop.
+
+        Returns the `wish` of rank 0, which needs no message besides.
+        """
+        if self.group is None:
+            return wish
+        requests, wishes = zip(*self.all_gather((self.stop.requested, wish)), strict=True)
+        for number in requests:
+            if number is not None:
+                stopped = Stopped(number)
+                stopped.is_everywhere = True
+                raise stopped
+        return wishes[0]
 
     @contextlib.contextmanager
     def shared_errors(self):
@@ -120,6 +136,9 @@ class World:
         if self.group is None:
             return network
         wrapped = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
+        # Not before every step: most are constants, and copy_buffers is for the others. As an
+        # argument, PyTorch 2.13 warns of it, and 2.11 knows no other.
+        wrapped.broadcast_buffers = False
         _never_freed.append(wrapped)
         return wrapped
 
@@ -147,8 +166,8 @@ class World:
                 except UserError as raised:
                     error = raised
             self.raise_everywhere(error)
-            own = self.all_gather(path)[self.rank - self.local_rank]
-            tensor = torch.from_file(own, shared=True, size=size, dtype=dtype)
+            paths = dict(filter(None, self.all_gather(path and (self.machine, path))))
+            tensor = torch.from_file(paths[self.machine], shared=True, size=size, dtype=dtype)
             self.all_gather(None)  # all have opened it
             return tensor
         finally:
@@ -177,6 +196,13 @@ def _reserve(n_bytes):
             # Without this a full disk would show as a crash while the audio is written.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, max(1, n_bytes))
+            if reasons:
+                print(
+                    f"note: {reasons[0]}: the {n_bytes / 1e9:.1f} GB of audio that processes "
+                    f"share are in a file in {directory}, which is slower where that is a disk; "
+                    "containers take --shm-size, and a smaller --max_size_loaded needs less",
+                    flush=True,
+                )
             return path
         except OSError as error:
             reasons.append(f"{directory}: {error.strerror}")
@@ -196,54 +222,84 @@ ALONE = World()
 def joined_world(stop, device):
     """The World of this process, for the length of a block.
 
-    A process that was started as one of several (by utils/run/launch.py, torchrun or srun with the
-    environment of torchrun) joins the others; all but rank 0 are silent. stop: the StopSignals
-    in force; device: of what type each process of a machine has one.
+    A process that was started as one of several (by utils/run/launch.py, torchrun or srun) joins
+    the others; all but rank 0 are silent. stop: the StopSignals in force; device: of what type each
+    process of a machine has one. Raises UserError if they don't find each other.
     """
-    place = _place()
-    rank, size, local_rank, _ = place
-    if size == 1:
+    place = find_place()
+    if place.size == 1:
         yield World(stop=stop)
         return
     cuda = device.type == "cuda"
     if cuda:
-        _take_gpu(local_rank)
-    if rank:
+        _take_gpu(place.local_rank)
+    if place.rank:
         console.silence()
     with stop.deferred():  # of several processes none stops before they agree on it
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, _connections = _meet(place)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
         group = dist.new_group(backend="gloo", timeout=LONGEST_PROBE)
         let_signals_in()
         yield World(*place, stop, group)
     dist.destroy_process_group()  # after an error it might wait for a process that is gone
 
 
-def is_one_of_several():
-    """Whether this process was started as one of a run's: by utils/run/launch.py, torchrun or srun.
+def _meet(place):
+    """The processes' common store, once each has reached every other, and these connections.
 
-    WORLD_SIZE=1, which notebooks and schedulers leave in the environment, counts as unset unless it
-    is torchrun's.
+    Groups that have a longer time-out would wait that long for what can't be reached.
     """
-    return os.environ.get("WORLD_SIZE", "1") != "1" or "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _place():
-    """Rank, size, local rank and local size of this process, by the environment of torchrun."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
-        return 0, 1, 0, 1
+    if place.size > place.local_size:
+        _check_host_name()
     try:
-        values = [os.environ[name] for name in TORCHRUN]
-        return tuple(map(int, values[:4]))
-    except (KeyError, ValueError) as error:
+        store, *_ = next(dist.rendezvous("env://", timeout=FIRST_MEETING))
+        meeting = dist.PrefixStore("meeting", store)
+        names = [f"process {rank}" for rank in range(place.size)]
+        meeting.set(names[place.rank], "is here")
+        meeting.wait(names, FIRST_MEETING)
+        gloo_timeout = FIRST_MEETING / 5  # five times that is how long Gloo waits to be called
+        connections = dist.ProcessGroupGloo(meeting, place.rank, place.size, gloo_timeout)
+    except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"WORLD_SIZE is {size} in the environment, but {error} isn't as torchrun sets it; use "
-            "torchrun, or unset WORLD_SIZE"
+            f"process {place.rank} of {place.size} can't reach all others, the first of them at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}); if its port is in use, set "
+            f"another MASTER_PORT; if all were started, {_how_to_choose_interface()}"
         ) from error
+    store.set_timeout(dist.constants.default_pg_timeout)
+    return store, connections
+
+
+def _check_host_name():
+    """Raise UserError where other machines would get an address that means the machine itself.
+
+    Gloo gives them that of the host name, for which Debian has 127.0.1.1 in its /etc/hosts.
+    """
+    name = socket.gethostname()
+    try:
+        address = socket.getaddrinfo(name, None)[0][4][0]
+    except OSError:
+        address = "127.0.0.1"  # as Gloo does
+    if INTERFACE not in os.environ and ipaddress.ip_address(address).is_loopback:
+        raise UserError(
+            f"the name of this machine, {name}, stands for {address}, where no other machine can "
+            f"reach it; {_how_to_choose_interface()}"
+        )
+
+
+def _how_to_choose_interface():
+    names = [name for _, name in socket.if_nameindex() if name != "lo"]
+    return (
+        f"set {INTERFACE}, on GPUs NCCL_SOCKET_IFNAME as well, to the network interface between "
+        f"the machines (this one has {first_few(names) or 'none'})"
+    )
 
 
 def _take_gpu(local_rank):
     n_gpus = torch.cuda.device_count()
+    if n_gpus == 1 and is_task_of_srun():  # which may show each task a GPU of its own
+        local_rank = 0
     if local_rank >= n_gpus:
         raise UserError(
             f"process {local_rank} of this machine has no GPU, it sees {n_gpus}: start fewer, or "

@@ -8,7 +8,16 @@ import os
 from functools import partial
 
 from utils.misc import UserError
-from utils.run.command import CommandLine, above, at_least, between, decay_rate, extension
+from utils.run.command import (
+    AUDIO_EXTENSION,
+    CommandLine,
+    above,
+    at_least,
+    band,
+    between,
+    decay_rate,
+    extension,
+)
 
 # What happens to a flag when a run is resumed. Each flag is in exactly one of these sets:
 ARCHITECTURE = set()  # what the networks are: always the checkpoint's value
@@ -22,17 +31,20 @@ CPCCTC_ONLY = set()  # no effect without --CPCCTC
 SUPERVISED_ONLY = set()  # no effect without --supervised
 PROBE_GROUP = set()  # everything about probes during training
 CAPTURE_GROUP = set()  # everything about captures and their stats
+EFFECT_OF = {}  # flag -> effect that it is a parameter of
 CAPTURED_BY = {}  # flag -> name of the tensor that it captures (utils/capture.py)
 FILES = set()  # those that name files
 PATHS = set()  # those that name files or directories
+LISTS = set()  # those that take several values
+AUGMENTATION = set()  # no effect without --augment_type
 DECLARED = {}  # heading in --help -> (flag, options of argparse) of each flag under it
 
 
-def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
+def declare(heading, flag, *, on_resume, also=None, captures=None, effect=None, **options):
     """Declare a flag of train.py and put it into the sets that it belongs to.
 
-    heading: in --help; on_resume, also: sets above; captures: the tensor's name; options: those of
-    argparse. A flag whose value is called FILE or DIR there is one of PATHS.
+    heading: in --help; on_resume, also: sets above; captures, effect: their names; options: those
+    of argparse. A flag whose value is called FILE or DIR there is one of PATHS.
     """
     name = flag.removeprefix("--")
     on_resume.add(name)
@@ -40,10 +52,14 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
         also.add(name)
     if captures:
         CAPTURED_BY[name] = captures
+    if effect:
+        EFFECT_OF[name] = effect
     if options.get("metavar") == "FILE":
         FILES.add(name)
     if options.get("metavar") in ("FILE", "DIR"):
         PATHS.add(name)
+    if "nargs" in options:
+        LISTS.add(name)
     DECLARED.setdefault(heading, []).append((name, options))
 
 
@@ -54,8 +70,9 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, **options):
 add = partial(declare, "data")
 add("--pathDB", on_resume=INHERITED, metavar="DIR",
     help="root of the audio: speaker/.../utterance + extension")
-add("--file_extension", type=extension, default=".flac", on_resume=INHERITED, metavar="EXT",
-    help="ending of the audio files' names")
+add("--file_extension", type=extension, default=str(AUDIO_EXTENSION), on_resume=INHERITED,
+    metavar="EXT", help="ending of the audio files' names (default: that of the kind of audio that "
+    "--pathDB holds; of several kinds, .flac)")
 add("--speaker_level", type=at_least(1), default=1, on_resume=ARCHITECTURE, metavar="N",
     help="number of folders below --pathDB that name the speaker of a file; 2 for TIMIT")
 add("--pathTrain", on_resume=DATA_ORDER, metavar="FILE", help="training list: one utterance per "
@@ -82,6 +99,51 @@ add("--ignore_cache", action="store_true", on_resume=THIS_CALL,
 add("--debug", action="store_true", on_resume=THIS_CALL,
     help="use only the last 1000 training and the last 100 validation utterances")
 
+# ---------------------------------------------------------------------------------- augmentation
+
+AUGMENT_TYPES = {  # value of --augment_type -> effects that it chains (augmentation.py)
+    "none": (), "pitch": ("pitch",), "pitch_quick": ("pitch",), "additive": ("additive",),
+    "pitch_dropout": ("pitch", "time_dropout"), "time_dropout": ("time_dropout",),
+    "reverb": ("reverb",), "reverb_dropout": ("reverb", "time_dropout"),
+    "artificial_reverb": ("reverb",), "artificial_reverb_dropout": ("reverb", "time_dropout"),
+    "natural_reverb": ("natural_reverb",), "bandreject": ("bandreject",),
+}
+add = partial(declare, "augmentation", on_resume=DATA_ORDER, also=AUGMENTATION)
+add("--augment_type", nargs="*", choices=tuple(AUGMENT_TYPES), also=None, help="augment training "
+    "windows by these effects, in this order (Kharitonov et al., SLT 2021)")
+add("--augment_past", action="store_true", help="augment the copy that contexts come from")
+add("--augment_future", action="store_true",
+    help="augment the copy that frames to predict and negatives come from")
+add("--past_equal_future", action="store_true", help="one augmented copy for both")
+add("--augment_combine", choices=("chain", "choice"), default="chain",
+    help="all effects in turn, or a random one of them for each window")
+add("--augment_prob", type=between(0.01, 1, float), default=1.0, metavar="FRACTION",
+    help="augment this fraction of the windows of each batch")
+add("--shift_max", type=between(0, 1200), default=300, effect="pitch", metavar="CENTS",
+    help="pitch: at most CENTS up or down")
+add("--room_scale_max", type=between(0, 100), default=100, effect="reverb", metavar="SIZE",
+    help="reverb: rooms of size 0 to SIZE, as of SoX")
+add("--min_snr_in_db", type=between(-100, 100, float), default=5.0, effect="additive", metavar="DB",
+    help="additive: lowest signal-to-noise ratio")
+add("--max_snr_in_db", type=between(-100, 100, float), default=20.0, effect="additive",
+    metavar="DB", help="additive: highest signal-to-noise ratio")
+add("--additive_noise_snr", type=between(-100, 100, float), effect="additive", metavar="DB",
+    help="additive: this signal-to-noise ratio only")
+add("--noise_band", type=band, effect="additive", metavar="LOW-HIGH",
+    help="additive: only noise between these frequencies in Hz, such as 80-240")
+add("--pathDBNoise", effect="additive", metavar="DIR", help="additive: recordings of noise "
+    "(default: babble of other speakers of the training set, coloured noise if there are none)")
+add("--pathSeqNoise", effect="additive", metavar="FILE",
+    help="additive: list of these recordings (default: all)")
+add("--noise_extension", type=extension, default=".wav", metavar="EXT",
+    help="ending of the names of noise and impulse responses")
+add("--pathImpulseResponses", effect="natural_reverb", metavar="DIR",
+    help="natural_reverb: recorded impulse responses")
+add("--t_ms", type=at_least(0), default=100, effect="time_dropout", metavar="MS",
+    help="types with dropout: silence of at most MS milliseconds")
+add("--bandreject_scaler", type=at_least(0, float), default=1.0, effect="bandreject",
+    metavar="FACTOR", help="bandreject: at most FACTOR times 300 mel")
+
 # ----------------------------------------------------------------------------------- checkpoints
 
 add = partial(declare, "checkpoints and what to do with them")
@@ -104,9 +166,10 @@ add("--save_step", type=at_least(1), default=5, on_resume=INHERITED, metavar="EP
 add("--keep", type=at_least(0), default=0, on_resume=INHERITED, metavar="N",
     help="keep only the last N checkpoint_<epoch>.pt and that of the best epoch; each new one "
     "removes older ones (0: keep all)")
-add("--resume_every", type=at_least(0), default=500, on_resume=THIS_CALL, metavar="STEPS",
+add("--resume_every", type=at_least(0), on_resume=THIS_CALL, metavar="STEPS",
     help="training steps between saves of checkpoint_resume.pt, from which a killed run resumes "
-    "inside an epoch (0: only on a stop signal)")
+    "inside an epoch (0: only on a stop signal; default: every 10 minutes, or every 100 times as "
+    "long as a save takes)")
 add("--logging_step", type=at_least(1), default=1000, on_resume=INHERITED, metavar="STEPS",
     help="training steps between printed running means")
 add("--onlyCapture", action="store_true", on_resume=THIS_CALL, help="no training: capture once "
@@ -268,7 +331,7 @@ add("--captureCPCCTCalign", captures="cpcctc_align", action="store_true",
 add("--captureCPCCTClogScores", captures="cpcctc_log_scores", action="store_true",
     help="log scores of frames and predictions (B, W, M, P) (needs --CPCCTC)")
 add("--captureSetStats", metavar="SPEC", help="statistics over the captured set: "
-    "reprDiff:METRIC,REPR,STEP,DIRECTORY, boundaries:METRIC,REPR,DIRECTORY, "
+    "reprDiff:METRIC,REPR,STEP,DIRECTORY, boundaries:METRIC,REPR,[lenient],DIRECTORY, "
     "alignOccupancy:DIRECTORY or phoneSim:REPR,DIRECTORY, or several joined by `_`. REPR is "
     "conv_repr or ctx_repr, METRIC such as cosine; pictures go to DIRECTORY")
 
@@ -278,17 +341,19 @@ add = partial(declare, "machine", on_resume=THIS_CALL)
 add("--device", choices=("auto", "cpu", "cuda"), default="auto",
     help="auto: CUDA if available")
 add("--nGPU", type=int, default=-1, metavar="N", help="processes on this machine, each with its "
-    "own batches and its own GPU or share of the CPU (default: one per GPU). Under torchrun: as "
-    "many as it started")
+    "own batches and its own GPU or share of the CPU (default: one per GPU). Under torchrun "
+    "and srun: as many as these started")
 add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-    help="precision of matrix multiplications; tf32 and bf16 need CUDA")
+    help="precision of matrix multiplications; tf32 and bf16 need CUDA. With bf16, recurrent "
+    "networks use tf32")
 add("--compile", action="store_true", help="compile encoder and criterion and, on a single GPU, "
     "record a step's kernels and replay them (slower start)")
 add("--threads", type=between(0, 1024), default=0, metavar="N",  # the C library aborts at far more
-    help="CPU threads of each process for computing (default: PyTorch's choice, divided "
-    "among the processes of a machine)")
+    help="CPU threads of each process for computing (default: those of the checkpoint if that many "
+    "processors may be used; else one per processor, divided among the processes of a machine; on "
+    "CUDA at most 4)")
 add("--n_process_loader", type=at_least(1), default=8, metavar="N",
-    help="threads that decode audio")
+    help="threads that decode audio, at most one per processor")
 
 # fmt: on
 # ------------------------------------------------------------------------------- the command line
@@ -346,7 +411,10 @@ def parse_arguments(argv):
             setattr(args, name, [absolute(part, f"--{name}") for part in path])
         elif path is not None:
             setattr(args, name, absolute(path, f"--{name}"))
-    return args, {name for name, value in given.items() if value is not not_given}
+    explicit = {name for name, value in given.items() if value is not not_given}
+    if "file_extension" not in explicit:
+        args.file_extension = AUDIO_EXTENSION  # until the corpus is opened
+    return args, explicit
 
 
 def absolute(path, flag):
@@ -369,6 +437,8 @@ def stored_arguments(stored, source):
         value = stored[name]
         if value is True:
             argv.append(f"--{name}")
+        elif isinstance(value, list) and name in LISTS:
+            argv += [f"--{name}", *map(str, value)]
         elif value is not None and value is not False:
             argv.append(f"--{name}={value}")
     try:

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from utils.misc import UserError
 from utils.run.command import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
-from utils.run.distributed import is_one_of_several
+from utils.run.place import is_one_of_several
 from utils.run.stopping import SIGNALS, signals_held_back
 
 DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
@@ -25,8 +25,8 @@ FAREWELL = 1.5  # seconds for those that know of another's error to tell the use
 def processes_to_start(args):
     """How many processes this program has to start: 0 if it does the work itself.
 
-    So it is where torchrun started it, which a note says if `--nGPU` differs, and where one process
-    is enough. `--nGPU -1` is one for each GPU, and a single one on a CPU.
+    So it is where torchrun or srun started it, which a note says if `--nGPU` differs, and where one
+    process is enough. `--nGPU -1` is one for each GPU, and a single one on a CPU.
     """
     if args.only_classif_metric:
         return 0
@@ -143,19 +143,31 @@ def _run(main, argv, rank, size, port):
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    _leave_after(main, argv)
+
+
+def run_program(main):
+    """`sys.exit(main())`; but one of several processes leaves at once, whoever started it."""
+    if is_one_of_several():
+        _leave_after(main, sys.argv[1:])
+    sys.exit(main())
+
+
+def _leave_after(main, argv):
+    """Call `main(argv)`, and end this process with its status: frees nothing (distributed.py)."""
     try:
         status = main(argv) or 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
         # The death of another process shows first as a connection that breaks here. The launching
-        # process ends this one then: after a while, what is still here has a story of its own.
+        # process, or torchrun, ends this one then: what is still here later has its own story.
         time.sleep(DELAY)
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # frees nothing: see utils/run/distributed.py
+    os._exit(status)
 
 
 def _stop_with_parent():

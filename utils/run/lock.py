@@ -7,8 +7,11 @@ that file (flock). What holds where:
   however it dies, so that the next run takes over what a killed one left.
 - Over machines that share a file system the lock holds where that file system passes flock on, as
   NFS does unless it is mounted with `nolock`. Elsewhere what the file says has to do: one that
-  another machine wrote is never taken over, since nothing here can tell whether its process lives.
-- On a file system without any locks, nothing but that last rule is left, and the program says so.
+  another machine wrote isn't taken over, since nothing here can tell whether its process lives.
+- A job of Slurm or torchrun that was started again takes over its own lock from a machine that
+  died. Should that machine live after all, cut off or hung, its process finds before its next save
+  that the lock names another (`lost_lock`), and ends without writing anything.
+- On a file system without any locks, what the file says is all there is, and the program says so.
 
 A process forked while the lock is held doesn't share it.
 """
@@ -23,16 +26,17 @@ import time
 from pathlib import Path
 
 from utils.misc import UserError
+from utils.run.place import current_job
 from utils.run.resolve import works_on_checkpoint
 
 LOCK_NAME = "checkpoint.lock"
-_held = set()  # descriptors of the locks of this process
+_held = {}  # the locks of this process: descriptor -> path, and what was written there
 
 
 def _forget_after_fork():
     """Close what a forked child inherited: open there, it would outlive the parent's death."""
     while _held:
-        os.close(_held.pop())
+        os.close(_held.popitem()[0])
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
@@ -77,15 +81,29 @@ def locked(directory, flag):
         handle = _take(directory / LOCK_NAME, flag)
     except OSError as error:
         raise UserError(f"{flag} {directory}: can't be written ({error.strerror})") from error
-    _held.add(handle)
     try:
         yield
     finally:
         if os.getpid() == process:
-            _give_back(handle, directory / LOCK_NAME)
+            _give_back(handle)
             with contextlib.suppress(OSError):  # the first that isn't empty
                 for place in missing:
                     place.rmdir()
+
+
+def lost_lock():
+    """A UserError if a lock that this process took names another one by now, else None."""
+    for path, written in _held.values():
+        try:
+            found = path.read_bytes()
+        except FileNotFoundError:
+            return UserError(f"{path} is gone, as after another run: this one ends unsaved")
+        except OSError:  # nor can anything else be written there
+            continue
+        if found != written:
+            who = _in_words(_as_owner(found))
+            return UserError(f"{path} was taken over by {who}: this run ends unsaved")
+    return None
 
 
 def _take(path, flag):
@@ -98,7 +116,11 @@ def _take(path, flag):
                 os.close(handle)  # its holder removed the file between our two steps
                 continue
             _check_owner(handle, path, free, flag)
-            _write_owner(handle)
+            if not free:  # whoever has it locked keeps a file without a name
+                path.unlink(missing_ok=True)
+                os.close(handle)
+                continue
+            _held[handle] = path, _write_owner(handle)
         except BaseException:
             os.close(handle)
             raise
@@ -130,47 +152,63 @@ def _is_at(handle, path):
 
 
 def _check_owner(handle, path, free, flag):
-    """Raise UserError unless a lock that is `free` was left behind on this machine, or is new."""
-    owner = _read_owner(handle)
-    who = "process {pid} on {host}, since {started}".format_map(owner)
-    if not free:
+    """Raise UserError unless a lock may be taken over, or is new."""
+    owner = _as_owner(os.pread(handle, 10_000, 0))
+    who, elsewhere = _in_words(owner), owner["host"] not in ("?", socket.gethostname())
+    job, restarts = current_job()
+    of_same_job = elsewhere and owner["job"] == job
+    restarted = of_same_job and owner["restarts"].isdigit() and int(owner["restarts"]) < restarts
+    if not free and not restarted:
         raise UserError(
             f"{flag} {path.parent}: another program is training into it ({who}); stop that one, or "
             "name another directory"
         )
-    if owner["host"] not in ("?", socket.gethostname()):
+    if elsewhere and not of_same_job:
         raise UserError(
             f"{flag} {path.parent}: another machine is training into it ({who}); if that process "
             f"is gone, remove {path}"
         )
-    if owner["host"] != "?":
+    if elsewhere:
+        print(f"note: {path} was taken over from {who}: it is of the same {job}")
+    elif owner["host"] != "?":
         print(f"note: {path} was left behind by {who}; that process is gone")
 
 
-def _read_owner(handle):
-    """Who the open lock file names, as a dict of ? where it is new or damaged."""
-    owner = dict.fromkeys(("pid", "host", "started"), "?")
+def _as_owner(content):
+    """Who a lock file with this content names, as a dict of ? where it is new or damaged."""
+    owner = dict.fromkeys(("pid", "host", "started", "job", "restarts"), "?")
     with contextlib.suppress(ValueError):
-        content = json.loads(os.pread(handle, 10_000, 0))
-        if isinstance(content, dict):
-            owner |= {key: str(content[key]) for key in owner.keys() & content.keys()}
+        found = json.loads(content)
+        if isinstance(found, dict):
+            owner |= {key: str(found[key]) for key in owner.keys() & found.keys()}
     return owner
 
 
+def _in_words(owner):
+    return "process {pid} on {host}, since {started}".format_map(owner)
+
+
 def _write_owner(handle):
+    """Write this process into the lock file; returns what was written."""
+    job, restarts = current_job()
     owner = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "job": job,
+        "restarts": restarts,
     }
+    content = (json.dumps(owner) + "\n").encode()
     os.ftruncate(handle, 0)
-    os.pwrite(handle, (json.dumps(owner) + "\n").encode(), 0)
+    os.pwrite(handle, content, 0)
+    return content
 
 
-def _give_back(handle, path):
+def _give_back(handle):
     """Remove the lock file, then let go of the lock: nobody can take the file that goes."""
+    path, _ = _held[handle]
     with contextlib.suppress(OSError):
-        if _is_at(handle, path):
+        if _is_at(handle, path) and not lost_lock():
             path.unlink()
-    _held.discard(handle)
+    del _held[handle]
     os.close(handle)

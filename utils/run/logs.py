@@ -1,6 +1,7 @@
 """Means and speed of an epoch, and the logs of all epochs (`checkpoint_logs.json`)."""
 
 import time
+from collections import deque
 
 import torch
 
@@ -79,11 +80,14 @@ class Clock:
     """How fast windows are trained on, and the fraction of the time spent waiting for them.
 
     It stands still until it is started; made from the `state` of another, it continues that one.
+    With a CUDA device only the time counts as waiting in which that has nothing else to do.
     """
 
-    def __init__(self, seconds=0.0, waited=0.0, windows=0):
+    def __init__(self, seconds=0.0, waited=0.0, windows=0, device=None):
         self.started, self.stopped = 0.0, seconds
-        self.waited, self.windows = waited, windows
+        self._waited, self.windows = waited, windows
+        self.on_cuda = device is not None and device.type == "cuda"
+        self._pending = deque()  # begin and end of waits that the device hasn't come to yet
 
     def start(self):
         self.started, self.stopped = time.perf_counter() - self.seconds, None
@@ -97,11 +101,31 @@ class Clock:
 
     def wait_for(self, function, *arguments):
         """Call a function; its time counts as waiting."""
-        before = time.perf_counter()
+        begun = self._moment()
         try:
             return function(*arguments)
         finally:
-            self.waited += time.perf_counter() - before
+            self._pending.append((begun, self._moment()))
+            self._count_waits()
+
+    def _moment(self):
+        """Now; on CUDA, when the device will have done all that it was given so far."""
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count_waits(self):
+        while self._pending and (not self.on_cuda or self._pending[0][1].query()):
+            begun, ended = self._pending.popleft()
+            self._waited += begun.elapsed_time(ended) / 1000 if self.on_cuda else ended - begun
+
+    @property
+    def waited(self):
+        """Seconds, without waiting for the device to come to the latest."""
+        self._count_waits()
+        return self._waited
 
     def state(self):
         """What a checkpoint keeps of an epoch in progress."""

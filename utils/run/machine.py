@@ -1,4 +1,4 @@
-"""The machine: its device, its memory and its allocator."""
+"""The machine: its device, its memory and allocator, its processors."""
 
 import contextlib
 import ctypes
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from utils.misc import UserError
+from utils.misc import UserError, counted
+
+MOST_ON_CUDA = 4  # threads for computing: the GPU leaves them little to do
 
 
 def keep_freed_memory():
@@ -42,7 +44,8 @@ def available_memory(device):
     """Bytes that may still be taken on this device: on a CPU what the system and, in a container,
     its limit leave; half of the machine's memory where the system doesn't say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # by PyTorch, for what comes next
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kilobytes = dict(line.split()[:2] for line in file)
@@ -102,24 +105,65 @@ def _quota_of(group):
     return math.inf
 
 
-def set_threads(n_threads=0, n_processes=1):
+def processors_each(n_processes=1, most=math.inf):
+    """Processors, of at most `most`, that each of the machine's `n_processes` may use."""
+    return max(1, min(most, n_processors()) // n_processes)
+
+
+def set_threads(device, n_threads=0, n_processes=1):
     """Set the number of CPU threads for computing.
 
-    0: PyTorch's choice, at most one per processor, divided among the machine's processes.
+    0: PyTorch's choice, at most one per processor, divided among the machine's processes; on CUDA
+    at most 4.
     """
     if n_threads:
         torch.set_num_threads(n_threads)
     elif "OMP_NUM_THREADS" not in os.environ:
         own = torch.get_num_threads()
-        share = max(1, min(own, n_processors()) // n_processes)
+        share = processors_each(n_processes, own)
+        share = min(share, MOST_ON_CUDA) if device.type == "cuda" else share
         if share != own:
             torch.set_num_threads(share)
+
+
+def keep_threads(before, device, n_threads=0, n_processes=1):
+    """Set the number of threads to that of a run before, if no other was asked for and it fits.
+
+    before: what its checkpoint says. A larger number that is possible is mentioned.
+    """
+    if n_threads or "OMP_NUM_THREADS" in os.environ or not isinstance(before, int):
+        return
+    most = processors_each(n_processes)
+    if 1 <= before <= (min(most, MOST_ON_CUDA) if device.type == "cuda" else most):
+        if before < torch.get_num_threads():
+            print(f"note: {counted(before, 'CPU thread')} as before; --threads {most} uses more")
+        torch.set_num_threads(before)
+
+
+def seed_generators(seed):
+    """As `torch.manual_seed` for CPU and CUDA. Without CUDA, that spends 0.5 ms on a trace."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def set_precision(precision):
     """Let CUDA use TensorFloat-32 as `--precision` says."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"  # bf16: of recurrent networks
+    # Without gradients and in bf16 it would be preferred, and relative positions make it a mask
+    # that isn't aligned as it needs (transformers.relative_scores).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def compiled(args, batch):
+    """A block in which networks run as `--compile` made them if the batch is full.
+
+    For one of another size, the compiler would start again, and make code for any size.
+    """
+    if args.compile and len(batch.window) == args.batchSizeGPU:
+        return torch.compiler.set_stance("default")
+    return contextlib.nullcontext()
 
 
 def autocast(args, device):

@@ -11,9 +11,9 @@ from utils.run.flags import (
     ARCHITECTURE,
     CAPTURE_GROUP,
     DATA_ORDER,
-    FILES,
     INHERITED,
     MODEL,
+    PATHS,
     PROBE_GROUP,
     stored_arguments,
 )
@@ -82,7 +82,7 @@ def inherited_flags(args, explicit, stored):
     inherited = INHERITED - explicit
     if not works_on_checkpoint(args):
         # Another order of the data would be another run, unless a list is gone and named again.
-        gone = {name for name in DATA_ORDER & FILES if is_gone(stored.get(name))}
+        gone = {name for name in DATA_ORDER & PATHS if is_gone(stored.get(name))}
         inherited |= DATA_ORDER - (gone & explicit)
     else:
         # Captures and probes are asked for again; training lists matter to probes alone.
@@ -98,8 +98,8 @@ def inherited_flags(args, explicit, stored):
 
 
 def is_gone(path):
-    """Whether a stored path names a file that isn't there any more."""
-    return isinstance(path, str) and bool(path) and not os.path.isfile(path)
+    """Whether a stored path names a file or directory that isn't there any more."""
+    return isinstance(path, str) and bool(path) and not os.path.exists(path)
 
 
 def adopt_architecture(args):

@@ -11,18 +11,23 @@ import shutil
 import torch
 
 from utils.files import check_writable
-from utils.misc import SAMPLES_PER_FRAME, UserError, counted
+from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, counted
 from utils.run.flags import (
+    AUGMENT_TYPES,
+    AUGMENTATION,
     CAPTURE_GROUP,
     CAPTURED_BY,
     CONTRASTIVE_ONLY,
     CPCCTC_ONLY,
+    EFFECT_OF,
     PROBE_GROUP,
     SUPERVISED_ONLY,
 )
 from utils.run.machine import device_from
 
 RECURRENT = ("LSTM", "GRU", "RNN")
+RECORDINGS = ("pathDBNoise", "pathImpulseResponses")
+SNR_RANGE = ("min_snr_in_db", "max_snr_in_db")
 CAPTURE_SWITCHES = {*CAPTURED_BY, "captureEverything"}
 
 
@@ -32,6 +37,12 @@ def complete(args, explicit, began_with_load=False):
         args.supervised_classif_metric = True
     if args.arMode not in RECURRENT and "hiddenGar" not in explicit and not began_with_load:
         args.hiddenGar = args.hiddenEncoder
+    has_side = args.augment_past or args.augment_future
+    if {*(args.augment_type or ())} == {"none"} or not ({"augment_type"} & explicit or has_side):
+        # As in the original, which ignored a stored type without a side.
+        args.augment_type, args.augment_past, args.augment_future = None, False, False
+    if args.additive_noise_snr is not None and not {*SNR_RANGE} & explicit:
+        args.min_snr_in_db = args.max_snr_in_db = args.additive_noise_snr
     turned_off = CAPTURE_SWITCHES & switched_off(args, explicit)
     wanted = captured(args) or args.captureSetStats
     if turned_off and not wanted and "pathCaptureDS" not in explicit:
@@ -63,6 +74,8 @@ def check_arguments(args, explicit, resumed=False, began_with_load=False):
     """
     explicit = explicit - switched_off(args, explicit)
     check_window(args)
+    if not args.onlyCapture and not args.only_classif_metric:
+        check_augmentation(args, explicit)
     if not began_with_load:
         check_model(args, explicit)
     check_criterion(args, explicit)
@@ -244,6 +257,40 @@ def check_supervised(args, explicit):
         raise UserError("--supervised replaces CPC: leave out --cpc_mode")
 
 
+def check_augmentation(args, explicit):
+    if not args.augment_type:
+        refuse_any(explicit & AUGMENTATION, "needs --augment_type, such as pitch additive reverb")
+        return
+    if not args.augment_past and not args.augment_future:
+        raise UserError("--augment_type needs --augment_past, --augment_future or both")
+    if args.past_equal_future and not args.augment_past:
+        raise UserError("--past_equal_future needs --augment_past")
+    if args.cpc_mode == "none" or (args.supervised and args.augment_future):
+        flag, other = (
+            ("type", "cpc_mode none") if args.cpc_mode == "none" else ("future", "supervised")
+        )
+        raise UserError(f"--augment_{flag} has no effect with --{other}")
+    if args.samplingType == "sequential" and args.augment_prob < 1:
+        raise UserError(
+            f"--augment_prob {args.augment_prob}: with --samplingType sequential it would always "
+            "be the same part of the corpus that stays clean; leave it out"
+        )
+    used = {effect for kind in args.augment_type for effect in AUGMENT_TYPES[kind]}
+    for name in sorted(explicit & EFFECT_OF.keys()):
+        if EFFECT_OF[name] not in used:
+            raise UserError(f"--{name} needs --augment_type {EFFECT_OF[name]}")
+    if "natural_reverb" in used and not args.pathImpulseResponses:
+        raise UserError("--augment_type natural_reverb needs --pathImpulseResponses DIR")
+    if args.pathSeqNoise and not args.pathDBNoise:
+        raise UserError("--pathSeqNoise needs --pathDBNoise DIR")
+    if args.additive_noise_snr is not None and {*SNR_RANGE} & explicit:
+        raise UserError("--additive_noise_snr replaces --min_snr_in_db and --max_snr_in_db")
+    if args.min_snr_in_db > args.max_snr_in_db:
+        raise UserError(f"--min_snr_in_db {args.min_snr_in_db}: above --max_snr_in_db")
+    if SAMPLE_RATE * args.t_ms // 1000 > args.sizeWindow:
+        raise UserError(f"--t_ms {args.t_ms}: longer than a window, --sizeWindow")
+
+
 # ----------------------------------------------------------------------------- probes and capture
 
 
@@ -303,18 +350,23 @@ def check_capture(args, explicit):
 
 def check_paths(args, resumed):
     """The paths that this call of the program reads must exist, and it must be able to write."""
-    read = {"path_phone_data"}
+    read, directories = {"path_phone_data"}, ()
+    if not args.onlyCapture and not args.only_classif_metric:
+        read, directories = {*read, "pathSeqNoise"}, RECORDINGS
     if not args.onlyCapture:
         read |= {"pathTrain", "pathVal"}
     if not args.only_classif_metric:
         read |= {"pathCaptureDS"}
-    paths = {f"--{name} {getattr(args, name)}": getattr(args, name) for name in {"pathDB", *read}}
+    names = {"pathDB", *read, *directories}
+    paths = {f"--{name} {getattr(args, name)}": getattr(args, name) for name in names}
     gone = sorted(flag for flag, path in paths.items() if path and not os.path.exists(path))
     if len(gone) > 1:
         raise UserError(
             f"no such files: {', '.join(gone)}; if they were moved, name them all again"
         )
     check_database(args, resumed)
+    if directories:
+        check_recordings(args)
     for name in sorted(read):
         check_file(f"--{name}", getattr(args, name))
     written = set()
@@ -342,6 +394,13 @@ def check_database(args, resumed):
         raise UserError(f"{args.pathCheckpoint} doesn't say where its audio is: give --pathDB DIR")
     if not os.path.isdir(args.pathDB):
         raise UserError(f"--pathDB {args.pathDB}: no such directory")
+
+
+def check_recordings(args):
+    for name in RECORDINGS:
+        path = getattr(args, name)
+        if path and not os.path.isdir(path):
+            raise UserError(f"--{name} {path}: no such directory")
 
 
 def check_file(flag, path):

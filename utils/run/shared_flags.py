@@ -1,7 +1,7 @@
 """Flags, and a check of them, that several of the smaller commands share."""
 
 from utils.misc import UserError
-from utils.run.command import above, at_least, decay_rate, extension
+from utils.run.command import AUDIO_EXTENSION, above, at_least, decay_rate, extension
 
 # A flag on two lines reads better than on seven, hence:
 # fmt: off
@@ -11,9 +11,10 @@ def add_device(add):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if available")
 
 
-def add_extension(add, default, files="audio files"):
-    add("--file_extension", type=extension, default=default, metavar="EXT",
-        help=f"ending of the names of the {files} (default: {default})")
+def add_extension(add, *names, default=AUDIO_EXTENSION, files="audio files"):
+    add(*names, "--file_extension", type=extension, default=default, metavar="EXT",
+        help=f"ending of the names of the {files} (default: that of the kind that the folder "
+        f"holds; of several kinds, {default})")
 
 
 def add_reading(add):
@@ -21,7 +22,7 @@ def add_reading(add):
     add("--ignore_cache", action="store_true",
         help="scan the audio files again; needed when files were added or removed")
     add("--n_process_loader", type=at_least(1), default=8, metavar="N",
-        help="threads that decode audio")
+        help="threads that decode audio, at most one per processor")
     add("--debug", action="store_true",
         help="use only the first 1000 utterances for training and 100 for validation")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.misc import Position, UserError, counted, mean
+from utils.run import machine
 from utils.run.checkpoint import (
     copy_to_cpu,
     load_optimizer,
@@ -19,8 +20,11 @@ from utils.run.checkpoint import (
 )
 from utils.run.checkpoint_checks import check_resumable
 from utils.run.console import Listener
+from utils.run.lock import lost_lock
 from utils.run.logs import Clock, RunningMeans, append_epoch
+from utils.run.pace import Pace
 
+SECONDS_BETWEEN_SAVES = 600.0  # inside an epoch, unless --resume_every says how many steps
 END_OF_EPOCH = 2**31  # as the pack of a position: nothing of the epoch is left to train on
 
 
@@ -54,7 +58,10 @@ class RunState(Listener):
         self.args, self.networks, self.device = args, networks, device
         self.world, self.locate = train_loader.world, train_loader.locate
         loaders = (train_loader, val_loader)
-        self.fingerprint = "-".join(loader.dataset.fingerprint() for loader in loaders)
+        used = [loader.dataset for loader in loaders]
+        if train_loader.augmentation:
+            used += train_loader.augmentation.recordings.values()
+        self.fingerprint = "-".join(dataset.fingerprint() for dataset in used)
         self.models, self.speakers = models, speakers
         self.directory = Path(args.pathCheckpoint)
         self.optimizer = torch.optim.Adam(
@@ -67,11 +74,13 @@ class RunState(Listener):
         self.position = Position(0, 0, 0)  # where training continues
         self.saved_position = None
         self.steps_since_save = 0
+        self.save_pace = Pace(SECONDS_BETWEEN_SAVES)
+        self.save_is_agreed = False  # rank 0 found it due by that, and has told all ranks
         self.epoch_means = RunningMeans(self.world)  # of the epoch in progress
         self.epoch_values = {}  # of the epoch in progress, for the logs
-        self.clock = Clock()  # of the epoch in progress, or the last one
+        self.clock = Clock(device=device)  # of the epoch in progress, or the last one
         self.logs = {"epoch": [], "saveStep": args.save_step, "logging_step": args.logging_step}
-        self.best = None  # weights of the model after its best epoch
+        self.best = None  # on rank 0: weights of the model after its best epoch
         self.best_metric = 0.0 if networks.has_accuracy else -float("inf")
         self.unchecked_steps = []  # (position, windows, losses, gradient norm)
         self.checkpoints_to_remove = saved_checkpoints(self.directory) if args.restart else []
@@ -91,6 +100,8 @@ class RunState(Listener):
     @property
     def save_is_due(self):
         """Whether --resume_every asks for a save inside the epoch."""
+        if self.args.resume_every is None:
+            return self.save_is_agreed
         return 0 < self.args.resume_every <= self.steps_since_save
 
     def check_finite(self):
@@ -127,7 +138,8 @@ class RunState(Listener):
         metric = self.selection_metric(values["locLoss_val"], values["locAcc_val"])
         if metric > self.best_metric:
             self.best_metric = metric
-            self.best = copy_to_cpu(self.networks.model.state_dict())
+            if self.world.is_rank_zero:
+                self.best = copy_to_cpu(self.networks.model.state_dict())
         self.position, self.epoch_means = Position(epoch + 1, 0, 0), RunningMeans(self.world)
 
     def selection_metric(self, losses, accuracies):
@@ -147,10 +159,18 @@ class RunState(Listener):
     def save(self, epoch=None):
         """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` where no epoch has just ended.
 
-        Returns whether that went well: a full disk is no reason to stop training.
+        Returns, on every rank, whether that went well: a full disk is no reason to stop training.
         """
         self.check_finite()
-        contents, self.steps_since_save = self.contents(), 0
+        self.world.raise_everywhere(lost_lock())
+        with self.save_pace.timed():
+            self.steps_since_save, self.save_is_agreed = 0, False
+            is_saved = self.write(self.contents(), epoch)
+            # Where one process has ended, torchrun and srun soon end those that are still writing.
+            return all(self.world.all_gather(is_saved))
+
+    def write(self, contents, epoch):
+        """Write a checkpoint on rank 0; returns whether that went well."""
         if not self.world.is_rank_zero or (epoch is None and self.position == self.saved_position):
             return True
         try:
@@ -219,20 +239,24 @@ class RunState(Listener):
         self.logs |= {key: value for key, value in state["logs"].items() if key not in settings}
         print(f"resuming from {checkpoint.path}, {counted(self.position.epoch, 'epoch')} done")
         load_optimizer(self.optimizer, state["optimizer"], checkpoint.path)
-        self.best = state["best"]
+        self.best = state["best"] if self.world.is_rank_zero else None
         if checkpoint.of_original:  # its "best" is its latest epoch
             latest = [row for row in self.logs.get("locAcc_val", []) if row][-1:]
-            self.best_metric = mean(latest[0]) if latest and self.best else 0.0
+            self.best_metric = mean(latest[0]) if latest and state["best"] else 0.0
             return
         self.best_metric = state["best_accuracy"]
         self.epoch_means.restore(state["running"], self.device)
-        self.clock = Clock(**state.get("clock", {}))  # older checkpoints have none
+        self.clock = Clock(
+            **state.get("clock", {}), device=self.device
+        )  # older checkpoints have none
         try:
             # With several ranks that of rank 0 was saved, and no batch continues it.
             if state["machine"].get("processes", 1) == 1:
                 self.networks.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
+        flags = self.args.threads, self.world.local_size
+        machine.keep_threads(state["machine"].get("threads"), self.device, *flags)
         self.note_machine_change(state["machine"])
         self.note_data_change(state["fingerprint"])
 
@@ -259,7 +283,8 @@ class RunState(Listener):
         A position in the old training set means nothing in the new one: the epoch ends there.
         """
         old, new = fingerprint.split("-"), self.fingerprint.split("-")
-        for part, before, now in zip(("training", "validation"), old, new, strict=False):
+        parts = ("training", "validation", *["noise"] * (len(new) - 2))
+        for part, before, now in zip(parts, old, new, strict=False):
             if before != now:
                 print(
                     f"warning: the {part} set isn't the one that the run was on: its files or its "
