@@ -17,6 +17,8 @@ from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import torch
 
 from eval.kmeans import kmeans
@@ -30,6 +32,7 @@ from eval.units import (
     write_clusters,
 )
 from utils.data.corpus import listed_utterances, scan_corpus
+from utils.data.listing import choose_extension
 from utils.files import writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, percent
 from utils.run.checkpoint import open_checkpoint
@@ -46,7 +49,7 @@ LARGE_SHARE = 0.5  # of all frames in one unit: something is wrong
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     corpus = scan_corpus(args.pathDB, args.file_extension, args.speaker_level, args.ignore_cache)
     files = listed_utterances(corpus, args.seqList)
     files = spread_over_speakers(files, SAMPLES_PER_FRAME * args.max_frames, args.seed)
@@ -93,6 +96,9 @@ def parse_arguments(argv=None):
     """The arguments, checked and completed. Raises UserError with the flag and the way out."""
     args = build_parser().parse_args(argv)
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
+    if not os.path.isdir(args.pathDB):
+        raise UserError(f"{args.pathDB}: no such directory")
+    args.file_extension = choose_extension(args.pathDB, args.file_extension)
     args.out = os.path.abspath(args.out)
     if not args.out.endswith((".pt", ".npy")):
         args.out = os.path.join(args.out, LAST)
@@ -101,7 +107,6 @@ def parse_arguments(argv=None):
             raise UserError(f"{path}: exists already: name another OUT, or remove it")
     wanted = max(FEWEST_FRAMES, FRAMES_PER_CLUSTER * args.nClusters)
     args.max_frames = args.max_frames or wanted
-    device_from(args.device)
     return args
 
 
@@ -115,7 +120,7 @@ def build_parser():
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
     add("out", help="new folder, or a .pt or .npy file, for the centers")
     add("pathDB", help="folder of the audio files; its first subfolders are the speakers")
-    add_extension(add, ".flac")
+    add_extension(add)
     add("--speaker_level", type=at_least(0), default=1, metavar="N",
         help="folders of a path that name the speaker")
     add("--seqList", metavar="FILE", help="use only these files, one name per line")

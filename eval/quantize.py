@@ -23,6 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import numpy as np
 import torch
 
@@ -40,6 +42,7 @@ from eval.units import (
 )
 from utils.data.audio import read_header
 from utils.data.corpus import listed_utterances, scan_corpus
+from utils.data.listing import choose_extension
 from utils.data.names import files_by_shortest_key
 from utils.files import atomic_path, lines_of, load_json, save_json, write_lines, writing_to
 from utils.misc import UserError, counted, first_few
@@ -56,7 +59,7 @@ FORMATS = ("km", "onehot-npy")
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     clusters = read_clusters(args.clusters, {name: vars(args)[name] for name in FEATURES})
     args.clusters = os.path.abspath(clusters.path)
     module = feature_module(clusters.features, device_from(args.device))
@@ -96,6 +99,7 @@ def parse_arguments(argv=None):
     args = build_parser().parse_args(argv)
     if not os.path.isdir(args.pathDB):
         raise UserError(f"{args.pathDB}: no such directory")
+    args.file_extension = choose_extension(args.pathDB, args.file_extension)
     if args.dedup and "onehot-npy" in args.format:
         raise UserError("--dedup with --format onehot-npy: its rows would be no frames; leave one")
     args.pathDB, args.out = os.path.abspath(args.pathDB), os.path.abspath(args.out)
@@ -114,7 +118,7 @@ def build_parser():
     add("clusters", help="folder or file that eval/cluster.py wrote, or .pt, .npy, .txt of centers")
     add("pathDB", help="folder of the audio files; subfolders are included")
     add("out", help="folder for the units")
-    add_extension(add, ".flac")
+    add_extension(add)
     add("--pathSeq", metavar="FILE", help="use only these files, one name per line")
     add("--split", type=split, metavar="i-n", help="only part i of n, for several processes")
     add("--format", nargs="+", choices=FORMATS, default=[], metavar="FORMAT",

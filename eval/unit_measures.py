@@ -7,9 +7,8 @@ of the files in them.
 """
 
 import numpy as np
-import torch
 
-from stats.boundary_stat import count_found, segmentation_metrics
+from stats.boundaries import count_boundaries, segmentation_metrics
 from utils.data.labels import FRAMES_PER_SECOND
 
 SHIFTS = 5  # of the units against the labels, whose mean is the chance level
@@ -113,19 +112,16 @@ def majority_units(labels, units, starts):
 
 
 def boundary_measures(labels, units, starts):
-    """Changes of unit against changes of phone, 20 ms apart at most, by stats/boundary_stat.py."""
-    found = predicted = true = 0
+    """Changes of unit against changes of phone, matched one to one within 20 ms."""
+    counts = 0
     for of_labels, of_units in zip(
         np.split(labels, starts[1:]), np.split(units, starts[1:]), strict=True
     ):
-        peaks, boundaries = (torch.from_numpy(np.diff(v) != 0)[None] for v in (of_units, of_labels))
-        found += int(count_found(peaks[None], boundaries)) if boundaries.numel() else 0
-        predicted, true = predicted + int(peaks.sum()), true + int(boundaries.sum())
-    if not true:
-        return dict.fromkeys(("precision", "recall", "f1", "r_value", "over_segmentation"))
-    metrics = segmentation_metrics(found, predicted, true)
-    metrics = {name: value.item() for name, value in metrics.items()}
-    return {**metrics, "over_segmentation": predicted / true - 1}
+        changes = (np.flatnonzero(np.diff(values)) for values in (of_units, of_labels))
+        counts = counts + count_boundaries(*changes)
+    metrics = segmentation_metrics(counts)
+    n_true = counts[-1]
+    return {name: float(value) if n_true else None for name, value in metrics.items()}
 
 
 def usage(units, starts):
