@@ -339,7 +339,7 @@ def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_p
     labels = ["--path_phone_data", tiny_corpus / "phones.txt"]
     found = trained(tiny_corpus, tmp_path / "units", *words, "4", *labels)
     new = {key for key in found["logs"] if key.startswith("units_")}
-    assert {"units_perplexity", "units_pnmi", "units_pnmi_by_chance", "units_f1"} <= new
+    assert {"units_perplexity", "units_pnmi", "units_pnmi_by_chance", "units_boundary_f1"} <= new
     first, second = found["logs"]["units_perplexity"]
     assert first is None  # like a probe, never at epoch 0
     assert 1 < second <= 4
