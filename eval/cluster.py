@@ -32,7 +32,6 @@ from eval.units import (
     write_clusters,
 )
 from utils.data.corpus import listed_utterances, scan_corpus
-from utils.data.listing import choose_extension
 from utils.files import writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, percent
 from utils.run.checkpoint import open_checkpoint
@@ -96,9 +95,6 @@ def parse_arguments(argv=None):
     """The arguments, checked and completed. Raises UserError with the flag and the way out."""
     args = build_parser().parse_args(argv)
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
-    if not os.path.isdir(args.pathDB):
-        raise UserError(f"{args.pathDB}: no such directory")
-    args.file_extension = choose_extension(args.pathDB, args.file_extension)
     args.out = os.path.abspath(args.out)
     if not args.out.endswith((".pt", ".npy")):
         args.out = os.path.join(args.out, LAST)
@@ -107,6 +103,7 @@ def parse_arguments(argv=None):
             raise UserError(f"{path}: exists already: name another OUT, or remove it")
     wanted = max(FEWEST_FRAMES, FRAMES_PER_CLUSTER * args.nClusters)
     args.max_frames = args.max_frames or wanted
+    device_from(args.device)
     return args
 
 

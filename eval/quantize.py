@@ -1,6 +1,6 @@
 """The discrete units of a corpus: the nearest center of every frame.
 
-    python eval/quantize.py CLUSTERS DB OUT --file_extension .flac
+    python eval/quantize.py CLUSTERS DB OUT
     python eval/quantize.py CLUSTERS.pt DB OUT --format km onehot-npy --split 1-4
 
 CLUSTERS comes from `eval/cluster.py`, or is another file of centers, for which --pathCheckpoint
@@ -99,9 +99,9 @@ def parse_arguments(argv=None):
     args = build_parser().parse_args(argv)
     if not os.path.isdir(args.pathDB):
         raise UserError(f"{args.pathDB}: no such directory")
-    args.file_extension = choose_extension(args.pathDB, args.file_extension)
     if args.dedup and "onehot-npy" in args.format:
         raise UserError("--dedup with --format onehot-npy: its rows would be no frames; leave one")
+    args.file_extension = choose_extension(args.pathDB, args.file_extension)
     args.pathDB, args.out = os.path.abspath(args.pathDB), os.path.abspath(args.out)
     if args.pathCheckpoint:
         args.pathCheckpoint = os.path.abspath(args.pathCheckpoint)

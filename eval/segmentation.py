@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils.run.before_torch  # noqa: F401
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -75,7 +77,7 @@ HEADINGS = {
 def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
-    set_threads()
+    set_threads(device_from(args.device))
     files = {"phone": args.pathPhone, "word": args.pathWords}
     labels = {unit: read_phone_labels(path) for unit, path in files.items() if path}
     n_phones = labels["phone"].n_phones
@@ -130,7 +132,7 @@ def build_parser():
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
     add("--pathPhone", required=True, metavar="FILE", help="phone labels")
     add("--out", required=True, metavar="DIR", help="directory for the results")
-    add_extension(add, ".flac")
+    add_extension(add)
     add_device(add)
     add = parser.add_argument_group("boundaries").add_argument
     add("--get_encoded", action="store_true", help="changes of encoded frames instead of contexts")

@@ -112,16 +112,11 @@ def majority_units(labels, units, starts):
 
 
 def boundary_measures(labels, units, starts):
-    """Changes of unit against changes of phone, matched one to one within 20 ms."""
-    counts = 0
-    for of_labels, of_units in zip(
-        np.split(labels, starts[1:]), np.split(units, starts[1:]), strict=True
-    ):
-        changes = (np.flatnonzero(np.diff(values)) for values in (of_units, of_labels))
-        counts = counts + count_boundaries(*changes)
-    metrics = segmentation_metrics(counts)
-    n_true = counts[-1]
-    return {name: float(value) if n_true else None for name, value in metrics.items()}
+    """Changes of unit against changes of phone, 20 ms apart at most, matched one to one."""
+    files = zip(np.split(units, starts[1:]), np.split(labels, starts[1:]), strict=True)
+    counts = sum(count_boundaries(*(np.flatnonzero(np.diff(v)) for v in file)) for file in files)
+    metrics = {name: float(value) for name, value in segmentation_metrics(counts).items()}
+    return metrics if counts[-1] else dict.fromkeys(metrics)
 
 
 def usage(units, starts):

@@ -835,7 +835,12 @@ def hold(directory, ready, with_child):
     """Take the lock and keep it until this process is killed; a child of it lives on."""
     with locked(directory, "--x"):
         child = os.fork() if with_child else None
-        if child != 0:
+        if child:
+            os.waitid(os.P_PID, child, os.WSTOPPED)
+            os.kill(child, signal.SIGCONT)
+        if child == 0:  # by now it has closed what it inherited
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
             ready.send((os.getpid(), child))
         signal.pause()
 
