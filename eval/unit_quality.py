@@ -12,6 +12,7 @@ the commonest phones of each unit, `OUT/unit_phones.txt` these as a table, and
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -30,6 +31,7 @@ from utils.data.labels import (
     read_phone_labels,
     symbols_beside,
 )
+from utils.data.names import keys_of
 from utils.files import save_json, write_lines, writing_to
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, at_least, command
@@ -101,20 +103,23 @@ def aligned(args):
     they don't belong together.
     """
     labels, units = read_phone_labels(args.labels), read_units(args.units)
-    labels_of = {n: labels.labels.get(n, labels.labels.get(os.path.basename(n))) for n in units}
-    names = [name for name in units if labels_of[name] is not None]
+    key_of = {name: label_key(name, labels.labels) for name in units}
+    names = [name for name in units if key_of[name]]
     if not names:
         raise UserError(
             f"{args.labels}: has labels for none of the {len(units)} files of {args.units}, such "
             f"as {first_few(units)}"
         )
     if len(names) < len(units):
-        missing = first_few(name for name in units if labels_of[name] is None)
+        missing = first_few(name for name in units if not key_of[name])
         print(f"left out {counted(len(units) - len(names), 'file')} without labels: {missing}")
     if not any((np.diff(units[name]) == 0).any() for name in names):
         raise UserError(f"{args.units}: no unit is repeated: units without --dedup are needed")
     units = [units[name].repeat(args.frames_per_unit) for name in names]
-    labels = [labels_of[name] for name in names]
+    twice = [key for key, n in Counter(key_of[name] for name in names).items() if n > 1]
+    if twice:
+        raise UserError(f"{args.labels}: {first_few(twice)} may be several files of {args.units}")
+    labels = [labels.labels[key_of[name]] for name in names]
     n_labels, n_units = (np.array([len(ids) for ids in part]) for part in (labels, units))
     check_lengths(n_labels, n_units, names, args)
     lengths = np.minimum(n_labels, n_units)
@@ -123,6 +128,12 @@ def aligned(args):
         for part in (labels, units)
     )
     return names, labels, units, np.cumsum(lengths) - lengths
+
+
+def label_key(name, labels):
+    """What `labels` call a file, of which `name` may have folders; None if they don't have it."""
+    keys = keys_of(name, os.path.basename(name))
+    return next((key for key in reversed(keys) if key in labels), None)
 
 
 def check_lengths(n_labels, n_units, names, args):

@@ -13,7 +13,11 @@ from utils.misc import UserError
 
 FRAMES = 20_000  # that are clustered: 200 s
 STARTS = 3  # of k-means
-SHOWN = {"pnmi": "frames", "phone_purity": "frames", "f1": "boundaries"}  # measure -> its group
+LOGGED = {  # name -> measure, as its group and its key
+    "pnmi": ("frames", "pnmi"),
+    "phone_purity": ("frames", "phone_purity"),
+    "boundary_f1": ("boundaries", "f1"),
+}
 
 
 def measure_units(model, dataset, phones, n_clusters, generator):
@@ -34,8 +38,8 @@ def measure_units(model, dataset, phones, n_clusters, generator):
     logged["speaker_information"] = agreement(joint_counts(speakers, units))["pnmi"]
     if phones:
         found, by_chance = (of(labels, units, starts) for of in (measure, chance))
-        for name, group in SHOWN.items():
-            logged |= {name: found[group][name], f"{name}_by_chance": by_chance[group][name]}
+        for name, (group, key) in LOGGED.items():
+            logged |= {name: found[group][key], f"{name}_by_chance": by_chance[group][key]}
     logged = {f"units_{name}": value for name, value in logged.items() if value is not None}
     print(f"    {', '.join(f'{name} {value:.3g}' for name, value in logged.items())}", flush=True)
     return logged

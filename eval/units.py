@@ -25,6 +25,7 @@ FEATURES = {  # what centers are centers of, and the value where a file says not
     "norm_vec_len": False,
 }  # fmt: skip
 SUPPORTED = {"nGroups": (None, 1), "dimReduction": (None,), "train_mode": (None, False)}
+MOST_UNITS = 100_000
 KINDS = (".pt", ".pth", ".npy", ".txt")
 
 
@@ -148,9 +149,10 @@ def read_units(path):
             units[name] = np.array(text.replace(",", " ").split(), dtype=np.int64)
         except (ValueError, OverflowError):
             units[name] = np.empty(0)
-        if not len(units[name]) or units[name].min() < 0:
+        if not len(units[name]) or not 0 <= units[name].min() <= units[name].max() < MOST_UNITS:
             raise UserError(
-                f"{path}, line {number}: no name and units, whole numbers from 0: {line[:80]!r}"
+                f"{path}, line {number}: no name and units, whole numbers from 0 to "
+                f"{MOST_UNITS - 1}: {line[:80]!r}"
             )
     if not units:
         raise UserError(f"{path}: no units in this file")

@@ -319,6 +319,9 @@ def test_units_that_dont_fit_their_labels_are_refused(tmp_path, capsys):
         (tmp_path / "units").write_text(line)
         with ends_refused(capsys, said):
             unit_quality.main([str(tmp_path / "units"), str(tmp_path / "labels")])
+    write_labels(tmp_path / "units", {"s/a-1": labels["a-1"], "t/a-1": labels["a-1"]})
+    with ends_refused(capsys, "a-1 may be several files"):
+        unit_quality.main([str(tmp_path / "units"), str(tmp_path / "labels")])
     write_labels(tmp_path / "units", at_50_hz)
     words = ["--frames_per_unit", "2", "--out", tmp_path, "--silence", "0"]
     unit_quality.main(list(map(str, [tmp_path / "units", tmp_path / "labels", *words])))
@@ -336,7 +339,7 @@ def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_p
     labels = ["--path_phone_data", tiny_corpus / "phones.txt"]
     found = trained(tiny_corpus, tmp_path / "units", *words, "4", *labels)
     new = {key for key in found["logs"] if key.startswith("units_")}
-    assert {"units_perplexity", "units_pnmi", "units_pnmi_by_chance", "units_f1"} <= new
+    assert {"units_perplexity", "units_pnmi", "units_pnmi_by_chance", "units_boundary_f1"} <= new
     first, second = found["logs"]["units_perplexity"]
     assert first is None  # like a probe, never at epoch 0
     assert 1 < second <= 4
