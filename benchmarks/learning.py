@@ -296,7 +296,7 @@ def in_words(values, measure):
         return ""
     if measure.startswith("steps"):
         never = len(values) - len(reached)
-        median = statistics.median_high([*reached, *[float("inf")] * never])
+        median = statistics.median_low([*reached, *[float("inf")] * never])
         words = "never" if median == float("inf") else f"{median}"
         if never:
             return words if never == len(values) else f"{words} ({never} of {len(values)} never)"
