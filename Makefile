@@ -19,7 +19,7 @@ CORPUS = --pathDB $(DEMO)/corpus/audio --pathTrain $(DEMO)/corpus/train_split.tx
 PHONES = $(DEMO)/corpus/converted_aligned_phones.txt
 MODEL = --nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSkipBeg 1 \
 	--CPCCTCSkipEnd 2 --rnnMode linear --hiddenEncoder 64 --hiddenGar 96 --arMode GRU
-TRAINING = --sizeWindow 10240 --learningRate 2e-3 --schedulerRamp 3 --nEpoch 6 --random_seed 1 \
+TRAINING = --sizeWindow 10240 --learningRate 2e-3 --nEpoch 6 --random_seed 1 \
 	--logging_step 200
 PROBES = --supervised_classif_metric --speaker_sep --linsep_classif_each_epochs 5 \
 	--linsep_lr 1e-2 --linsepBatchSizeGPU 32 --linsep_logs_dir $(DEMO)/probes

@@ -31,7 +31,7 @@ from utils.run.console import progress
 MODEL = (
     "--nPredicts 8 --CPCCTC --CPCCTCNumMatched 12 --CPCCTCSelfLoop --CPCCTCSkipBeg 1 "
     "--CPCCTCSkipEnd 2 --rnnMode linear --hiddenEncoder 64 --hiddenGar 96 --arMode GRU "
-    "--sizeWindow 10240 --learningRate 2e-3 --schedulerRamp 3"
+    "--sizeWindow 10240 --learningRate 2e-3"
 ).split()
 PROBES = (
     "--supervised_classif_metric --speaker_sep --linsep_lr 1e-2 --linsepBatchSizeGPU 32".split()
