@@ -465,11 +465,12 @@ class Probe:
         best, room = self.best.metric, self.baseline if self.options.ctc else 1 - self.baseline
         gain = self.baseline - best if self.options.ctc else best - self.baseline
         if self.n_classes > 1 and gain <= min(NEAR_MAJORITY, room / 2):
+            labels = "labels of another corpus, or that begin at another time than the audio; "
+            labels = labels if self.task == "phone" else ""
             print(
-                f"warning: {self.name}: hardly better than always saying the majority {self.task}. "
-                "Likely causes: labels of another corpus, or that begin at another time than the "
-                "audio; features that learned nothing; too low a learning rate of the probe, or "
-                "too few epochs",
+                f"warning: {self.name}: hardly better than always saying the majority "
+                f"{self.task}. Likely causes: {labels}features that learned nothing; too low a "
+                "learning rate of the probe, or too few epochs",
                 flush=True,
             )
 

@@ -52,7 +52,11 @@ def main(argv=None):
     speakers, speaker_ids = np.unique(by_name, return_inverse=True)
     n_phones = int(labels.max()) + 1
     symbols = symbols_beside(args.labels, n_phones)
-    silence = phone_ids(args.silence, symbols, n_phones, args.labels, optional=[SILENCE])
+    named = [SILENCE] if args.silence is None else args.silence
+    optional = [SILENCE] if args.silence is None else []
+    silence = phone_ids(named, symbols, n_phones, args.labels, optional)
+    if named and not silence:
+        print(f"note: no phone of {args.labels} is known as {SILENCE}: silence counts as a phone")
     options = {"silence": silence}
     if len(speakers) > 1:
         options["speakers"] = np.repeat(speaker_ids, np.diff(starts, append=len(labels)))
@@ -83,7 +87,7 @@ def build_parser():
     add = parser.add_argument
     add("units", help="one line per file: `name<TAB>unit,unit,...`")
     add("labels", help="phone labels: one line `name id id ...` per file, an id per 10 ms")
-    add("--silence", nargs="*", default=[SILENCE], metavar="PHONE",
+    add("--silence", nargs="*", metavar="PHONE",
         help=f"symbols or ids that are no speech (default: {SILENCE})")
     add("--frames_per_unit", type=at_least(1), default=1, metavar="N",
         help="frames of 10 ms that a unit lasts, such as 2 for units at 50 Hz")

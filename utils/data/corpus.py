@@ -199,7 +199,7 @@ def select_utterances(utterances, names, list_path):
     )
     if not chosen:
         raise UserError(message)
-    print(message)
+    print(f"warning: {message}")
     return chosen
 
 
