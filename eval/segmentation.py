@@ -60,7 +60,7 @@ from utils.files import check_writable, save_json, write_lines, writing_to
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few
 from utils.report.plots import save_figure
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, at_least, between, command
+from utils.run.command import CommandLine, above, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import add_device, add_extension
@@ -142,7 +142,7 @@ def build_parser():
         help="distance between consecutive frames")
     add("--pathTune", metavar="LIST",
         help="list of utterances to choose the prominence on, others than those measured")
-    add("--prominence", type=between(0, 1, float), metavar="P",
+    add("--prominence", type=above(0), metavar="P",
         help=f"of a peak that is a boundary, from 0 to 1 (default: {UNTUNED}, or see --pathTune)")
     add = parser.add_argument_group("what counts").add_argument
     add("--tolerance", type=at_least(0), default=TOLERANCE, metavar="FRAMES",
