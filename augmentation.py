@@ -81,7 +81,7 @@ class Augmentation:
             recordings.only_pack(world)
 
     def draw(self, position, speakers, pack):
-        """What augments the batch at `position`, from `pack`, when it is on its device.
+        """A function that augments the batch at `position`, from `pack`, once it is on its device.
 
         speakers: (B,) ids of its rows. Returns `augmented`, still to be given a batch and `move`.
         """
@@ -94,9 +94,10 @@ class Augmentation:
             generator = generator_from(args.random_seed, "augmentation", side, *position)
             return self._steps(Draws(speakers[:n_rows], pack, generator))
 
-        past, future = steps("past"), steps("future")
         if args.past_equal_future or args.supervised:  # a classifier has no targets to keep clean
-            past, future = None, past
+            past, future = None, steps("past")
+        else:
+            past, future = steps("past"), steps("future")
         return partial(augmented, n_rows=n_rows, past=past, future=future)
 
     def _steps(self, draws):

@@ -228,6 +228,12 @@ def allowed_bad_files(n_files, fraction):
     return max(int(fraction * n_files), min(3, max(1, n_files // 4)))
 
 
+def refuse_too_many(problems, n_files):
+    """Raise UserError if `problems`, of unusable files, are more than training tolerates."""
+    if len(problems) > allowed_bad_files(n_files, 0.01):
+        raise UserError(f"too many unusable files: {first_few(problems)}")
+
+
 def set_options(args):
     """The parameters of AudioDataset that flags of train.py set."""
     return {

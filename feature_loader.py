@@ -32,7 +32,7 @@ from model import (
     preserved_state,
 )
 from transformers import CausalAttention
-from utils.data.audio import SILENT, open_audio, reason, warn_of_loudness
+from utils.data.audio import SILENT, Extremes, open_audio, reason, warn_of_loudness
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import (
     NULLSPACE,
@@ -329,7 +329,7 @@ def load_waveform(path):
 
 def _blocks(path, size=None):
     """Yield the samples of an audio file, (n,), `size` at a time; see `load_waveform`."""
-    n_samples, lowest, highest = 0, math.inf, -math.inf
+    extremes = Extremes()
     try:
         with open_audio(path) as file:
             if file.samplerate != SAMPLE_RATE:
@@ -342,14 +342,13 @@ def _blocks(path, size=None):
                 if not np.isfinite(samples).all():
                     raise UserError(f"{path}: contains NaN or infinite samples")
                 warn_of_loudness(path, samples)
-                n_samples += len(samples)
-                lowest, highest = min(lowest, samples.min()), max(highest, samples.max())
+                extremes.add(samples)
                 yield torch.from_numpy(samples)
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: {reason(error)}") from error
-    if not n_samples:
+    if not extremes.n_samples:
         raise UserError(f"{path}: contains no audio")
-    if n_samples > 1 and lowest == highest:
+    if extremes.is_silent:
         _warn_of_silence(path)
 
 

@@ -5,7 +5,7 @@
 FLAGS are those of train.py: at least `--pathDB AUDIO`. From each initialisation, with the same seed
 and batches, the network is trained for some steps, and now and then looks at a batch that it isn't
 trained on. The encoder's layers (each after its norm and ReLU) are the first five curves; a frame
-that can't be told from others makes negatives that look like positives. Writes a picture with the
+that looks like all others makes negatives that look like positives. Writes a picture with the
 training losses, and prints the shares.
 """
 

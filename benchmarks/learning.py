@@ -1,4 +1,4 @@
-"""What runs learn: a grid of settings and seeds, its raw values, and tables made from them.
+"""A grid of settings and seeds: trains its runs, keeps raw values, and makes tables of them.
 
     python benchmarks/learning.py benchmarks/grids/starts.json [--jobs 2] [--minutes 60]
     python benchmarks/learning.py benchmarks/grids/starts.json --tables
@@ -219,7 +219,7 @@ def filled_in(word, places):
 
 
 def commit():
-    """What the results were made with; `-dirty` where files had been changed."""
+    """The commit of the results; `-dirty` where files had been changed."""
     words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
 

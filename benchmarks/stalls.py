@@ -1,4 +1,4 @@
-"""What could keep the training loop waiting: planning an epoch, and packs that processes share.
+"""Waits of the training loop: for the plan of an epoch, and for packs that processes share.
 
     python benchmarks/stalls.py [--hours 960 60000] [--gigabytes 1] [--batch 32]
 

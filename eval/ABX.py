@@ -26,7 +26,7 @@ import utils.run.before_torch  # noqa: F401
 import numpy as np
 import torch
 
-from dataset import allowed_bad_files
+from dataset import refuse_too_many
 from eval.abx_fastabx import fastabx_errors, require_fastabx
 from eval.abx_groups import (
     across_cells,
@@ -261,7 +261,7 @@ def features_of_checkpoint(args, paths):
     It also returns None for files that can't be used, and names them. Raises UserError
     if they are more than training tolerates.
     """
-    n_allowed, problems = allowed_bad_files(len(paths), 0.01), []
+    problems = []
     model, *_ = load_model([args.path_checkpoint])
     model.to(device_from(args.device))
     for part in model.modules():
@@ -282,8 +282,7 @@ def features_of_checkpoint(args, paths):
             )[0]
         except UserError as error:
             problems.append(str(error))
-            if len(problems) > n_allowed:
-                raise UserError(f"too many unusable files: {first_few(problems)}") from error
+            refuse_too_many(problems, len(paths))
             print(f"{error}; its items are left out")
             return None
 

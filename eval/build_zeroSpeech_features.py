@@ -40,6 +40,7 @@ from utils.files import (
     atomic_path,
     load_json,
     remove_leftovers,
+    save_array,
     save_json,
     save_tensors,
     writing_to,
@@ -260,8 +261,7 @@ def write_npz(path, features):
 
 
 def write_npy(path, features):
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, features.float().numpy())
+    save_array(path, features.float().numpy())
 
 
 def write_fea(path, features):

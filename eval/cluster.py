@@ -47,14 +47,14 @@ LARGE_SHARE = 0.5  # of all frames in one unit: something is wrong
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    device = device_from(args.device)
     keep_freed_memory()
-    set_threads(device_from(args.device))
+    set_threads(device)
     corpus = scan_corpus(args.pathDB, args.file_extension, args.speaker_level, args.ignore_cache)
     args.file_extension = corpus.extension
     files = listed_utterances(corpus, args.seqList)
     files = spread_over_speakers(files, SAMPLES_PER_FRAME * args.max_frames, args.seed)
     features, start = {name: vars(args)[name] for name in FEATURES}, time.monotonic()
-    device = device_from(args.device)
     frames = collect(feature_module(features, device), corpus, files, args).to(device)
     computed = time.monotonic()
     options = {"max_iterations": args.MAX_ITER, "spherical": args.norm_vec_len}

@@ -139,29 +139,29 @@ class CaptureHook(Hook):
         return {name: tensors[name] for name in names}
 
 
-class ProbeHook(Hook):
-    """Trains a probe on the model as it is, on rank 0: `probe(epoch, model)`, which returns the
-    values to log."""
+class ModelHook(Hook):
+    """Measures the model as it is, on rank 0: `measure(epoch, model)` returns the values to log."""
 
     first = 1
-    flag = "linsep_classif_each_epochs"
 
-    def __init__(self, task, probe, *, every, world):
-        super().__init__(f"the {task} probe", every)
-        self.probe, self.world = probe, world
+    def __init__(self, name, measure, *, every, world):
+        super().__init__(name, every)
+        self.measure, self.world = measure, world
 
     def run(self, epoch, model, criterion):
-        return self.world.on_rank_zero(lambda: self.probe(epoch, model))
+        return self.world.on_rank_zero(lambda: self.measure(epoch, model))
 
 
-class UnitHook(ProbeHook):
-    """Measures the units that k-means makes of the model's contexts, on rank 0."""
+class ProbeHook(ModelHook):
+    """Trains a probe."""
+
+    flag = "linsep_classif_each_epochs"
+
+
+class UnitHook(ModelHook):
+    """Measures the units that k-means makes of the model's contexts."""
 
     flag = "unit_quality_each_epochs"
-
-    def __init__(self, measure, *, every, world):
-        super().__init__("unit", measure, every=every, world=world)
-        self.name = "the unit quality"
 
 
 # ----------------------------------------------------------------------------- as the flags ask for
@@ -270,7 +270,7 @@ def probe_hook(args, task, sets, n_classes, *, device, world):
         )
         return result.logged()
 
-    return ProbeHook(task, probe, every=args.linsep_classif_each_epochs, world=world)
+    return ProbeHook(f"the {task} probe", probe, every=args.linsep_classif_each_epochs, world=world)
 
 
 def unit_hook(args, corpus, labels, validation_set, *, world):
@@ -283,4 +283,5 @@ def unit_hook(args, corpus, labels, validation_set, *, world):
         generator = generator_from(args.random_seed, epoch, "units")
         return measure_units(model, validation_set, phones, args.nClusters, generator)
 
-    return UnitHook(measure, every=args.unit_quality_each_epochs, world=world)
+    every = args.unit_quality_each_epochs
+    return UnitHook("the unit quality", measure, every=every, world=world)

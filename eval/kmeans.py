@@ -51,7 +51,6 @@ def kmeans(
 
     tolerance: stop where an iteration lowers the inertia by less than this fraction
     spherical: scale centers to unit length, for points of unit length (Dhillon and Modha, 2001)
-
     n_starts: on a random part of the points, the best of which is continued on all (default: more
         of them for fewer clusters)
 

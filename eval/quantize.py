@@ -44,7 +44,7 @@ from utils.data.audio import read_header
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.data.listing import choose_extension
 from utils.data.names import files_by_shortest_key
-from utils.files import atomic_path, lines_of, load_json, save_json, write_lines, writing_to
+from utils.files import lines_of, load_json, save_array, save_json, write_lines, writing_to
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
@@ -58,11 +58,12 @@ FORMATS = ("km", "onehot-npy")
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    device = device_from(args.device)
     keep_freed_memory()
-    set_threads(device_from(args.device))
+    set_threads(device)
     clusters = read_clusters(args.clusters, {name: vars(args)[name] for name in FEATURES})
     args.clusters = os.path.abspath(clusters.path)
-    module = feature_module(clusters.features, device_from(args.device))
+    module = feature_module(clusters.features, device)
     if module.dim_output != clusters.centers.size(1):
         raise UserError(
             f"{clusters.path}: centers of {clusters.centers.size(1)} dimensions for features of "
@@ -237,9 +238,8 @@ def write_onehot(out, paths, n_units, args):
     """One file of rows for each audio file."""
     rows = np.eye(n_units)
     for name, units in map(split_units, lines_of(out)):
-        path = out.parent / "onehot" / f"{name}.npy"
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, rows[np.array(units.split(","), dtype=np.int64)])
+        units = np.array(units.split(","), dtype=np.int64)
+        save_array(out.parent / "onehot" / f"{name}.npy", rows[units])
 
 
 WRITERS = {"km": write_km, "onehot-npy": write_onehot}

@@ -33,7 +33,7 @@ import utils.run.before_torch  # noqa: F401
 import numpy as np
 from matplotlib.figure import Figure
 
-from dataset import allowed_bad_files
+from dataset import refuse_too_many
 from feature_loader import build_feature, load_model
 from stats.boundaries import (
     MATCHINGS,
@@ -77,8 +77,9 @@ HEADINGS = {
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    device = device_from(args.device)
     keep_freed_memory()
-    set_threads(device_from(args.device))
+    set_threads(device)
     files = {"phone": args.pathPhone, "word": args.pathWords}
     labels = {unit: read_phone_labels(path) for unit, path in files.items() if path}
     n_phones = labels["phone"].n_phones
@@ -92,7 +93,7 @@ def main(argv=None):
     if args.pathTune and shared:
         print(f"warning: tuned on utterances that are measured, too: {first_few(shared)}")
     model, *_ = load_model([args.pathCheckpoint])
-    model.to(device_from(args.device))
+    model.to(device)
     curves, *tuning = [find_curves(model, chosen, silence, args) for chosen in sets]
     results = {}
     for unit in labels:
@@ -217,8 +218,7 @@ def find_curves(model, utterances, silence, args):
             curves.append(find_curve(model, utterance, labels, silence, args))
         except UserError as error:
             problems.append(str(error))
-            if len(problems) > allowed_bad_files(len(utterances), 0.01):
-                raise UserError(f"too many unusable files: {first_few(problems)}") from error
+            refuse_too_many(problems, len(utterances))
             print(f"{error}; left out")
     return curves
 

@@ -1,4 +1,4 @@
-"""What discrete units say of phones and speakers, and what they cost in bits.
+"""How much discrete units tell about phones and speakers, and their bitrates.
 
     python eval/unit_quality.py UNITS LABELS [--out OUT]
 
@@ -6,7 +6,7 @@ UNITS comes from `eval/quantize.py`, without --dedup; LABELS has a phone per fra
 line `name id id ...` per file, and phones.txt beside it may name the phones. All measures grow or
 fall with the number of units, so the level of chance is beside each: that of the same units,
 shifted in time. `OUT/unit_quality.json` holds all figures (eval/unit_measures.py explains them) and
-the commonest phones of each unit, `OUT/unit_phones.txt` these as a table, and
+the most frequent phones of each unit, `OUT/unit_phones.txt` these as a table, and
 `OUT/unit_quality.png` a picture of them.
 """
 
@@ -52,10 +52,9 @@ def main(argv=None):
     speakers, speaker_ids = np.unique(by_name, return_inverse=True)
     n_phones = int(labels.max()) + 1
     symbols = symbols_beside(args.labels, n_phones)
-    named = [SILENCE] if args.silence is None else args.silence
-    optional = [SILENCE] if args.silence is None else []
-    silence = phone_ids(named, symbols, n_phones, args.labels, optional)
-    if named and not silence:
+    default = [SILENCE] if args.silence is None else []
+    silence = phone_ids(args.silence or default, symbols, n_phones, args.labels, optional=default)
+    if default and not silence:
         print(f"note: no phone of {args.labels} is known as {SILENCE}: silence counts as a phone")
     options = {"silence": silence}
     if len(speakers) > 1:
@@ -135,7 +134,7 @@ def aligned(args):
 
 
 def label_key(name, labels):
-    """What `labels` call a file, of which `name` may have folders; None if they don't have it."""
+    """The name of a file in `labels`, None if it has none; `name` may have folders."""
     keys = keys_of(name, os.path.basename(name))
     return next((key for key in reversed(keys) if key in labels), None)
 
@@ -194,12 +193,12 @@ def show(result):
 
 
 def phones_of_units(joint, symbols):
-    """The commonest phones of each used unit: [{"unit", "frames", "phones": {symbol: share}}]."""
+    """The main phones of each used unit: [{"unit", "frames", "phones": {symbol: share}}]."""
     table = []
     for unit in np.flatnonzero(joint.sum(0)).tolist():
         counts = joint[:, unit]
-        commonest = np.argsort(-counts, kind="stable")[:PHONES_PER_UNIT].tolist()
-        phones = {symbols.get(p, str(p)): counts[p] / counts.sum() for p in commonest if counts[p]}
+        frequent = np.argsort(-counts, kind="stable")[:PHONES_PER_UNIT].tolist()
+        phones = {symbols.get(p, str(p)): counts[p] / counts.sum() for p in frequent if counts[p]}
         table.append({"unit": unit, "frames": int(counts.sum()), "phones": phones})
     return table
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import allowed_bad_files
+from dataset import refuse_too_many
 from eval.center_push import read_centers
 from feature_loader import FeatureModule, features_in_parts, load_model, seq_normalization
-from utils.files import atomic_path, lines_of, load_json, load_tensors, save_json, save_tensors
+from utils.files import lines_of, load_json, load_tensors, save_array, save_json, save_tensors
 from utils.misc import UserError, first_few
 
 LAST = "checkpoint_last.pt"  # centers, in a folder
@@ -46,8 +46,7 @@ def args_path(path):
 def write_clusters(path, centers, features, flags):
     """Write `Clusters` as .pt or .npy, and the flags (a dict) beside them."""
     if path.endswith(".npy"):
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, centers.numpy())
+        save_array(path, centers.numpy())
     else:
         stored = {"n_clusters": len(centers), "dim": centers.size(1), "mode": "kMean", **features}
         save_tensors(path, {"state_dict": {"Ck": centers[None]}, **stored})
@@ -83,14 +82,14 @@ def read_clusters(path, explicit):
 
 
 def _stored_features(path):
-    """What is known of the features: by the .pt itself, or by the flags beside it."""
+    """The known flags of the features: of the .pt itself, or beside it."""
     known = {} if path.endswith((".npy", ".txt")) else load_tensors(path)
     beside = (args_path(path), Path(path).with_name("checkpoint_args.json"))
     if found := next((file for file in beside if file.is_file()), None):
         known = load_json(found) | known
     for name, supported in SUPPORTED.items():
         if known.get(name) not in supported:
-            raise UserError(f"{found}: {name} {known[name]} isn't supported")
+            raise UserError(f"{found or path}: {name} {known[name]} isn't supported")
     stored = {name: known[name] for name in FEATURES if name in known}
     checkpoint = stored.get("pathCheckpoint")
     if checkpoint and not os.path.exists(checkpoint):  # perhaps relative to the centers
@@ -120,8 +119,7 @@ def features_to_cluster(module, path, features):
 
 def report_unusable(problems, n_files):
     """Print the files that are left out, or raise UserError if training wouldn't tolerate them."""
-    if len(problems) > allowed_bad_files(n_files, 0.01):
-        raise UserError(f"too many unusable files: {first_few(problems)}")
+    refuse_too_many(problems, n_files)
     if problems:
         print(f"left out: {first_few(problems)}")
 

@@ -184,7 +184,7 @@ def test_a_library_leaves_the_environment_as_it_is():
 
 
 def steps(monkeypatch, busy, *, n=console.STEPS_WATCHED + 3, **state):
-    """Do steps of 2 s in which the thread is busy for so many seconds."""
+    """Do steps of 2 s in which the thread is busy for that many seconds."""
     now = {"clock": 0.0, "thread": 0.0}
     monkeypatch.setattr(console.time, "perf_counter", lambda: now["clock"])
     monkeypatch.setattr(console.time, "thread_time", lambda: now["thread"])

@@ -111,6 +111,12 @@ def load_array(path):
         raise ValueError(str(error)) from error
 
 
+def save_array(path, array):
+    """`np.save`, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+
+
 def lines_of(path):
     """Yield the lines of a text file, with any line ending and without a byte order mark.
 

@@ -23,8 +23,7 @@ class ReportedElsewhere(UserError):
 
 
 class Chance(NamedTuple):
-    """The means of a criterion's losses and accuracies where nothing is told apart; None if
-    unknown."""
+    """The mean loss and accuracy of a criterion at chance level; None if unknown."""
 
     loss: float | None = None
     accuracy: float | None = None

@@ -26,7 +26,15 @@ import soundfile
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from utils.data.audio import MOST_BEYOND, SILENT, TOO_LOUD, open_audio, read_header, reason
+from utils.data.audio import (
+    MOST_BEYOND,
+    SILENT,
+    TOO_LOUD,
+    Extremes,
+    open_audio,
+    read_header,
+    reason,
+)
 from utils.data.labels import read_text
 from utils.data.listing import choose_extension, find_files
 from utils.data.names import keys_of, name_of
@@ -148,7 +156,7 @@ def target_of(args, path):
 
 
 class Result(NamedTuple):
-    """What became of a file."""
+    """The outcome for one file."""
 
     outcome: str  # CONVERTED, EXISTING or the reason it can't be converted
     clipped: str = ""  # how many of its samples were clipped, if any were
@@ -189,11 +197,11 @@ def is_converted(source, target, rate):
 
 
 class Tally:
-    """What the samples of a file are like."""
+    """Counts of the samples of a file, and their extremes."""
 
     def __init__(self):
-        self.n_samples = self.n_beyond = 0
-        self.lowest, self.highest = math.inf, -math.inf  # averaged over channels
+        self.n_samples = self.n_beyond = 0  # of all channels
+        self.extremes = Extremes()
 
     def count(self, blocks):
         """Yield each of the blocks (n, channels). Raises UserError for what can't be audio."""
@@ -202,9 +210,7 @@ class Tally:
                 raise UserError("contains NaN or infinite samples")
             self.n_samples += block.size
             self.n_beyond += int((abs(block) > 1).sum())
-            mean = block.mean(axis=1)
-            self.lowest = min(self.lowest, mean.min(initial=math.inf))
-            self.highest = max(self.highest, mean.max(initial=-math.inf))
+            self.extremes.add(block.mean(axis=1))
             yield block
         if not self.n_samples:
             raise UserError("empty")
@@ -217,8 +223,8 @@ class Tally:
 
     @property
     def is_silent(self):
-        """Whether training will call it silent (`is_silent` in utils/data/audio.py)."""
-        return self.n_samples > 1 and self.lowest == self.highest
+        """Whether training will call it silent."""
+        return self.extremes.is_silent
 
 
 def write_audio(path, blocks, rate, n_channels):

@@ -1,5 +1,6 @@
 """Reading audio files: their headers, and their samples directly into memory."""
 
+import math
 import os
 import threading
 from typing import NamedTuple
@@ -61,7 +62,7 @@ class AudioFile(soundfile.SoundFile):
         self.position = 0
 
     def read(self, frames=-1, **options):
-        """As soundfile's. Raises OSError if the file ends before its header says so."""
+        """As soundfile's. Raises OSError if the file has fewer samples than its header claims."""
         samples = super().read(frames, **options)
         self.position += len(samples)
         wanted = len(options["out"]) if "out" in options else frames
@@ -157,6 +158,24 @@ def warn_of_loudness(path, waveform):
         return
     if _first_warning.acquire(blocking=False):
         print(f"warning: {path}: {TOO_LOUD}; other such files aren't named", flush=True)
+
+
+class Extremes:
+    """The lowest and the highest sample of audio that comes in blocks, averaged over channels."""
+
+    def __init__(self):
+        self.n_samples, self.lowest, self.highest = 0, math.inf, -math.inf
+
+    def add(self, samples):
+        """Take note of the next samples, (n,)."""
+        self.n_samples += len(samples)
+        self.lowest = min(self.lowest, samples.min(initial=math.inf))
+        self.highest = max(self.highest, samples.max(initial=-math.inf))
+
+    @property
+    def is_silent(self):
+        """`is_silent` of all samples."""
+        return self.n_samples > 1 and self.lowest == self.highest
 
 
 def is_silent(waveform):

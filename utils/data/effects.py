@@ -159,7 +159,7 @@ RINGING = 1600  # samples after the end of a row into which its filter may ring
 
 
 def only_band(waveform, low, high):
-    """What a zero-phase filter passes between `low` and `high` Hz, (B,) each."""
+    """The waveform after a zero-phase band-pass filter, `low` to `high` Hz, (B,) each."""
     n = fast_length(waveform.size(1) + RINGING)
     frequencies = torch.fft.rfftfreq(n, 1 / SAMPLE_RATE, device=waveform.device)
 

@@ -28,12 +28,14 @@ def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
     come from the listing of an earlier call, and only files that were unusable are opened again.
     Returns the extension and the columns. Raises UserError if there is no such file.
     """
-    columns = None if ignore_cache else _load(root, extension)
+    columns, tree = None if ignore_cache else _load(root, extension), None
     if columns is None and isinstance(extension, DefaultExtension):
-        chosen = choose_extension(root, extension)
-        return list_audio_files(root, chosen, ignore_cache or chosen == extension, n_threads)
+        tree, default = _walk(root), extension
+        extension = choose_extension(root, default, tree=tree)
+        if extension != default and not ignore_cache:
+            columns = _load(root, extension)
     if columns is None:
-        paths = find_files(root, extension)
+        paths = find_files(root, extension, tree)
         headers = _read_headers(root, paths, n_threads)
         columns = dict(zip(COLUMNS, [paths, *map(list, zip(*headers, strict=True))], strict=True))
         _store(root, extension, columns)
@@ -91,15 +93,16 @@ def _read_headers(root, paths, n_threads):
 # ------------------------------------------------------------------------------- finding the files
 
 
-def choose_extension(root, extension, kinds=AUDIO):
+def choose_extension(root, extension, kinds=AUDIO, tree=None):
     """`extension` if the user gave it; otherwise that of the only kind of files below `root`.
 
     kinds: extensions in lower case, of which several mean several kinds. Then the DefaultExtension
-    is taken, which is said, or, if there are no such files, a UserError names the kinds.
+    is taken, which a message reports, or, if there are no such files, a UserError names the kinds.
+    tree: the result of `_walk`, if it is known
     """
     if not isinstance(extension, DefaultExtension):
         return extension
-    endings = Counter(os.path.splitext(path)[1] for path in _walk(root)[0])
+    endings = Counter(os.path.splitext(path)[1] for path in (tree or _walk(root))[0])
     found = Counter({ending: n for ending, n in endings.items() if ending.lower() in kinds})
     if len(found) == 1:
         return next(iter(found))
@@ -116,14 +119,14 @@ def choose_extension(root, extension, kinds=AUDIO):
     return str(extension)
 
 
-def find_files(root, extension):
+def find_files(root, extension, tree=None):
     """Sorted paths, relative to `root` and with "/", of all files ending with `extension`.
 
     Leaves out what begins with a dot, such as the `._name` that a Mac writes beside a file, and
     says how many files that were. Reports unreadable folders. Raises UserError, with the extensions
-    found, if none is left.
+    found, if none is left. tree: the result of `_walk`, if it is known
     """
-    paths, hidden, unreadable = _walk(root)
+    paths, hidden, unreadable = tree or _walk(root)
     if unreadable:
         print(f"{root}: {len(unreadable)} folders can't be read: {first_few(unreadable)}")
     n_hidden = sum(path.endswith(extension) for path in hidden)

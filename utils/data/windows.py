@@ -53,7 +53,7 @@ def split_into_packs(lengths, max_size, generator=None, pieces=None):
     With a generator the files are shuffled first. Packs have about the same size, so that none is
     too small to mix its windows well; a file longer than `max_size` gets a pack to itself.
 
-    pieces: (speakers, samples) of the files keep about so many samples of a speaker together
+    pieces: (speaker of each file, samples): keep about that many samples of a speaker together
     """
     total, order = int(lengths.sum()), np.arange(len(lengths))
     if total <= max_size:

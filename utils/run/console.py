@@ -208,7 +208,7 @@ class Console(Listener):
 
 
 def note_if_starved(forward_backward, state):
-    """The same function, but a line says where its first calls had to wait for processors.
+    """The same function, but a note reports if its first calls had to wait for processors.
 
     The processor time of the thread that calls it is compared with the clock. That thread has no
     rest but to wait for the others, which without competition get to the end when it does. The time

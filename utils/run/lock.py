@@ -11,7 +11,7 @@ that file (flock). What holds where:
 - A job of Slurm or torchrun that was started again takes over its own lock from a machine that
   died. Should that machine live after all, cut off or hung, its process finds before its next save
   that the lock names another (`lost_lock`), and ends without writing anything.
-- On a file system without any locks, what the file says is all there is, and the program says so.
+- On a file system without any locks, the content of the file decides alone, and a note reports it.
 
 A process forked while the lock is held doesn't share it.
 """
@@ -98,7 +98,7 @@ def lost_lock():
             found = path.read_bytes()
         except FileNotFoundError:
             return UserError(f"{path} is gone, as after another run: this one ends unsaved")
-        except OSError:  # nor can anything else be written there
+        except OSError:  # then nothing can be written there, either
             continue
         if found != written:
             who = _in_words(_as_owner(found))

@@ -120,8 +120,7 @@ def set_threads(device, n_threads=0, n_processes=1):
         torch.set_num_threads(n_threads)
     elif "OMP_NUM_THREADS" not in os.environ:
         own = torch.get_num_threads()
-        share = processors_each(n_processes, own)
-        share = min(share, MOST_ON_CUDA) if device.type == "cuda" else share
+        share = _most_threads(device, n_processes, own)
         if share != own:
             torch.set_num_threads(share)
 
@@ -133,11 +132,15 @@ def keep_threads(before, device, n_threads=0, n_processes=1):
     """
     if n_threads or "OMP_NUM_THREADS" in os.environ or not isinstance(before, int):
         return
-    most = processors_each(n_processes)
-    if 1 <= before <= (min(most, MOST_ON_CUDA) if device.type == "cuda" else most):
+    most = _most_threads(device, n_processes)
+    if 1 <= before <= most:
         if before < torch.get_num_threads():
             print(f"note: {counted(before, 'CPU thread')} as before; --threads {most} uses more")
         torch.set_num_threads(before)
+
+
+def _most_threads(device, n_processes, most=math.inf):
+    return min(processors_each(n_processes, most), MOST_ON_CUDA if device.type == "cuda" else most)
 
 
 def seed_generators(seed):

@@ -98,7 +98,7 @@ def tasks_per_node(text):
 
 
 def current_job():
-    """What the job of Slurm or torchrun is called, and how often it was restarted; None, 0 outside.
+    """The job of Slurm or torchrun, and how often it was restarted; None, 0 outside of any.
 
     torchrun calls every job `none` that got no --rdzv-id.
     """

@@ -75,7 +75,7 @@ class RunState(Listener):
         self.saved_position = None
         self.steps_since_save = 0
         self.save_pace = Pace(SECONDS_BETWEEN_SAVES)
-        self.save_is_agreed = False  # rank 0 found it due by that, and has told all ranks
+        self.save_is_agreed = False  # rank 0 found it due by that, and all ranks know
         self.epoch_means = RunningMeans(self.world)  # of the epoch in progress
         self.epoch_values = {}  # of the epoch in progress, for the logs
         self.clock = Clock(device=device)  # of the epoch in progress, or the last one
@@ -246,9 +246,8 @@ class RunState(Listener):
             return
         self.best_metric = state["best_accuracy"]
         self.epoch_means.restore(state["running"], self.device)
-        self.clock = Clock(
-            **state.get("clock", {}), device=self.device
-        )  # older checkpoints have none
+        clock = state.get("clock", {})  # older checkpoints have none
+        self.clock = Clock(**clock, device=self.device)
         try:
             # With several ranks that of rank 0 was saved, and no batch continues it.
             if state["machine"].get("processes", 1) == 1:
