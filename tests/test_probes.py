@@ -16,8 +16,10 @@ import eval.probe_features
 from dataset import AudioDataset
 from eval.center_push import push_to_nearest, read_centers, squared_distances
 from eval.linear_separability import main, null_space, parse_arguments
-from eval.probe import Probe, ProbeOptions, accuracy_by_class, run_probe
+from eval.probe import Probe, run_probe
 from eval.probe_features import storage_for
+from eval.probe_options import ProbeOptions
+from eval.probe_summary import accuracies
 from feature_loader import load_model
 from model import build_model
 from tests.helpers import ROOT, assert_close, ends_refused, golden_cases
@@ -155,7 +157,7 @@ def test_the_best_epoch_has_the_highest_accuracy(phone_probe):
 
 def windows_and_labels(probe, dataset):
     source = eval.probe_features.WindowFeatures(probe, dataset, training=False)
-    features, label = zip(*source.batches(0), strict=True)
+    features, label, _ = zip(*source.batches(0), strict=True)
     return torch.cat(features), torch.cat(label)
 
 
@@ -189,8 +191,7 @@ def test_accuracies_of_single_phones(phone_probe):
     right = sum(part["accuracy"] * part["frames"] for part in by_class.values())
     assert frames == probe.measured_on["validation"]["frames"]
     assert right / frames == pytest.approx(probe.best.metric)
-    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
-    assert accuracy_by_class(confusion) == {
+    assert accuracies(torch.tensor([3, 0, 2]), torch.tensor([4, 0, 4]), "012") == {
         "0": {"accuracy": 0.75, "frames": 4},
         "2": {"accuracy": 0.5, "frames": 4},
     }
@@ -253,7 +254,7 @@ def test_stored_features_are_the_fresh_ones(corpus, labels, task):
         fresh, fresh_label = windows_and_labels(probe, dataset)
         stored = probe._feature_source(dataset, training=training)
         assert isinstance(stored, eval.probe_features.StoredWindowFeatures)
-        features, label = map(torch.cat, zip(*stored.batches(3), strict=True))
+        features, label, _ = map(torch.cat, zip(*stored.batches(3), strict=True))
         if training:
             assert not torch.equal(features, fresh)
             order = torch.tensor(
@@ -267,7 +268,7 @@ def test_stored_features_are_the_fresh_ones(corpus, labels, task):
 
 def test_only_the_last_frame_is_kept_for_speakers(corpus):
     probe = Probe("speaker", SpectralModel(), *make_sets(corpus), 3, FAST)
-    assert probe._feature_source(probe.train_set, training=True).features.shape[1:] == (1, 81)
+    assert probe._feature_source(probe.train_set, training=True).stored.features.shape[1:] == (1, 81)
 
 
 def test_features_go_where_there_is_room(monkeypatch):

@@ -16,8 +16,10 @@ from utils.run.command import (
     band,
     between,
     decay_rate,
+    each_at_least,
     extension,
 )
+from utils.run.shared_flags import add_probe_flags
 
 # What happens to a flag when a run is resumed. Each flag is in exactly one of these sets:
 ARCHITECTURE = set()  # what the networks are: always the checkpoint's value
@@ -287,12 +289,14 @@ add("--speaker_sep", action="store_true", help="probe for speakers")
 add("--CTCphones", action="store_true", help="phone probe by CTC; reports phone error rate")
 add("--phone_get_encoded", action="store_true",
     help="phone probe on encoded frames instead of contexts")
-add("--linsep_classif_each_epochs", type=at_least(1), default=20, metavar="N",
-    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0)")
+add("--linsep_classif_each_epochs", type=each_at_least(1), default=20, metavar="N",
+    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0); or at those of a list, as "
+    "10,50,199")
 add("--linsep_n_epoch", type=at_least(1), default=10, metavar="N", help="epochs of a probe")
 add("--linsepBatchSizeGPU", type=at_least(1), default=8, metavar="WINDOWS",
     help="windows per batch of a probe")
 add("--linsep_net_layers", type=at_least(1), default=1, metavar="N", help="layers of a probe")
+add_probe_flags(add)
 add("--linsep_lr", type=at_least(0, float), default=2e-4, metavar="RATE",
     help="learning rate of a probe")
 add("--linsep_beta1", type=decay_rate, default=0.9, metavar="B", help="Adam's beta 1 in a probe")

@@ -24,6 +24,7 @@ from utils.run.flags import (
     SUPERVISED_ONLY,
 )
 from utils.run.machine import device_from
+from utils.run.shared_flags import check_probe_flags
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 RECORDINGS = ("pathDBNoise", "pathImpulseResponses")
@@ -333,6 +334,7 @@ def check_probes(args, explicit):
             "--CTCphones can't be used with --phone_get_encoded: phones by CTC are read from the "
             "contexts"
         )
+    check_probe_flags(args, "--CTCphones" if args.CTCphones else None)
     if not args.linsep_logs_dir:
         raise UserError(f"{asked_by} needs --linsep_logs_dir DIR")
 
