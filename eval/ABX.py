@@ -14,6 +14,7 @@ makes one from phone labels. `OUT/ABX_scores.json` holds the scores, their numbe
 what they were measured on; `OUT/ABX_args.json` holds the flags.
 """
 
+import dataclasses
 import os
 import sys
 import zipfile
@@ -44,10 +45,11 @@ from utils.data.listing import AUDIO, choose_extension
 from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
+from utils.normalisation import GroupStatistics, seq_normalization
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension
+from utils.run.shared_flags import add_device, add_extension, add_feature_norm
 
 NO_TRIPLET = {
     "within": "it takes two examples of a phone by one speaker, and another phone in the context",
@@ -72,7 +74,14 @@ def main(argv=None):
         items = items.of_files(DEBUG_FILES)
     paths = find_paths(args, items)
     features_of = features_of_checkpoint if args.load == "from_checkpoint" else stored_features
-    kept, frames = cut_items(items, features_of(args, paths), 1 / args.feature_size, args.slicing)
+    features = features_of(args, paths)
+    if args.feature_norm == "speaker":
+        features = CountedFeatures(features, items)
+    elif args.feature_norm == "utterance":
+        features = normalised(features)
+    kept, frames = cut_items(items, features, 1 / args.feature_size, args.slicing)
+    if args.feature_norm == "speaker":
+        frames = features.normalise(frames, kept.speaker)
     measured_on = {
         **source(args),
         "item_file": args.path_item_file,
@@ -80,6 +89,7 @@ def main(argv=None):
         "items_with_frames": len(kept),
         "slicing": f"{args.slicing}: {SLICINGS[args.slicing]}",
         "seconds_per_frame": args.feature_size,
+        "feature_norm": args.feature_norm,
         "metric": args.distance_mode,
         "context": f"{args.context}: {CONTEXTS[args.context]}",
         "max_size_group": args.max_size_group,
@@ -155,6 +165,10 @@ def parse_arguments(argv=None):
     if args.load == "from_checkpoint":
         args.path_checkpoint = os.path.abspath(open_checkpoint(args.path_checkpoint).path)
         folder = os.path.dirname(args.path_checkpoint)
+        if args.seq_norm and args.feature_norm != "none":
+            raise UserError(
+                f"--seq_norm and --feature_norm {args.feature_norm}: choose one of them"
+            )
     args.out = os.path.abspath(args.out or folder)
     device_from(args.device)
     return args
@@ -214,6 +228,7 @@ def add_task_flags(add):
     add("--slicing", default="librilight", choices=list(SLICINGS),
         help="; ".join(f"{name}: {rule}" for name, rule in SLICINGS.items())
         + " (default: librilight, as in the original program)")
+    add_feature_norm(add, " of the item file")
     add("--context", default="within", choices=list(CONTEXTS),
         help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()))
 
@@ -287,6 +302,46 @@ def features_of_checkpoint(args, paths):
             return None
 
     return features
+
+
+def normalised(features):
+    """The same function, but the features of each file are normalised over that file."""
+
+    def features_of(name):
+        found = features(name)
+        return None if found is None else seq_normalization(found[None])[0]
+
+    return features_of
+
+
+class CountedFeatures:
+    """A function like `features`, which takes note of the statistics of each speaker of `items`.
+
+    Raises UserError if a file has items of several speakers.
+    """
+
+    def __init__(self, features, items):
+        self.features, self.statistics = features, None
+        self.n_speakers, self.speaker_of = int(items.speaker.max()) + 1, {}
+        for name, speaker in zip(items.files, items.speaker.tolist(), strict=True):
+            if self.speaker_of.setdefault(name, speaker) != speaker:
+                raise UserError(f"--feature_norm speaker: {name} has items of several speakers")
+
+    def __call__(self, name):
+        features = self.features(name)
+        if features is not None:
+            if self.statistics is None:
+                self.statistics = GroupStatistics(self.n_speakers, features.size(1))
+            if features.size(1) == self.statistics.sums.size(1):  # `cut_items` refuses others
+                speakers = torch.full((len(features),), self.speaker_of[name])
+                self.statistics.add(features, speakers)
+        return features
+
+    def normalise(self, frames, speakers):
+        """The Frames of items by these speakers (I,), normalised over all frames of each."""
+        of_frames = speakers.repeat_interleave(frames.sizes)
+        features = self.statistics.normalise(frames.frames, of_frames)
+        return dataclasses.replace(frames, frames=features)
 
 
 def stored_features(args, paths):

@@ -16,8 +16,10 @@ The flags are written to `OUT.json`, beside the folder. If a call is interrupted
 resumes it.
 """
 
+import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -25,6 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import utils.run.before_torch  # noqa: F401
 
 import numpy as np
+import torch
 
 from eval.center_push import read_centers, squared_distances
 from feature_loader import (
@@ -46,16 +49,22 @@ from utils.files import (
     writing_to,
 )
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.normalisation import GroupStatistics, seq_normalization
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension, check_same_flags
+from utils.run.shared_flags import (
+    add_device,
+    add_extension,
+    add_feature_norm,
+    check_same_flags,
+)
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that the features depend on
     "pathCheckpoint", "addCriterion", "oneHot", "maxSizeSeq", "format", "strict", "getEncoded",
-    "clusters", "seqNorm",
+    "clusters", "seqNorm", "feature_norm", "speaker_level",
 )  # fmt: skip
 
 
@@ -72,7 +81,7 @@ def main(argv=None):
         print(
             f"{len(outputs) - len(remaining)} of {len(outputs)} files already have their features"
         )
-    failures = write_features(module, remaining, args)
+    failures = write_features(module, outputs, remaining, args)
     if failures:
         raise UserError(
             f"{len(failures)} of {len(outputs)} files have no features: {first_few(failures, 3)}"
@@ -98,6 +107,8 @@ def parse_arguments(argv=None):
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
     args.pathOut = os.path.abspath(args.pathOut)
     args.clusters = args.clusters and os.path.abspath(args.clusters)
+    if args.feature_norm != "none" and (args.addCriterion or args.clusters or args.seqNorm):
+        raise UserError("--feature_norm: leave out --addCriterion, --clusters and --seqNorm")
     args.strict = args.strict or args.seqNorm  # a short chunk can't be normalised well
     return args
 
@@ -150,6 +161,9 @@ def add_feature_flags(add):
         help="squared distances to these centers: .npy, .txt, or .pt of a clustering")
     add("--seqNorm", action="store_true",
         help="each file, or chunk, of zero mean and unit variance (implies --strict)")
+    add_feature_norm(add, ", a second pass over the files of each speaker")
+    add("--speaker_level", type=at_least(1), default=1, metavar="N",
+        help="number of folders below pathDB that name the speaker of a file")
     add("--strict", action="store_true",
         help="start the last chunk of a file earlier instead of making it shorter")
     add("--maxSizeSeq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
@@ -196,24 +210,65 @@ def build_module(args):
     return module
 
 
-def write_features(module, outputs, args):
+def write_features(module, outputs, remaining, args):
     """Write the features of each file. Returns a message for each that can't be used."""
-    failures = []
-    for path, output in progress(outputs.items(), what="features", unit=" files"):
+    failures, normalise = [], Normaliser(args, outputs, partial(features_of, module, args))
+    for path, output in progress(remaining.items(), what="features", unit=" files"):
         try:
-            features = build_feature(
-                module,
-                os.path.join(args.pathDB, path),
-                strict=args.strict,
-                max_size=args.maxSizeSeq,
-                seq_norm=args.seqNorm,
-            )
+            features = normalise(path, features_of(module, args, path))
         except UserError as error:
             failures.append(str(error))
             continue
         with writing_to(output):
-            WRITERS[args.format](output, features[0])
+            WRITERS[args.format](output, features)
     return failures
+
+
+def features_of(module, args, path):
+    """The features of an audio file, (T, D)."""
+    return build_feature(
+        module,
+        os.path.join(args.pathDB, path),
+        strict=args.strict,
+        max_size=args.maxSizeSeq,
+        seq_norm=args.seqNorm,
+    )[0]
+
+
+class Normaliser:
+    """Normalises features as --feature_norm says.
+
+    paths: of all files, also those that need no features any more; features_of: of a path. Raises
+    UserError if the paths name no speakers.
+    """
+
+    def __init__(self, args, paths, features_of):
+        self.kind, self.level, self.features_of = args.feature_norm, args.speaker_level, features_of
+        self.files, self.speaker, self.statistics = {}, None, None
+        if self.kind == "speaker":
+            for path in paths:
+                self.files.setdefault(self.speaker_of(path), []).append(path)
+
+    def speaker_of(self, path):
+        folders = path.split("/")[:-1][: self.level]
+        if not folders:
+            raise UserError(f"--feature_norm speaker: {path} is in no folder of a speaker")
+        return "/".join(folders)
+
+    def __call__(self, path, features):
+        """Features (T, D) of the file at `path`. Those of a speaker should be asked for in turn."""
+        if self.kind == "utterance":
+            return seq_normalization(features[None])[0]
+        if self.kind == "none":
+            return features
+        if self.speaker != self.speaker_of(path):
+            self.speaker = self.speaker_of(path)
+            self.statistics = GroupStatistics(1, features.size(1))
+            for other in self.files[self.speaker]:
+                with contextlib.suppress(UserError):  # reported where its own turn comes
+                    found = self.features_of(other)
+                    self.statistics.add(found, torch.zeros(len(found), dtype=torch.int64))
+        return self.statistics.normalise(features, torch.zeros(len(features), dtype=torch.int64))
 
 
 # ---------------------------------------------------------------------------------- the files
@@ -238,6 +293,7 @@ def open_folder(args):
     record = record_of(args)
     stored = load_json(record) if record.is_file() else {}
     if stored and os.path.isdir(args.pathOut) and os.listdir(args.pathOut):
+        stored = {"feature_norm": "none", "speaker_level": 1} | stored  # older ones don't have them
         check_same_flags(args.pathOut, stored, args, DECISIVE, "features")
     with writing_to(args.pathOut):
         os.makedirs(args.pathOut, exist_ok=True)

@@ -156,12 +156,12 @@ def test_choices_are_those_of_the_registries():
 LOWEST = {
     0: """CPCCTCSkipBeg CPCCTCSkipEnd limitNegsInBatch speakerEmbedding nEpoch learningRate epsilon
         linsep_lr linsep_epsilon resume_every keep threads max_bad_files beta1 beta2 linsep_beta1
-        linsep_beta2 random_seed""",
+        linsep_beta2 random_seed linsep_hidden""",
     1: """hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow batchSizeGPU
         max_size_loaded nLevelsGRU nLevelsPhone schedulerRamp save_step logging_step
         n_process_loader linsepBatchSizeGPU linsep_n_epoch linsep_net_layers
         linsep_task_logging_step linsep_classif_each_epochs captureDSfreq captureDStotNr
-        captureEachEpochs unit_quality_each_epochs""",
+        captureEachEpochs unit_quality_each_epochs linsep_times knn""",
     2: "hiddenEncoder nClusters",
 }
 
@@ -312,6 +312,11 @@ def paths(tmp_path):
          "--phone_get_encoded", "--CTCphones can't be used with --phone_get_encoded"),
         ("--supervised_classif_metric --linsep_logs_dir X --speaker_sep --CTCphones",
          "--CTCphones needs --path_phone_data"),
+        ("--supervised_classif_metric --linsep_logs_dir X --path_phone_data LIST --CTCphones "
+         "--knn 1,10", "--knn can't be used with --CTCphones"),
+        ("--supervised_classif_metric --linsep_logs_dir X --speaker_sep --linsep_hidden 9 "
+         "--linsep_net_layers 2", "choose one"),
+        ("--linsep_classif_each_epochs 10,x", "--linsep_classif_each_epochs 'x': must be a whole"),
         ("--CTC", "--CTC needs --supervised"),
         ("--supervised --CTC", "--CTC needs --path_phone_data"),
         ("--supervised --CTC --onEncoder --path_phone_data LIST", "--onEncoder can't be used with"),
