@@ -14,7 +14,6 @@ makes one from phone labels. `OUT/ABX_scores.json` holds the scores, their numbe
 what they were measured on; `OUT/ABX_args.json` holds the flags.
 """
 
-import dataclasses
 import os
 import sys
 import zipfile
@@ -45,7 +44,7 @@ from utils.data.listing import AUDIO, choose_extension
 from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
-from utils.normalisation import GroupStatistics, seq_normalization
+from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory, set_threads
@@ -75,13 +74,10 @@ def main(argv=None):
     paths = find_paths(args, items)
     features_of = features_of_checkpoint if args.load == "from_checkpoint" else stored_features
     features = features_of(args, paths)
-    if args.feature_norm == "speaker":
-        features = CountedFeatures(features, items)
-    elif args.feature_norm == "utterance":
-        features = normalised(features)
+    if args.feature_norm != "none":
+        speakers = speakers_of(items) if args.feature_norm == "speaker" else {}
+        features = NormalisedFeatures(features, args.feature_norm, speakers)
     kept, frames = cut_items(items, features, 1 / args.feature_size, args.slicing)
-    if args.feature_norm == "speaker":
-        frames = features.normalise(frames, kept.speaker)
     measured_on = {
         **source(args),
         "item_file": args.path_item_file,
@@ -276,7 +272,7 @@ def features_of_checkpoint(args, paths):
     It also returns None for files that can't be used, and names them. Raises UserError
     if they are more than training tolerates.
     """
-    problems = []
+    problems, n_files = [], len(paths)
     model, *_ = load_model([args.path_checkpoint])
     model.to(device_from(args.device))
     for part in model.modules():
@@ -297,51 +293,21 @@ def features_of_checkpoint(args, paths):
             )[0]
         except UserError as error:
             problems.append(str(error))
-            refuse_too_many(problems, len(paths))
+            refuse_too_many(problems, n_files)
+            del paths[name]
             print(f"{error}; its items are left out")
             return None
 
     return features
 
 
-def normalised(features):
-    """The same function, but the features of each file are normalised over that file."""
-
-    def features_of(name):
-        found = features(name)
-        return None if found is None else seq_normalization(found[None])[0]
-
-    return features_of
-
-
-class CountedFeatures:
-    """A function like `features`, which takes note of the statistics of each speaker of `items`.
-
-    Raises UserError if a file has items of several speakers.
-    """
-
-    def __init__(self, features, items):
-        self.features, self.statistics = features, None
-        self.n_speakers, self.speaker_of = int(items.speaker.max()) + 1, {}
-        for name, speaker in zip(items.files, items.speaker.tolist(), strict=True):
-            if self.speaker_of.setdefault(name, speaker) != speaker:
-                raise UserError(f"--feature_norm speaker: {name} has items of several speakers")
-
-    def __call__(self, name):
-        features = self.features(name)
-        if features is not None:
-            if self.statistics is None:
-                self.statistics = GroupStatistics(self.n_speakers, features.size(1))
-            if features.size(1) == self.statistics.sums.size(1):  # `cut_items` refuses others
-                speakers = torch.full((len(features),), self.speaker_of[name])
-                self.statistics.add(features, speakers)
-        return features
-
-    def normalise(self, frames, speakers):
-        """The Frames of items by these speakers (I,), normalised over all frames of each."""
-        of_frames = speakers.repeat_interleave(frames.sizes)
-        features = self.statistics.normalise(frames.frames, of_frames)
-        return dataclasses.replace(frames, frames=features)
+def speakers_of(items):
+    """Name -> speaker of the files of `items`. Raises UserError if one has several."""
+    speakers = {}
+    for name, speaker in zip(items.files, items.speaker.tolist(), strict=True):
+        if speakers.setdefault(name, speaker) != speaker:
+            raise UserError(f"--feature_norm speaker: {name} has items of several speakers")
+    return speakers
 
 
 def stored_features(args, paths):

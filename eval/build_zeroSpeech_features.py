@@ -16,7 +16,6 @@ The flags are written to `OUT.json`, beside the folder. If a call is interrupted
 resumes it.
 """
 
-import contextlib
 import os
 import sys
 from functools import partial
@@ -27,7 +26,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import utils.run.before_torch  # noqa: F401
 
 import numpy as np
-import torch
 
 from eval.center_push import read_centers, squared_distances
 from feature_loader import (
@@ -49,7 +47,7 @@ from utils.files import (
     writing_to,
 )
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
-from utils.normalisation import GroupStatistics, seq_normalization
+from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
@@ -212,10 +210,14 @@ def build_module(args):
 
 def write_features(module, outputs, remaining, args):
     """Write the features of each file. Returns a message for each that can't be used."""
-    failures, normalise = [], Normaliser(args, outputs, partial(features_of, module, args))
+    failures, features_of = [], partial(features_of_file, module, args)
+    if args.feature_norm != "none":
+        named = args.feature_norm == "speaker"
+        speakers = speakers_of(outputs, args.speaker_level) if named else {}
+        features_of = NormalisedFeatures(features_of, args.feature_norm, speakers)
     for path, output in progress(remaining.items(), what="features", unit=" files"):
         try:
-            features = normalise(path, features_of(module, args, path))
+            features = features_of(path)
         except UserError as error:
             failures.append(str(error))
             continue
@@ -224,7 +226,7 @@ def write_features(module, outputs, remaining, args):
     return failures
 
 
-def features_of(module, args, path):
+def features_of_file(module, args, path):
     """The features of an audio file, (T, D)."""
     return build_feature(
         module,
@@ -235,40 +237,13 @@ def features_of(module, args, path):
     )[0]
 
 
-class Normaliser:
-    """Normalises features as --feature_norm says.
-
-    paths: of all files, also those that need no features any more; features_of: of a path. Raises
-    UserError if the paths name no speakers.
-    """
-
-    def __init__(self, args, paths, features_of):
-        self.kind, self.level, self.features_of = args.feature_norm, args.speaker_level, features_of
-        self.files, self.speaker, self.statistics = {}, None, None
-        if self.kind == "speaker":
-            for path in paths:
-                self.files.setdefault(self.speaker_of(path), []).append(path)
-
-    def speaker_of(self, path):
-        folders = path.split("/")[:-1][: self.level]
-        if not folders:
+def speakers_of(paths, level):
+    """Path -> speaker, the first `level` folders. Raises UserError for a path without any."""
+    speakers = {path: "/".join(path.split("/")[:-1][:level]) for path in paths}
+    for path, speaker in speakers.items():
+        if not speaker:
             raise UserError(f"--feature_norm speaker: {path} is in no folder of a speaker")
-        return "/".join(folders)
-
-    def __call__(self, path, features):
-        """Features (T, D) of the file at `path`. Those of a speaker should be asked for in turn."""
-        if self.kind == "utterance":
-            return seq_normalization(features[None])[0]
-        if self.kind == "none":
-            return features
-        if self.speaker != self.speaker_of(path):
-            self.speaker = self.speaker_of(path)
-            self.statistics = GroupStatistics(1, features.size(1))
-            for other in self.files[self.speaker]:
-                with contextlib.suppress(UserError):  # reported where its own turn comes
-                    found = self.features_of(other)
-                    self.statistics.add(found, torch.zeros(len(found), dtype=torch.int64))
-        return self.statistics.normalise(features, torch.zeros(len(features), dtype=torch.int64))
+    return speakers
 
 
 # ---------------------------------------------------------------------------------- the files

@@ -215,7 +215,7 @@ class Probe:
             generator = generator_from(*self.seed("nearest neighbours"))
             names = self.train_set.speaker_names
             knn = knn_accuracies(training, validation, self.options.knn, names, generator)
-            self.logs["knn"] = knn
+            self.logs["knn"] = knn | {"majority_class": self.baseline}
         return self._conclude([self.best, *others])
 
     def _fit(self, train_source, validation_source, after_epoch=lambda epoch: None):

@@ -323,9 +323,9 @@ def test_a_probe_depends_on_seed_and_cpc_epoch_alone(phone_probe):
 
 
 def test_several_classifiers_give_a_mean_and_its_spread(phone_probe):
-    single = phone_probe()
+    slow = {"learning_rate": 0.002, "n_epochs": 2}
+    single, probe = phone_probe(**slow), phone_probe(n_times=3, **slow)
     single.run()
-    probe = phone_probe(n_times=3)
     result = probe.run()
     each = probe.logs["best_val_acc_each"]
     assert each[0] == single.logs["best_val_acc"]

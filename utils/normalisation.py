@@ -1,6 +1,10 @@
 """Features of zero mean and unit variance, over an utterance or over all frames of a speaker."""
 
+import contextlib
+
 import torch
+
+from utils.misc import UserError
 
 FEATURE_NORMS = ("none", "speaker", "utterance")
 SMALLEST_VARIANCE = 1e-8  # is added to each variance
@@ -38,3 +42,45 @@ class GroupStatistics:
         variance = (self.squares - self.counts * mean.square()) / (self.counts - 1).clamp(min=1)
         deviation = (variance.clamp(min=0) + SMALLEST_VARIANCE).sqrt()
         return (features - mean.float()[groups]) / deviation.float()[groups]
+
+
+class NormalisedFeatures:
+    """The function `features_of(name)`, (T, D) or None, with the features of a file normalised.
+
+    kind: "utterance" or "speaker"; speakers: name -> speaker of all files, for the latter, which
+    computes the features of each file twice. UserErrors of `features_of` come through.
+    """
+
+    def __init__(self, features_of, kind, speakers):
+        self.features_of, self.kind, self.speakers, self.statistics = (
+            features_of,
+            kind,
+            speakers,
+            {},
+        )
+
+    def __call__(self, name):
+        features = self.features_of(name)
+        if features is None:
+            return None
+        if self.kind == "utterance":
+            return seq_normalization(features[None])[0]
+        speaker, width = self.speakers[name], features.size(1)
+        if speaker not in self.statistics:
+            self.statistics[speaker] = self._statistics_of(speaker, width)
+        if self.statistics[speaker].sums.size(1) != width:
+            raise UserError(f"{name}: {width} dimensions, unlike other files of its speaker")
+        return self.statistics[speaker].normalise(features, _one_group(features))
+
+    def _statistics_of(self, speaker, width):
+        statistics = GroupStatistics(1, width)
+        for name in [name for name, other in self.speakers.items() if other == speaker]:
+            with contextlib.suppress(UserError):  # raised again where the file itself is asked for
+                features = self.features_of(name)
+                if features is not None and features.size(1) == width:
+                    statistics.add(features, _one_group(features))
+        return statistics
+
+
+def _one_group(features):
+    return torch.zeros(len(features), dtype=torch.int64)
