@@ -1,4 +1,4 @@
-"""Whether the audio, phones and speakers in training are those of the files, read here independently.
+"""Whether audio, phones and speakers in training are those of the files, read here independently.
 
 Both functions take the command line of a run that succeeded and raise AssertionError otherwise.
 """
