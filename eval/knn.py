@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from utils.misc import UserError
 
-MAX_BANK, MAX_QUERIES = 200_000, 20_000  # frames of the training and of the validation set
-TABLE_FLOATS = {"cpu": 2**24, "cuda": 2**28}  # similarities held at once
+MAX_BANK, MAX_QUERIES = 200_000, 10_000  # frames of the training and of the validation set
+TABLE_FLOATS = {"cpu": 2**26, "cuda": 2**28}  # similarities held at once
 
 
 def nearest_classes(queries, bank, classes, ks):

@@ -243,7 +243,7 @@ class Probe:
     def _feature_source(self, dataset, *, training):
         """The features of a set: stored if the model is frozen and they fit in memory."""
         options = self.options
-        build = functools.partial(self._computed_features, dataset)
+        build = functools.partial(WindowFeatures, self, dataset)
         if options.unfrozen:
             return build(training=training)
         frames = 1 if self.task == "speaker" else dataset.size_window // SAMPLES_PER_FRAME
@@ -258,13 +258,6 @@ class Probe:
         batch_size = options.batch_size if training else VALIDATION_BATCH
         order_seed = self.seed("order") if training else None
         return StoredWindowFeatures(build(training=False), storage, batch_size, order_seed)
-
-    def _computed_features(self, dataset, *, training):
-        source = WindowFeatures(self, dataset, training=training)
-        if self.options.feature_norm != "none":
-            plain = WindowFeatures(self, dataset, training=False)
-            source.statistics = plain.collect_statistics()
-        return source
 
     def _train(self, batches):
         summary = PassSummary(self.n_classes)

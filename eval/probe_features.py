@@ -40,7 +40,8 @@ class WindowFeatures:
             seed=seed_from(*probe.seed("windows")),
             training=training,
         )
-        self.statistics = None  # GroupStatistics, to normalise by
+        is_normalised = probe.options.feature_norm != "none"
+        self.statistics = self._collect_statistics() if is_normalised else None
 
     def batches(self, epoch):
         probe = self.probe
@@ -71,8 +72,8 @@ class WindowFeatures:
             utterances = torch.from_numpy(self.loader.dataset.speakers)[utterances]
         return utterances.to(self.probe.device)
 
-    def collect_statistics(self):
-        """GroupStatistics over all frames of a pass, for `statistics` of another source."""
+    def _collect_statistics(self):
+        """GroupStatistics over all frames of a pass."""
         dataset, probe = self.loader.dataset, self.probe
         n_groups = max(len(dataset.utterances), len(dataset.speaker_names))
         statistics = GroupStatistics(n_groups, probe.n_features, probe.device)
