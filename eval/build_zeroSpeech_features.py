@@ -159,7 +159,7 @@ def add_feature_flags(add):
         help="squared distances to these centers: .npy, .txt, or .pt of a clustering")
     add("--seqNorm", action="store_true",
         help="each file, or chunk, of zero mean and unit variance (implies --strict)")
-    add_feature_norm(add, ", a second pass over the files of each speaker")
+    add_feature_norm(add, " (of speakers: in a second pass)")
     add("--speaker_level", type=at_least(1), default=1, metavar="N",
         help="number of folders below pathDB that name the speaker of a file")
     add("--strict", action="store_true",

@@ -113,20 +113,10 @@ def probe_chart(logs, task, metric, key):
     lines = [
         Line("training", points(logs, f"{task}_best_train_{metric}", 100), "training"),
         Line("validation", points(logs, key, 100), "validation"),
-        *(
-            Line(name, points(logs, other, 100), "step", 1 / (2 + i))
-            for i, (name, other) in enumerate(neighbours(logs, task))
-        ),
     ]
     baselines = points(logs, f"{task}_baseline_val_{metric}", 100)
     levels = [Level(f"majority {task}", value) for _, value in baselines[-1:]]
     return chart(f"{task.capitalize()} probe: {METRICS[metric]} (%)", lines, levels)
-
-
-def neighbours(logs, task):
-    """(name, key in the logs) of the accuracies by nearest neighbours."""
-    matches = (re.fullmatch(f"{task}_knn_(\\d+)_val_acc", key) for key in logs)
-    return [(f"{match[1]} nearest", match[0]) for match in matches if match]
 
 
 def probe_table(logs, task, metric, key):
@@ -135,8 +125,9 @@ def probe_table(logs, task, metric, key):
         "training": f"{task}_best_train_{metric}",
         f"majority {task}": f"{task}_baseline_val_{metric}",
         "standard deviation": f"{key}_std",
-        **dict(neighbours(logs, task)),
     }
+    matches = (re.fullmatch(f"{task}_knn_(\\d+)_val_acc", key) for key in logs)
+    names |= {f"{match[1]} nearest": match[0] for match in matches if match}
     columns = {name: dict(points(logs, other, 100)) for name, other in names.items()}
     validation = columns["validation"]
     best = (min if metric == "per" else max)(validation, key=validation.get)
