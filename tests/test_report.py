@@ -1160,11 +1160,13 @@ def test_a_comparison_draws_each_run_to_its_own_end(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     run = str(write_run(tmp_path / "run", 3))
     (tmp_path / "empty").mkdir()
+    save_json(write_run(tmp_path / "damaged", 3) / "checkpoint_logs.json", {"epoch": "3"})
     for words, said in (
         ([run], "two or more different runs"),
         ([run, f"{run}/../run"], "two or more different runs"),
         ([run, str(tmp_path / "empty")], "empty: there is no run in it"),
         ([run, str(tmp_path / "none")], "none: there is no run in it"),
+        ([run, str(tmp_path / "damaged")], "damaged: its checkpoint_args.json or .*is damaged"),
     ):
         with ends_refused(capsys, said):
             compare.main([*words, "--out", str(tmp_path / "page.html")])

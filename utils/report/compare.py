@@ -107,8 +107,6 @@ def short_names(places):
 def open_run(directory, name):
     """The Run in a directory. Raises UserError if there is none."""
     stored, logs = read_run(directory)
-    if not isinstance(logs.get("epoch"), list):
-        raise UserError(f"{directory}/checkpoint_logs.json: has no list of epochs")
     defaults = vars(build_parser().parse_args([])) | {"initialisation": "original"}
     record = RunRecord(directory)
     return Run(name, directory, defaults | stored, logs, record, of_epochs(record.epochs, logs))
@@ -188,7 +186,7 @@ def comparison(runs):
     sections = {
         "Results": results_section(runs),
         "Training": [charts(*(curves(name, runs, *key) for name, key in TRAINING.items()))],
-        "Probes, stats, units": [charts(*probe_charts(runs), *stat_charts(runs))],
+        "Probes, stats, units": [charts(*probe_charts(runs), *stat_charts(runs)) or soft("None.")],
         "Corpora": [table(["run", *CORPUS_COLUMNS], corpus_rows(runs))],
         "Speed and memory": speed_section(runs),
         "Flags that differ": flags_section(runs),

@@ -28,7 +28,7 @@ from utils.stat_specs import picture_directories
 def main(argv=None):
     args = parse_arguments(argv)
     flags, logs = read_run(args.run)
-    if not logs.get("epoch"):
+    if not logs["epoch"]:
         raise UserError(f"{args.run}: no epoch is finished yet")
     rows = validation_rows(logs) + probe_rows(logs, untrained_accuracies(args.untrained))
     print(f"{'':<38}{'untrained':>12}{'trained':>12}")
@@ -75,6 +75,9 @@ def read_run(directory):
     """
     check_is_run(directory)
     flags, logs = (load_json(directory / f"checkpoint_{name}.json") for name in ("args", "logs"))
+    epochs = logs.get("epoch") if isinstance(flags, dict) and isinstance(logs, dict) else None
+    if not isinstance(epochs, list) or not all(type(epoch) is int for epoch in epochs):
+        raise UserError(f"{directory}: its checkpoint_args.json or checkpoint_logs.json is damaged")
     stored = stored_arguments(flags, directory)
     if stored.supervised and stored.CTC:
         logs = without_accuracies(logs)  # CTC has none, and logs zeros
