@@ -35,6 +35,7 @@ if [ -n "${SMALL:-}" ]; then
     PROBE_FLAGS=(--n_epoch 2 --lr 1e-2)
     SYSTEM_FLAGS+=(--rnnMode linear --hiddenEncoder 32 --hiddenGar 32 --negativeSamplingExt 16
         --sizeWindow 10240 --batchSizeGPU 8 --learningRate 2e-3 --random_seed 1)
+    [ "$SYSTEM" != macpc ] || SYSTEM_FLAGS+=(--rnnModeSegment linear)
 fi
 
 RUN=$OUT/$SYSTEM

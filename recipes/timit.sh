@@ -47,6 +47,9 @@ evaluate_part() {
     segmentation contexts "$TIMIT" "${lists[@]}" "$LABELS" --file_extension "$EXTENSION"
     segmentation encoded "$TIMIT" "${lists[@]}" "$LABELS" --file_extension "$EXTENSION" \
         --get_encoded
+    [ "$SYSTEM" != macpc ] || step segmentation-segments eval/segmentation.py "$TIMIT" "$TEST_LIST" \
+        "$CHECKPOINT" --level segments --pathPhone "$LABELS" --file_extension "$EXTENSION" \
+        --out "$RESULTS/segmentation-segments"
 }
 
 run_parts "$@"
