@@ -89,7 +89,7 @@ def main(argv=None):
     args.file_extension = corpus.extension
     paths = [path for path in (args.pathList, args.pathTune) if path]
     sets = [labelled_utterances(corpus, path, labels) for path in paths]
-    shared = sorted(set.intersection(*({u.name for u, _ in chosen} for chosen in sets)))
+    shared = sorted(set.intersection(*({u.path for u, _ in chosen} for chosen in sets)))
     if args.pathTune and shared:
         print(f"warning: tuned on utterances that are measured, too: {first_few(shared)}")
     model, *_ = load_model([args.pathCheckpoint])

@@ -24,6 +24,7 @@ FLOORS = """
     feature_loader
     eval
     train
+    recipes
     hubconf
     tests.common
     benchmarks

@@ -21,13 +21,13 @@ from matplotlib.image import imread
 
 import train
 from dataset import AudioDataset
-from tests.helpers import ends_refused
+from tests.helpers import COMPACT_GOLDEN, ends_refused
 from utils.capture import CapturedWindow, CaptureReader, CaptureWriter
 from utils.data.corpus import scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import save_json
 from utils.misc import SAMPLE_RATE, Chance, UserError
-from utils.report import line_chart, pictures, plot_capture, summary
+from utils.report import compare, line_chart, pictures, plot_capture, summary
 from utils.report.elements import MAX_ROWS
 from utils.report.line_chart import Level, Line, draw_lines, thinned, ticks
 from utils.report.markup import Markup, join, printable, tag
@@ -1103,3 +1103,71 @@ def test_a_summary_of_no_run_is_refused(tmp_path, capsys):
         save_json(tmp_path / name / "checkpoint_args.json", {})
     with ends_refused(capsys, f"no run in it.*one below it: {tmp_path}/a, {tmp_path}/b$"):
         summary.main([str(tmp_path)])
+
+
+# ------------------------------------------------------------------------------ the comparison
+
+
+def write_run(directory, n_epochs, **flags):
+    """A run without a record, as one of the original is."""
+    args = arguments(directory, **flags)
+    save_json(directory / "checkpoint_args.json", vars(args))
+    save_json(directory / "checkpoint_logs.json", invented_logs(n_epochs))
+    return directory
+
+
+def test_a_comparison_holds_runs_of_every_kind(reported_run, tmp_path, capsys):
+    """A run of this program, one that is still training, one of the original."""
+    training = write_run(tmp_path / "b", 9, CPCCTC=True)
+    runs = [str(reported_run.parent), str(training), str(COMPACT_GOLDEN / "checkpoint")]
+    compare.main([*runs, "--out", str(tmp_path / "page.html")])
+    printed = {
+        line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()
+    }
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(content)
+    assert printed["epochs"] == "2 of 2 9 of 40 1 of 1".split()
+    loss = float(np.mean(invented_logs(9)["locLoss_val"][-1]))
+    assert page.row("validation loss")[2] == f"{loss:.3f} (8)"
+    assert page.row("phone probe: accuracy")[2:] == ["30.8 % (8)", "-"]
+    assert printed["validation loss"][2:4] == [f"{loss:.3f}", "(8)"]
+    assert page.row("training time")[2:] == ["-", "-"]
+    assert page.row("--CPCCTC")[1:] == ["no", "yes", "yes"]
+    assert page.row("--initialisation")[1:] == ["lecun", "lecun", "original"]
+    assert not any(row and row[0] in ("--normMode", "--pathCheckpoint") for row in page.rows)
+    files = {row[1]: row[2] for row in page.rows if row[0] == reported_run.parent.name}
+    assert files == {"training set": "6", "validation set": "3"}
+    assert any("librispeech_mini/audio (not recorded)" in row[1] for row in page.rows if row[1:])
+    assert "The criteria differ" in page.text
+    assert not any(tag in ("script", "link", "iframe", "img") for tag, _ in page.tags)
+    assert "onerror" not in [name for _, attributes in page.tags for name in attributes]
+
+
+def test_a_comparison_draws_each_run_to_its_own_end(tmp_path):
+    runs = [write_run(tmp_path / str(n), n) for n in (3, 9)]
+    compare.main([*map(str, runs), "--out", str(tmp_path / "page.html")])
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    chart = content[content.index("Validation loss</figcaption>") :]
+    lines = re.findall(
+        r'<polyline points="([^"]*)" class="(run\d)"', chart[: chart.index("</figure>")]
+    )
+    ends = [float(points.split()[-1].partition(",")[0]) for points, _ in lines]
+    axes = line_chart.Axes(0, 8, 0, 1)
+    assert [name for _, name in lines] == ["run0", "run1"]
+    assert ends == [axes.x(2), axes.x(8)]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
+    run = str(write_run(tmp_path / "run", 3))
+    (tmp_path / "empty").mkdir()
+    save_json(write_run(tmp_path / "damaged", 3) / "checkpoint_logs.json", {"epoch": "3"})
+    for words, said in (
+        ([run], "two or more different runs"),
+        ([run, f"{run}/../run"], "two or more different runs"),
+        ([run, str(tmp_path / "empty")], "empty: there is no run in it"),
+        ([run, str(tmp_path / "none")], "none: there is no run in it"),
+        ([run, str(tmp_path / "damaged")], "damaged: its checkpoint_args.json or .*is damaged"),
+    ):
+        with ends_refused(capsys, said):
+            compare.main([*words, "--out", str(tmp_path / "page.html")])
+    assert not (tmp_path / "page.html").exists()

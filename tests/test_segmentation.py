@@ -378,7 +378,7 @@ def test_a_warning_where_boundaries_are_no_better_than_chance(
     label_features[0] = 1e3
     segment("--pathTune", tiny_corpus / "all.txt")
     said = capsys.readouterr().out
-    assert "warning: tuned on utterances that are measured, too: 10-0-0002" in said
+    assert "warning: tuned on utterances that are measured, too: 10/0/10-0-0002.flac" in said
     assert "warning: the strict R-value is no better than that of evenly spaced phone" in said
 
 

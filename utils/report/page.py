@@ -75,6 +75,7 @@ class RunReport:
         self.corpus = [corpus_row(dataset, labels) for dataset in sets]
         self.directory = Path(args.pathCheckpoint)
         self.record = RunRecord(self.directory)
+        self.record.corpus, self.record.chance = self.corpus, chance
 
     def write(self, logs, speed=None):
         """Write `report.html` and `report_data.json` after an epoch, or before the first.
@@ -123,22 +124,28 @@ class RunReport:
             "Command and flags": flags_section(calls, args, self.defaults),
             "Epochs": epochs_section(logs, speeds),
         }
-        links = [
-            join(tag("a", name, href=f"#{anchor(name)}"), " ")  # a space to break the line at
-            for name in sections
-        ]
-        body = tag(
-            "body",
-            heading(self.directory, logs, args, speeds, self.machine),
-            tag("nav", *links),
-            tiles(status(logs, speeds)),
-            *(
-                tag("section", tag("h2", name), *content, id=anchor(name))
-                for name, content in sections.items()
-            ),
-        )
+        top = heading(self.directory, logs, args, speeds, self.machine)
         title = f"{self.directory.name}: report of a CPC run"
-        return join(Markup("<!DOCTYPE html>\n"), tag("html", head(title), body, lang="en"))
+        return whole_page(title, top, sections, tiles(status(logs, speeds)))
+
+
+def whole_page(title, heading, sections, before_sections=None):
+    """A page with links to its sections; sections: name -> its content, some Markup."""
+    links = [
+        join(tag("a", name, href=f"#{anchor(name)}"), " ")  # a space to break the line at
+        for name in sections
+    ]
+    body = tag(
+        "body",
+        heading,
+        tag("nav", *links),
+        before_sections,
+        *(
+            tag("section", tag("h2", name), *content, id=anchor(name))
+            for name, content in sections.items()
+        ),
+    )
+    return join(Markup("<!DOCTYPE html>\n"), tag("html", head(title), body, lang="en"))
 
 
 def of_epochs(rows, logs):

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from utils.files import load_json, save_json
-from utils.misc import UserError, counted
+from utils.misc import Chance, UserError, counted
 from utils.report.markup import printable
+from utils.report.values import number
 
 RECORD = "report_data.json"
 
@@ -58,6 +59,7 @@ class RunRecord:
 
     epochs: dicts of `epoch_speed`, each with its `epoch`; calls: dicts of each `command` that the
     run was started or resumed with and the first `epoch` it finished. Both are in order of epochs.
+    corpus: the rows of `corpus_row`, [] in older records; chance: the Chance of the criterion.
     reported: the last epoch that `report.html` and the curves show, -1 before the first.
     """
 
@@ -66,6 +68,8 @@ class RunRecord:
         content = self._content()
         self.epochs = _entries(content.get("epochs"), "machine")
         self.calls = _entries(content.get("calls"), "command")
+        self.corpus = _rows(content.get("corpus"))
+        self.chance = _chance(content.get("chance"))
         latest = self.epochs[-1]["epoch"] if self.epochs else -1
         reported = content.get("reported")  # older records were written with each report
         self.reported = reported if type(reported) is int else latest
@@ -92,7 +96,13 @@ class RunRecord:
             self.calls.append({"epoch": epoch, "command": command})
 
     def save(self):
-        content = {"calls": self.calls, "epochs": self.epochs, "reported": self.reported}
+        content = {
+            "calls": self.calls,
+            "epochs": self.epochs,
+            "reported": self.reported,
+            "corpus": self.corpus,
+            "chance": self.chance._asdict(),
+        }
         save_json(self.path, content)
 
 
@@ -106,3 +116,14 @@ def _entries(value, text):
         and isinstance(entry.get(text), str)
     ]
     return sorted(valid, key=lambda entry: entry["epoch"])
+
+
+def _rows(value):
+    """The rows of a table of texts; [] if it is damaged."""
+    rows = [row for row in (value if isinstance(value, list) else []) if isinstance(row, list)]
+    return [row for row in rows if all(isinstance(cell, str | None) for cell in row)]
+
+
+def _chance(value):
+    value = value if isinstance(value, dict) else {}
+    return Chance(number(value.get("loss")), number(value.get("accuracy")))

@@ -41,6 +41,9 @@ OF_TRAINING = frozenset(
 OF_PROBES = re.compile(
     r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|per)(_std)?|knn_\d+_val_acc)"
 )
+CORPUS_COLUMNS = "set, files, hours, speakers, windows, length of a window, phone labels".split(
+    ", "
+)
 NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
@@ -143,11 +146,7 @@ def probe_table(logs, task, metric, key):
 def stats_section(logs, args, stats, pictures):
     if not args.captureSetStats:
         yield soft("This run has no stats (--captureSetStats).")
-    keys = [
-        key
-        for key in logs
-        if key not in OF_TRAINING and not OF_PROBES.fullmatch(key) and points(logs, key)
-    ]
+    keys = keys_of_stats(logs)
     if args.captureSetStats and not keys:
         yield soft("None so far.")
     for name in [*stats, "units", ""]:  # values of no stat of this call come last
@@ -158,6 +157,15 @@ def stats_section(logs, args, stats, pictures):
             prefix = f"{name}_" if name else ""
             yield charts(*value_charts(logs, own, prefix))
             yield pictures.get(name) if name else None
+
+
+def keys_of_stats(logs):
+    """The keys of the logs that have values, without those of training and probes."""
+    return [
+        key
+        for key in logs
+        if key not in OF_TRAINING and not OF_PROBES.fullmatch(key) and points(logs, key)
+    ]
 
 
 def value_charts(logs, keys, prefix):
@@ -211,8 +219,7 @@ def corpus_row(dataset, labels):
 
 
 def corpus_section(rows):
-    head = ["set", "files", "hours", "speakers", "windows", "length of a window", "phone labels"]
-    yield table(head, rows)
+    yield table(CORPUS_COLUMNS, rows)
 
 
 def speed_section(rows):

@@ -27,13 +27,9 @@ from utils.stat_specs import picture_directories
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    check_is_run(args.run)
-    flags, logs = (load_json(args.run / f"checkpoint_{name}.json") for name in ("args", "logs"))
-    if not logs.get("epoch"):
+    flags, logs = read_run(args.run)
+    if not logs["epoch"]:
         raise UserError(f"{args.run}: no epoch is finished yet")
-    stored = stored_arguments(flags, args.run)
-    if stored.supervised and stored.CTC:
-        logs = without_accuracies(logs)  # CTC has none, and logs zeros
     rows = validation_rows(logs) + probe_rows(logs, untrained_accuracies(args.untrained))
     print(f"{'':<38}{'untrained':>12}{'trained':>12}")
     for name, before, after in rows:
@@ -70,6 +66,22 @@ def check_is_run(directory):
     below = sorted(str(path.parent) for path in directory.glob(f"*/{record}"))
     advice = f"choose one below it: {first_few(below)}" if below else "give its --pathCheckpoint"
     raise UserError(f"{directory}: there is no run in it, or no checkpoint of one yet; {advice}")
+
+
+def read_run(directory):
+    """The flags of a run, as they are stored, and its logs: two dicts.
+
+    Raises UserError if there is no run in the directory, or its files are damaged.
+    """
+    check_is_run(directory)
+    flags, logs = (load_json(directory / f"checkpoint_{name}.json") for name in ("args", "logs"))
+    epochs = logs.get("epoch") if isinstance(flags, dict) and isinstance(logs, dict) else None
+    if not isinstance(epochs, list) or not all(type(epoch) is int for epoch in epochs):
+        raise UserError(f"{directory}: its checkpoint_args.json or checkpoint_logs.json is damaged")
+    stored = stored_arguments(flags, directory)
+    if stored.supervised and stored.CTC:
+        logs = without_accuracies(logs)  # CTC has none, and logs zeros
+    return flags, logs
 
 
 def pictures_of_run(run, flags):

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# A small corpus of an unwritten language, as WAV with silver alignments: training, probes, ABX, units
+# and boundaries (README.md).
+#   CORPUS=/data/wav ALIGNMENTS=/data/textgrids bash recipes/unwritten.sh
+#   SMALL=1 bash recipes/unwritten.sh [prepare] [train] [evaluate]
+set -euo pipefail
+
+OUT=${OUT:-unwritten}
+CORPUS=${CORPUS:-wav}                 # files SPEAKER_ANYTHING.wav at 16 kHz
+ALIGNMENTS=${ALIGNMENTS:-alignments}  # SPEAKER_ANYTHING.TextGrid
+SEPARATOR=${SEPARATOR:-_}             # ends the speaker in the name of a file
+TIER=${TIER:-phones}
+LOAD=${LOAD:-}                        # checkpoint to begin with, such as one of LibriSpeech
+AUDIO=${AUDIO:-$OUT/audio}            # where speakers have folders already: this instead of CORPUS
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [ -n "${SMALL:-}" ]; then
+    CORPUS=$OUT/corpus/wav ALIGNMENTS=$OUT/corpus/alignments
+fi
+LABELS=$OUT/labels/converted_aligned_phones.txt
+
+# All files in folders of their speakers.
+link_speakers() {
+    local file speaker
+    for file in "$(cd "$CORPUS" && pwd)"/*.wav; do
+        [ -e "$file" ] || fail "CORPUS=$CORPUS: holds no .wav files"
+        speaker=${file##*/} speaker=${speaker%%"$SEPARATOR"*}
+        mkdir -p "$AUDIO/$speaker"
+        ln -sf "$file" "$AUDIO/$speaker/"
+    done
+}
+
+prepare_part() {
+    [ -z "${SMALL:-}" ] || step corpus recipes/small_corpus.py unwritten "$OUT/corpus"
+    [ "$AUDIO" != "$OUT/audio" ] || link_speakers
+    step lists utils/corpus/make_split.py "$AUDIO" "$OUT/lists" --validation 0.1
+    step labels utils/corpus/convert_alignments.py "$ALIGNMENTS" "$OUT/labels" --tier "$TIER"
+    step items utils/corpus/make_abx_item.py "$LABELS" "$OUT/labels/phones.txt" "$OUT/all.item" \
+        --separator "$SEPARATOR"
+}
+
+train_part() {
+    train "$AUDIO" "$OUT/lists/train.txt" "$OUT/lists/val.txt" ${LOAD:+--load "$LOAD"}
+}
+
+evaluate_part() {
+    local lists=("$OUT/lists/train.txt" "$OUT/lists/val.txt")
+    probe phone "$AUDIO" "${lists[@]}" --pathPhone "$LABELS"
+    probe speaker "$AUDIO" "${lists[@]}"
+    abx "$OUT/all.item" "$AUDIO"
+    units "$AUDIO" "$AUDIO" "$LABELS" "$SEPARATOR"
+    segmentation contexts "$AUDIO" "$OUT/lists/val.txt" "$OUT/lists/train.txt" "$LABELS"
+}
+
+run_parts "$@"
