@@ -4,7 +4,7 @@
 #   SMALL=1 bash recipes/timit.sh [prepare] [train] [evaluate]
 set -euo pipefail
 
-OUT=${OUT:-timit}
+OUT=${OUT:-runs/${SMALL:+small-}timit}
 TIMIT=${TIMIT:-TIMIT}                # holds TRAIN/DR1/FCJF0/SA1.WAV, SA1.PHN, ... and TEST
 EXTENSION=${EXTENSION:-.WAV}         # of the audio
 TEST_SPEAKERS=${TEST_SPEAKERS:-all}  # or core: the 24 speakers of the core test set, without SA

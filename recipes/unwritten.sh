@@ -5,7 +5,7 @@
 #   SMALL=1 bash recipes/unwritten.sh [prepare] [train] [evaluate]
 set -euo pipefail
 
-OUT=${OUT:-unwritten}
+OUT=${OUT:-runs/${SMALL:+small-}unwritten}
 CORPUS=${CORPUS:-wav}                 # files SPEAKER_ANYTHING.wav at 16 kHz
 ALIGNMENTS=${ALIGNMENTS:-alignments}  # SPEAKER_ANYTHING.TextGrid
 SEPARATOR=${SEPARATOR:-_}             # ends the speaker in the name of a file
