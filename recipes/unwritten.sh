@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A small corpus of an unwritten language, as WAV with silver alignments: training, probes, ABX, units
-# and boundaries (README.md).
+# A small corpus of an unwritten language, as WAV with silver alignments: training, probes, ABX,
+# units and boundaries (README.md).
 #   CORPUS=/data/wav ALIGNMENTS=/data/textgrids bash recipes/unwritten.sh
 #   SMALL=1 bash recipes/unwritten.sh [prepare] [train] [evaluate]
 set -euo pipefail
