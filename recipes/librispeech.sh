@@ -4,7 +4,7 @@
 #   SMALL=1 bash recipes/librispeech.sh [prepare] [train] [evaluate]
 set -euo pipefail
 
-OUT=${OUT:-librispeech}
+OUT=${OUT:-runs/${SMALL:+small-}librispeech}
 LIBRISPEECH=${LIBRISPEECH:-LibriSpeech}  # holds train-clean-100 and dev-clean, for probes and ABX
 ALIGNMENTS=${ALIGNMENTS:-alignments}     # TextGrids of these two subsets, in folders of that name
 CORPUS=${CORPUS:-}                       # holds SUBSETS; empty: LIBRISPEECH

@@ -4,14 +4,14 @@
 #   SMALL=1 bash recipes/timit.sh [prepare] [train] [evaluate]
 set -euo pipefail
 
-OUT=${OUT:-timit}
+OUT=${OUT:-runs/${SMALL:+small-}timit}
 TIMIT=${TIMIT:-TIMIT}                # holds TRAIN/DR1/FCJF0/SA1.WAV, SA1.PHN, ... and TEST
 EXTENSION=${EXTENSION:-.WAV}         # of the audio
 TEST_SPEAKERS=${TEST_SPEAKERS:-all}  # or core: the 24 speakers of the core test set, without SA
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-CORE="MDAB0 MWBT0 FELC0 MTAS1 MWEW0 FPAS0 MJMP0 MLNT0 FPKT0 MLLL0 MTLS0 FJLM0 MBPM0 MKLT0 FNLP0 MCMJ0
-    MJDH0 FMGD0 MGRT0 MNJM0 FDHC0 MJLN0 MPAM0 FMLD0"
+CORE="MDAB0 MWBT0 FELC0 MTAS1 MWEW0 FPAS0 MJMP0 MLNT0 FPKT0 MLLL0 MTLS0 FJLM0 MBPM0 MKLT0 FNLP0
+    MCMJ0 MJDH0 FMGD0 MGRT0 MNJM0 FDHC0 MJLN0 MPAM0 FMLD0"
 [ -z "${SMALL:-}" ] || TIMIT=$OUT/corpus
 LABELS=$OUT/labels/converted_aligned_phones.txt
 TEST_LIST=$OUT/lists/test-$TEST_SPEAKERS.txt
@@ -47,9 +47,9 @@ evaluate_part() {
     segmentation contexts "$TIMIT" "${lists[@]}" "$LABELS" --file_extension "$EXTENSION"
     segmentation encoded "$TIMIT" "${lists[@]}" "$LABELS" --file_extension "$EXTENSION" \
         --get_encoded
-    [ "$SYSTEM" != macpc ] || step segmentation-segments eval/segmentation.py "$TIMIT" "$TEST_LIST" \
-        "$CHECKPOINT" --level segments --pathPhone "$LABELS" --file_extension "$EXTENSION" \
-        --out "$RESULTS/segmentation-segments"
+    [ "$SYSTEM" != macpc ] || step segmentation-segments-macpc eval/segmentation.py "$TIMIT" \
+        "$TEST_LIST" "$CHECKPOINT" --level segments --pathPhone "$LABELS" \
+        --file_extension "$EXTENSION" --out "$RESULTS/segmentation-segments"
 }
 
 run_parts "$@"

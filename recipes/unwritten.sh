@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A small corpus of an unwritten language, as WAV with silver alignments: training, probes, ABX, units
-# and boundaries (README.md).
+# A small corpus of an unwritten language, as WAV with silver alignments: training, probes, ABX,
+# units and boundaries (README.md).
 #   CORPUS=/data/wav ALIGNMENTS=/data/textgrids bash recipes/unwritten.sh
 #   SMALL=1 bash recipes/unwritten.sh [prepare] [train] [evaluate]
 set -euo pipefail
 
-OUT=${OUT:-unwritten}
+OUT=${OUT:-runs/${SMALL:+small-}unwritten}
 CORPUS=${CORPUS:-wav}                 # files SPEAKER_ANYTHING.wav at 16 kHz
 ALIGNMENTS=${ALIGNMENTS:-alignments}  # SPEAKER_ANYTHING.TextGrid
 SEPARATOR=${SEPARATOR:-_}             # ends the speaker in the name of a file

@@ -1112,7 +1112,11 @@ def write_run(directory, n_epochs, **flags):
     """A run without a record, as one of the original is."""
     args = arguments(directory, **flags)
     save_json(directory / "checkpoint_args.json", vars(args))
-    save_json(directory / "checkpoint_logs.json", invented_logs(n_epochs))
+    nearest = {
+        "phone_knn_10_val_acc": [0.25] * n_epochs,
+        "phone_best_val_acc_std": [0.01] * n_epochs,
+    }
+    save_json(directory / "checkpoint_logs.json", invented_logs(n_epochs) | nearest)
     return directory
 
 
@@ -1130,6 +1134,8 @@ def test_a_comparison_holds_runs_of_every_kind(reported_run, tmp_path, capsys):
     loss = float(np.mean(invented_logs(9)["locLoss_val"][-1]))
     assert page.row("validation loss")[2] == f"{loss:.3f} (8)"
     assert page.row("phone probe: accuracy")[2:] == ["30.8 % (8)", "-"]
+    assert page.row("phone, 10 nearest: accuracy")[1:] == ["-", "25.0 % (8)", "-"]
+    assert page.row("  standard deviation")[1:] == ["-", "1.0 %", "-"]
     assert printed["validation loss"][2:4] == [f"{loss:.3f}", "(8)"]
     assert page.row("training time")[2:] == ["-", "-"]
     assert page.row("--CPCCTC")[1:] == ["no", "yes", "yes"]

@@ -36,7 +36,14 @@ from utils.report.page import of_epochs, whole_page
 from utils.report.run_record import RunRecord
 from utils.report.sections import CORPUS_COLUMNS, METRICS, flag_value, keys_of_stats
 from utils.report.summary import read_run
-from utils.report.values import number, percent_waited, points, probe_metrics, windows_per_second
+from utils.report.values import (
+    nearest_metrics,
+    number,
+    percent_waited,
+    points,
+    probe_metrics,
+    windows_per_second,
+)
 from utils.run.command import CommandLine, command
 from utils.run.flags import CONTRASTIVE_ONLY, CPCCTC_ONLY, build_parser
 
@@ -125,7 +132,10 @@ def result_rows(runs):
     for task, metric, key in in_any(runs, probe_metrics):
         title, choose = f"{task} probe: {METRICS[metric]}", min if metric == "per" else max
         yield from metric_rows(runs, title, key, 100, percentage, choose)
+        yield "  standard deviation", [percentage(latest(run, f"{key}_std")) for run in runs]
         yield f"  majority {task}", [percentage(majority(run, task, metric)) for run in runs]
+    for task, k, key in in_any(runs, nearest_metrics):
+        yield from metric_rows(runs, f"{task}, {k} nearest: accuracy", key, 100, percentage, max)
     for key in in_any(runs, keys_of_stats):
         yield key.replace("_", " "), [at_epoch(points(run.logs, key)[-1:], shown) for run in runs]
 
@@ -143,10 +153,15 @@ def at_epoch(pairs, show):
     return f"{show(pairs[0][1])} ({pairs[0][0]})" if pairs else None
 
 
+def latest(run, key):
+    """The latest value of a key in the logs, in percent, or None."""
+    values = points(run.logs, key, 100)
+    return values[-1][1] if values else None
+
+
 def majority(run, task, metric):
     """What always naming the majority class scores, in percent, or None."""
-    values = points(run.logs, f"{task}_baseline_val_{metric}", 100)
-    return values[-1][1] if values else None
+    return latest(run, f"{task}_baseline_val_{metric}")
 
 
 def in_any(runs, find):
@@ -227,6 +242,8 @@ def probe_charts(runs):
         levels = [Level(f"majority {task}", *known)] if len(known) == 1 else []
         title = f"{task.capitalize()} probe: {METRICS[metric]} (%)"
         yield curves(title, runs, key, 100, levels)
+    for task, k, key in in_any(runs, nearest_metrics):
+        yield curves(f"{task.capitalize()}, {k} nearest: accuracy (%)", runs, key, 100)
 
 
 def stat_charts(runs):

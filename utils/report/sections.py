@@ -24,6 +24,7 @@ from utils.report.values import (
     before_training,
     best_epoch,
     column,
+    nearest_metrics,
     number,
     percent_waited,
     points,
@@ -129,8 +130,7 @@ def probe_table(logs, task, metric, key):
         f"majority {task}": f"{task}_baseline_val_{metric}",
         "standard deviation": f"{key}_std",
     }
-    matches = (re.fullmatch(f"{task}_knn_(\\d+)_val_acc", key) for key in logs)
-    names |= {f"{match[1]} nearest": match[0] for match in matches if match}
+    names |= {f"{k} nearest": key for of, k, key in nearest_metrics(logs) if of == task}
     columns = {name: dict(points(logs, other, 100)) for name, other in names.items()}
     validation = columns["validation"]
     best = (min if metric == "per" else max)(validation, key=validation.get)

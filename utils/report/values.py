@@ -9,6 +9,7 @@ import statistics
 
 from utils.report.line_chart import Level
 
+NEAREST = re.compile(r"(?P<task>.+)_knn_(?P<k>\d+)_val_acc")
 PROBE_METRIC = re.compile(r"(?P<task>.+)_best_val_(?P<metric>acc|per)")
 
 
@@ -61,6 +62,12 @@ def probe_metrics(logs):
     """(task, metric, key in the logs) of each probe that has results."""
     matches = [PROBE_METRIC.fullmatch(key) for key in sorted(logs)]
     return [(m["task"], m["metric"], m[0]) for m in matches if m and points(logs, m[0])]
+
+
+def nearest_metrics(logs):
+    """(task, number of neighbours, key in the logs) of each probe by nearest neighbours."""
+    matches = [NEAREST.fullmatch(key) for key in sorted(logs)]
+    return [(m["task"], m["k"], m[0]) for m in matches if m and points(logs, m[0])]
 
 
 def without_accuracies(logs):
