@@ -32,9 +32,11 @@ from eval.cluster import add_feature_flags, warn_of_large_unit
 from eval.kmeans import assign
 from eval.units import (
     FEATURES,
+    check_width,
     deduplicated,
     feature_module,
     features_to_cluster,
+    one_hot,
     read_clusters,
     report_unusable,
     split_units,
@@ -61,14 +63,10 @@ def main(argv=None):
     device = device_from(args.device)
     keep_freed_memory()
     set_threads(device)
-    clusters = read_clusters(args.clusters, {name: vars(args)[name] for name in FEATURES})
+    clusters = read_clusters(args.clusters, {name: vars(args).get(name) for name in FEATURES})
     args.clusters = os.path.abspath(clusters.path)
     module = feature_module(clusters.features, device)
-    if module.dim_output != clusters.centers.size(1):
-        raise UserError(
-            f"{clusters.path}: centers of {clusters.centers.size(1)} dimensions for features of "
-            f"{module.dim_output}: is it another layer (--encoder_layer) or another model?"
-        )
+    check_width(clusters, module.dim_output)
     paths = wanted_files(args)
     record_flags(args, clusters)
     out = Path(args.out, f"quantized_outputs{f'_split_{args.split}' * bool(args.split)}.txt")
@@ -236,10 +234,9 @@ def write_km(out, paths, n_units, args):
 
 def write_onehot(out, paths, n_units, args):
     """One file of rows for each audio file."""
-    rows = np.eye(n_units)
     for name, units in map(split_units, lines_of(out)):
         units = np.array(units.split(","), dtype=np.int64)
-        save_array(out.parent / "onehot" / f"{name}.npy", rows[units])
+        save_array(out.parent / "onehot" / f"{name}.npy", one_hot(units, n_units))
 
 
 WRITERS = {"km": write_km, "onehot-npy": write_onehot}

@@ -7,7 +7,7 @@ import torch
 
 from eval.kmeans import assign, kmeans
 from eval.unit_measures import agreement, chance, joint_counts, measure, usage
-from eval.units import features_to_cluster
+from eval.units import FEATURES, features_to_cluster
 from feature_loader import FeatureModule
 from utils.misc import UserError
 
@@ -57,8 +57,7 @@ def collect(model, dataset, phones, generator):
             break
         file = files[index]
         path = os.path.join(dataset.root, file.path)
-        plain = {"seq_norm": False, "norm_vec_len": False}
-        frames = torch.cat(list(features_to_cluster(module, path, plain)))
+        frames = torch.cat(list(features_to_cluster(module, path, FEATURES)))
         of_file = np.asarray(phones[file.path] if phones else np.zeros(len(frames)), dtype=int)
         n = min(len(frames), len(of_file))
         found.append((frames[:n], of_file[:n], np.full(n, file.speaker)))
