@@ -4,6 +4,8 @@
         --pathCheckpoint OUT/speakers                                            # speakers
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
         --pathCheckpoint OUT/phones --pathPhone LABELS [--CTC]                   # phones
+    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
+        --pathCheckpoint OUT/units --pathPhone LABELS --clusters CLUSTERS        # phones, by units
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST ONE.pt OTHER.pt ...
                                                  # on the concatenated features of both models
 
@@ -28,6 +30,7 @@ import torch
 from dataset import build_sets
 from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe, ProbeOptions
+from eval.units import check_width, cluster_features, read_frame_clusters
 from feature_loader import load_model
 from model import CPCModelNullspace
 from utils.data.corpus import cut_for_debugging, open_corpus, split_utterances
@@ -49,13 +52,14 @@ from utils.run.shared_flags import (
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
 DECISIVE = (  # flags that define what is measured; the others define the training
     "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
-    "pathVal", "speaker_level",
+    "pathVal", "speaker_level", "clusters",
 )  # fmt: skip
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    clusters = open_clusters(args)
     directory = Path(args.pathCheckpoint)
     check_directory(directory, args)
     keep_freed_memory()
@@ -63,6 +67,8 @@ def main(argv=None):
     set_threads(device)
     torch.manual_seed(args.random_seed)
     model, architectures = build_model(args, open_checkpoints(args))
+    if clusters:
+        check_width(clusters, model.dim_encoded if args.get_encoded else model.dim_context)
     train_set, validation_set, n_classes = open_sets(args)
     probe = Probe(
         "phone" if args.pathPhone else "speaker",
@@ -72,7 +78,8 @@ def main(argv=None):
         n_classes,
         options_of(args),
         device,
-        transform=center_push(args, model, device),
+        transform=transform_of(args, clusters, model, device),
+        n_features=len(clusters.centers) if clusters else None,
     )
     for path in saved_checkpoints(directory):
         path.unlink()
@@ -95,6 +102,7 @@ def parse_arguments(argv=None):
     args.device, args.nGPU = find_device(args)
     check_writable(args.pathCheckpoint, f"--pathCheckpoint {args.pathCheckpoint}: results")
     args.load = [os.path.abspath(path) for path in args.load]
+    args.clusters = args.clusters and os.path.abspath(args.clusters)
     args.pathVal = os.path.abspath(args.pathVal)
     args.pathPhone = args.pathPhone and os.path.abspath(args.pathPhone)
     if args.save_step <= 0:
@@ -117,6 +125,11 @@ def check_task(args):
         raise UserError("--CTC needs --pathPhone FILE")
     if args.CTC and args.get_encoded:
         raise UserError("--get_encoded can't be used with --CTC, which reads phones from contexts")
+    for flag in ("unfrozen", "centerpushFile"):
+        if args.clusters and getattr(args, flag):
+            raise UserError(f"--clusters probes discrete units: leave out --{flag}")
+    if args.clusters and len(args.load) > 1:
+        raise UserError("--clusters are those of one checkpoint: name only one")
     if bool(args.centerpushFile) != (args.centerpushDeg is not None):
         raise UserError("--centerpushFile and --centerpushDeg need each other")
 
@@ -189,6 +202,8 @@ def add_task_flags(add):
     add("--path_speakers_factorized", metavar="FILE",
         help="checkpoint of a probe with --mode speakers_factorized")
     add("--dim_inter", type=at_least(1), default=128, metavar="D", help="size of the bottleneck")
+    add("--clusters", metavar="FILE",
+        help="probe the discrete units of these clusters of eval/cluster.py, one-hot vectors")
     add("--centerpushFile", metavar="FILE",
         help="centers (.npy, .txt, or .pt of a clustering) to move the features towards")
     add("--centerpushDeg", type=float, metavar="FRACTION",
@@ -309,8 +324,24 @@ def null_space(matrix):
     return right[rank:].T.contiguous()
 
 
-def center_push(args, model, device):
-    """The function that moves features towards --centerpushFile; None without that flag."""
+def open_clusters(args):
+    """The `Clusters` of --clusters, which settle the layer of the features; None without it."""
+    if not args.clusters:
+        return None
+    clusters = read_frame_clusters(
+        args.clusters, args.load[0], get_encoded=args.get_encoded, gru_level=args.gru_level
+    )
+    args.get_encoded = clusters.features["encoder_layer"]
+    args.gru_level = clusters.features["level_gru"] or -1
+    return clusters
+
+
+def transform_of(args, clusters, model, device):
+    """What is done to the features: they become units, or move towards --centerpushFile; None if
+    they stay as they are.
+    """
+    if clusters:
+        return partial(cluster_features, clusters=clusters)
     if not args.centerpushFile:
         return None
     centers = read_centers(args.centerpushFile).to(device)
@@ -349,7 +380,7 @@ def check_directory(directory, args):
     record = directory / "checkpoint_args.json"
     if not record.is_file() and not saved_checkpoints(directory):
         return
-    stored = {"speaker_level": 1} | load_json(record)  # older ones don't have it
+    stored = {"speaker_level": 1, "clusters": None} | load_json(record)  # older ones don't have it
     if "dim_inter" not in stored:
         raise UserError(
             f"--pathCheckpoint {directory}: holds the checkpoints of a training run; name another "

@@ -60,13 +60,10 @@ FORMATS = ("km", "onehot-npy")
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    device = device_from(args.device)
     keep_freed_memory()
-    set_threads(device)
-    clusters = read_clusters(args.clusters, {name: vars(args).get(name) for name in FEATURES})
+    set_threads(device_from(args.device))
+    clusters, module = open_clusters(args)
     args.clusters = os.path.abspath(clusters.path)
-    module = feature_module(clusters.features, device)
-    check_width(clusters, module.dim_output)
     paths = wanted_files(args)
     record_flags(args, clusters)
     out = Path(args.out, f"quantized_outputs{f'_split_{args.split}' * bool(args.split)}.txt")
@@ -147,6 +144,14 @@ def record_flags(args, clusters):
 # -------------------------------------------------------------------------------------- units
 
 
+def open_clusters(args):
+    """The `Clusters` that the flags name, and the module that computes their features."""
+    clusters = read_clusters(args.clusters, {name: vars(args).get(name) for name in FEATURES})
+    module = feature_module(clusters.features, device_from(args.device))
+    check_width(clusters, module.dim_output)
+    return clusters, module
+
+
 def wanted_files(args):
     """Name -> path below `pathDB`, in the order of names; the part of them that --split names."""
     paths = files_by_shortest_key(args.pathDB, args.file_extension)
@@ -190,9 +195,9 @@ def quantize(module, clusters, paths, out, args):
     return counts
 
 
-def units_of(module, clusters, path):
-    """The units of a file, one per frame, an array (T,)."""
-    parts = features_to_cluster(module, path, clusters.features)
+def units_of(module, clusters, path, waveform=None):
+    """The units of a file, or of another waveform (1, n) for it, one per frame, an array (T,)."""
+    parts = features_to_cluster(module, path, clusters.features, waveform)
     return torch.cat([assign(part, clusters.centers)[0] for part in parts]).numpy()
 
 

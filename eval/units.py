@@ -107,9 +107,12 @@ def feature_module(features, device):
     return FeatureModule(model, features["encoder_layer"]).to(device)
 
 
-def features_to_cluster(module, path, features):
-    """Yield the features of a file, (T, D) each. Raises UserError if they aren't finite."""
-    parts = features_in_parts(module, path)
+def features_to_cluster(module, path, features, waveform=None):
+    """Yield the features of a file, (T, D) each, or those of another waveform (1, n) for it.
+
+    Raises UserError if they aren't finite.
+    """
+    parts = features_in_parts(module, path, waveform=waveform)
     if features["seq_norm"]:
         parts = [seq_normalization(torch.cat(list(parts))[None])[0]]
     for part in parts:
