@@ -120,11 +120,8 @@ def load_phone_classifier(path):
     state, flags = load_criterion_state(path)
     weights = [value for key, value in state.items() if PHONE_WEIGHT.fullmatch(key)]
     if not weights or flags.get("centerpushFile") or flags.get("clusters"):
-        what = (
-            "was trained on features moved to centers, or on units"
-            if weights
-            else "doesn't name phones"
-        )
+        moved = "was trained on features moved to centers, or on units"
+        what = moved if weights else "doesn't name phones"
         raise UserError(
             f"{path}: its criterion {what}; a checkpoint of train.py --supervised "
             "--path_phone_data FILE or of eval/linear_separability.py --pathPhone FILE is needed"

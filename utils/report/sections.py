@@ -134,15 +134,16 @@ def probe_table(logs, task, metric, key):
 
 
 def stats_section(logs, args, stats, pictures):
-    if not args.captureSetStats:
-        yield soft("This run has no stats (--captureSetStats).")
     keys = [
         key
         for key in logs
         if key not in OF_TRAINING and not OF_PROBES.fullmatch(key) and points(logs, key)
     ]
-    if args.captureSetStats and not keys:
-        yield soft("None so far.")
+    if not keys:
+        none = (
+            "None so far." if args.captureSetStats else "This run has no stats (--captureSetStats)."
+        )
+        yield soft(none)
     for name in [*stats, "units", ""]:  # values of no stat of this call come last
         own = [key for key in keys if key.startswith(f"{name}_") or not name]
         keys = [key for key in keys if key not in own]
