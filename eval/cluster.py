@@ -136,7 +136,7 @@ def build_parser():
         help="scale each dimension to zero mean and unit variance over all frames")
     add = parser.add_argument_group("k-means").add_argument
     add("-k", "--nClusters", type=at_least(1), default=50, metavar="K", help="clusters")
-    add("-n", "--MAX_ITER", type=at_least(1), default=100, metavar="N", help="most iterations")
+    add("-n", "--MAX_ITER", type=at_least(1), default=300, metavar="N", help="most iterations")
     add("--max_frames", type=at_least(1), metavar="N",
         help=f"frames to cluster (default: {FRAMES_PER_CLUSTER} per cluster, at least "
         f"{FEWEST_FRAMES})")

@@ -61,6 +61,8 @@ def read_clusters(path, explicit, flag="centers"):
     place of the checkpoint may be another. Raises UserError, naming `flag`, if they contradict it.
     """
     path = os.path.join(path, LAST) if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        raise UserError(f"{flag} {path}: holds no centers: no such file")
     if not path.endswith(KINDS):
         raise UserError(
             f"{path}: not one of {' '.join(KINDS)}; a pickle, such as those of scikit-learn, can "
@@ -181,8 +183,10 @@ def check_width(clusters, n_features):
 
 
 def report_unusable(problems, n_files):
-    """Print the files that are left out, or raise UserError if training wouldn't tolerate them."""
+    """Print the files that are left out, or raise UserError if they are all, or too many."""
     refuse_too_many(problems, n_files)
+    if problems and len(problems) == n_files:
+        raise UserError(f"no file can be used: {first_few(problems)}")
     if problems:
         print(f"left out: {first_few(problems)}")
 

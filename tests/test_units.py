@@ -189,8 +189,11 @@ def test_files_of_the_original_program(tmp_path, model_file):
 def test_bad_input_is_refused(tmp_path, tiny_corpus, model_file, clusters, capsys):
     audio, q = tiny_corpus / "audio", tmp_path / "q"
     np.save(tmp_path / "c.npy", np.zeros((3, 5)))
+    (tmp_path / "km.bin").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.wav").touch()
     for said, words in {
-        "km.bin: not one of .* joblib.load": ("km.bin", audio, q),
+        "km.bin: not one of .* joblib.load": (tmp_path / "km.bin", audio, q),
         "doesn't say which model": (tmp_path / "c.npy", audio, q),
         "5 dimensions for features of 8": (
             tmp_path / "c.npy", audio, q, "--pathCheckpoint", model_file,
@@ -199,7 +202,8 @@ def test_bad_input_is_refused(tmp_path, tiny_corpus, model_file, clusters, capsy
         "must be i-n": (clusters, audio, q, "--split", "3-2"),
         "no file ends with": (clusters, audio, q, "--file_extension", ".mp3"),
         "--dedup with": (clusters, audio, q, "--dedup", "--format", "onehot-npy"),
-        "holds no centers|No such file|can't be loaded": (tmp_path / "none.pt", audio, q),
+        "none: holds no centers: no such file": (tmp_path / "none", audio, q),
+        "no file can be used": (clusters, tmp_path / "empty", tmp_path / "none of it"),
     }.items():  # fmt: skip
         with ends_refused(capsys, said):
             quantized(*words)
