@@ -20,6 +20,7 @@ resumes it.
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -48,16 +49,22 @@ from utils.files import (
     writing_to,
 )
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension, check_same_flags
+from utils.run.shared_flags import (
+    add_device,
+    add_extension,
+    add_feature_norm,
+    check_same_flags,
+)
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that the features depend on
     "pathCheckpoint", "addCriterion", "oneHot", "maxSizeSeq", "format", "strict", "getEncoded",
-    "clusters", "seqNorm",
+    "clusters", "seqNorm", "feature_norm", "speaker_level",
 )  # fmt: skip
 
 
@@ -67,7 +74,7 @@ def main(argv=None):
     keep_freed_memory()
     set_threads(device_from(args.device))
     outputs = name_outputs(args)
-    write_features(features_of_model(args), outputs, WRITERS[args.format], args)
+    write_features(features_of_model(args, outputs), outputs, WRITERS[args.format], args)
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -93,6 +100,8 @@ def complete(args):
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
     args.pathOut = os.path.abspath(args.pathOut)
     args.clusters = args.clusters and os.path.abspath(args.clusters)
+    if args.feature_norm != "none" and (args.addCriterion or args.clusters or args.seqNorm):
+        raise UserError("--feature_norm: leave out --addCriterion, --clusters and --seqNorm")
     args.strict = args.strict or args.seqNorm  # a short chunk can't be normalised well
     return args
 
@@ -146,6 +155,9 @@ def add_feature_flags(add):
         help="squared distances to the centers of eval/cluster.py, or of another .pt, .npy or .txt")
     add("--seqNorm", action="store_true",
         help="each file, or chunk, of zero mean and unit variance (implies --strict)")
+    add_feature_norm(add, " (of speakers: in a second pass)")
+    add("--speaker_level", type=at_least(1), default=1, metavar="N",
+        help="number of folders below pathDB that name the speaker of a file")
     add("--strict", action="store_true",
         help="start the last chunk of a file earlier instead of making it shorter")
     add("--maxSizeSeq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
@@ -178,18 +190,20 @@ def build_module(args):
     return FeatureModule(model, args.getEncoded)
 
 
-def features_of_model(args):
-    """A function: path of an audio file -> its features (T, D)."""
-    module = build_module(args).to(device_from(args.device))
-    options = {"strict": args.strict, "max_size": args.maxSizeSeq, "seq_norm": args.seqNorm}
-    return lambda path: build_feature(module, path, **options)[0]
+def features_of_model(args, paths):
+    """A function: path below `pathDB` -> the features of that file, (T, D); paths: of all files."""
+    features_of = partial(features_of_file, build_module(args).to(device_from(args.device)), args)
+    if args.feature_norm == "none":
+        return features_of
+    speakers = speakers_of(paths, args.speaker_level) if args.feature_norm == "speaker" else {}
+    return NormalisedFeatures(features_of, args.feature_norm, speakers)
 
 
 def write_features(features_of, outputs, write, args):
     """Write the features of all files that don't have theirs yet.
 
-    features_of: path of an audio file -> (T, D); outputs: path below `pathDB` -> Path; write: takes
-    a Path and features. Raises UserError if some can't be used, after the others are written.
+    features_of: path below `pathDB` -> (T, D); outputs: the same -> Path; write: takes a Path and
+    features. Raises UserError if some can't be used, after the others are written.
     """
     open_folder(args)
     remaining, failures = {p: output for p, output in outputs.items() if not output.exists()}, []
@@ -199,7 +213,7 @@ def write_features(features_of, outputs, write, args):
         )
     for path, output in progress(remaining.items(), what="features", unit=" files"):
         try:
-            features = features_of(os.path.join(args.pathDB, path))
+            features = features_of(path)
         except UserError as error:
             failures.append(str(error))
             continue
@@ -210,6 +224,26 @@ def write_features(features_of, outputs, write, args):
             f"{len(failures)} of {len(outputs)} files have no features: {first_few(failures, 3)}"
         )
     print(f"features of {len(outputs)} files: {args.pathOut}; their flags: {record_of(args)}")
+
+
+def features_of_file(module, args, path):
+    """The features of an audio file, (T, D)."""
+    return build_feature(
+        module,
+        os.path.join(args.pathDB, path),
+        strict=args.strict,
+        max_size=args.maxSizeSeq,
+        seq_norm=args.seqNorm,
+    )[0]
+
+
+def speakers_of(paths, level):
+    """Path -> speaker, the first `level` folders. Raises UserError for a path without any."""
+    speakers = {path: "/".join(path.split("/")[:-1][:level]) for path in paths}
+    for path, speaker in speakers.items():
+        if not speaker:
+            raise UserError(f"--feature_norm speaker: {path} is in no folder of a speaker")
+    return speakers
 
 
 # ---------------------------------------------------------------------------------- the files
@@ -234,6 +268,7 @@ def open_folder(args):
     record = record_of(args)
     stored = load_json(record) if record.is_file() else {}
     if stored and os.path.isdir(args.pathOut) and os.listdir(args.pathOut):
+        stored = {"feature_norm": "none", "speaker_level": 1} | stored  # older ones don't have them
         check_same_flags(args.pathOut, stored, args, DECISIVE, "features")
     with writing_to(args.pathOut):
         os.makedirs(args.pathOut, exist_ok=True)

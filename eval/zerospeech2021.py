@@ -48,6 +48,10 @@ from utils.run.shared_flags import add_device, add_extension
 
 TASK = "phonetic"
 SETS = ("dev-clean", "dev-other", "test-clean", "test-other")
+FEATURE_FLAGS = (  # of a checkpoint's features
+    "getEncoded", "addCriterion", "oneHot", "clusters", "seqNorm", "feature_norm", "strict",
+    "maxSizeSeq",
+)  # fmt: skip
 FEWEST_FRAMES = 2  # of a file, by the challenge's rules
 PARAMS = f"""\
 feature_size: {STEP}
@@ -74,7 +78,7 @@ def main(argv=None):
     keep_freed_memory()
     set_threads(device_from(args.device))
     outputs = name_outputs(args)
-    features_of = one_hot_units(args) if args.of_units else features_of_model(args)
+    features_of = one_hot_units(args) if args.of_units else features_of_model(args, outputs)
     write_features(lambda path: accepted(features_of(path), path), outputs, save_array, args)
     texts = {"params.yaml": PARAMS, "meta.yaml": META, "code/README.md": CODE}
     for name, text in texts.items():
@@ -94,11 +98,13 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if not os.path.isdir(Path(args.pathDB, TASK)):
         raise UserError(f"{args.pathDB}: has no folder {TASK}: the challenge's dataset is needed")
+    if args.feature_norm == "speaker":
+        raise UserError("--feature_norm speaker: the challenge's files don't say who speaks")
     args.of_units = args.pathCheckpoint.endswith(".txt")
     if not args.of_units:
         return complete(args)
-    for name in ("getEncoded", "addCriterion", "oneHot", "clusters", "seqNorm", "strict"):
-        if getattr(args, name):
+    for name in FEATURE_FLAGS:
+        if getattr(args, name) != parser.get_default(name):
             raise UserError(
                 f"--{name} is for features of a checkpoint, not for units: leave it out"
             )
@@ -146,16 +152,17 @@ def name_outputs(args):
 
 
 def one_hot_units(args):
-    """A function: path of an audio file -> (T, K), 1 at the unit of each frame and 0 elsewhere."""
+    """A function: path below DATASET -> (T, K), 1 at the unit of each frame and 0 elsewhere."""
     units_of = read_units(args.pathCheckpoint)
     n_units = 1 + max(int(units.max()) for units in units_of.values())
 
     def rows(path):
-        below = os.path.relpath(path, Path(args.pathDB, TASK))
+        below = path.removeprefix(f"{TASK}/")
         key = known_key(below, name_of(path, args.extension), units_of)
         if key is None:
             raise UserError(f"{path}: has no units in {args.pathCheckpoint}")
-        units, n_frames = units_of[key], read_header(path).samples // SAMPLES_PER_FRAME
+        header = read_header(os.path.join(args.pathDB, path))
+        units, n_frames = units_of[key], header.samples // SAMPLES_PER_FRAME
         if differ_widely(len(units), n_frames):
             raise UserError(f"{path}: {len(units)} units for {n_frames} frames: made with --dedup?")
         return torch.from_numpy(one_hot(units, n_units))
