@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset import AudioDataset
+from dataset import AudioDataset, Batch
 from utils.data import effects
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.data.windows import split_into_packs
@@ -99,6 +99,13 @@ class Augmentation:
         else:
             past, future = steps("past"), steps("future")
         return partial(augmented, n_rows=n_rows, past=past, future=future)
+
+    def copy(self, waveform, types, *position):
+        """A copy of a waveform (1, L), augmented by these types as for the batch at `position`."""
+        self.args.augment_type, self.args.sizeWindow = types, waveform.size(1)
+        augment = self.draw(position, np.zeros(1), None)
+        batch = augment(Batch(waveform[None], *[None] * 4), lambda tensor: tensor)
+        return (batch.waveform if batch.past is None else batch.past)[0]
 
     def _steps(self, draws):
         types, steps = self.args.augment_type, []

@@ -120,8 +120,9 @@ def load_phone_classifier(path):
     """
     state, flags = load_criterion_state(path)
     weights = [value for key, value in state.items() if PHONE_WEIGHT.fullmatch(key)]
-    if not weights or flags.get("centerpushFile"):
-        what = "was trained on features moved to centers" if weights else "doesn't name phones"
+    if not weights or flags.get("centerpushFile") or flags.get("clusters"):
+        moved = "was trained on features moved to centers, or on units"
+        what = moved if weights else "doesn't name phones"
         raise UserError(
             f"{path}: its criterion {what}; a checkpoint of train.py --supervised "
             "--path_phone_data FILE or of eval/linear_separability.py --pathPhone FILE is needed"
@@ -217,7 +218,7 @@ def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None
     return seq_normalization(features) if seq_norm else features
 
 
-def features_in_parts(model, path, *, get_encoded=False):
+def features_in_parts(model, path, *, get_encoded=False, waveform=None):
     """Yield the features of a whole audio file, (T, D) on the CPU, in memory for 20 s of them.
 
     Concatenated, they are those of one pass over all samples from the zero state. An encoded frame
@@ -227,13 +228,14 @@ def features_in_parts(model, path, *, get_encoded=False):
 
     Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
     the whole file at once. A transformer starts again where it has taken all frames it was made
-    for. Parameters and errors as for `build_feature`; between parts, the model is in eval mode.
+    for. waveform: (1, n), taken instead of the file's. Other parameters and errors as for
+    `build_feature`; between parts, the model is in eval mode.
     """
     module = _feature_module(model, get_encoded)
     shortest, device = shortest_input(module), _device(module)
     with preserved_state(module.model, module), _kept_hidden_states(module):
         module.eval()
-        for audio, frames in _parts(path, _frames_per_part(module)):
+        for audio, frames in _parts(path, _frames_per_part(module), waveform):
             if len(audio) < shortest:
                 raise UserError(too_short(path, len(audio), shortest))
             if SAMPLES_PER_FRAME * (frames.stop - frames.start) > longest_input(module):
@@ -255,13 +257,14 @@ def _frames_per_part(module):
     return min(FRAMES_PER_PART, longest_input(module) // SAMPLES_PER_FRAME)
 
 
-def _parts(path, n_frames):
-    """Yield parts of a file, (n,), and the frames to take from each, a slice.
+def _parts(path, n_frames, waveform=None):
+    """Yield parts of a file or a waveform, (n,), and the frames to take from each, a slice.
 
     All but the first part begin one frame before these, and all but the last end one after them.
     """
     audio, first = torch.empty(0), 0
-    for block in _blocks(path, None if n_frames == math.inf else n_frames * SAMPLES_PER_FRAME):
+    size = None if n_frames == math.inf else n_frames * SAMPLES_PER_FRAME
+    for block in _blocks(path, size) if waveform is None else waveform:
         audio = torch.cat([audio, block])
         while len(audio) >= SAMPLES_PER_FRAME * (first + n_frames + 1):
             end = first + n_frames

@@ -3,8 +3,10 @@
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format npz --strict
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format pt --extension .flac
     python eval/build_zeroSpeech_features.py AUDIO OUT CLASSIFIER.pt --addCriterion [--oneHot]
+    python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --clusters CLUSTERS [--oneHot]
 
-`OUT/<name>.<format>` holds the features of `<name><extension>`, T frames of 10 ms with D values:
+`OUT/<name>.<format>` holds the features of `<name><extension>`, T frames of 10 ms with D values
+(`OUT/<folder>/<name>.<format>` where files in several folders have the same name):
 
     npz   `features` (T, D) float32, `time` (T,) the middle of each frame and `totTime` (1,) the
           length of the file, both in seconds
@@ -27,7 +29,7 @@ import utils.run.before_torch  # noqa: F401
 
 import numpy as np
 
-from eval.center_push import read_centers, squared_distances
+from eval.units import ClusterFeatures, check_width, feature_module, read_frame_clusters
 from feature_loader import (
     FeatureModule,
     ModelPhoneCombined,
@@ -36,7 +38,7 @@ from feature_loader import (
     load_phone_classifier,
 )
 from utils.data.listing import choose_extension
-from utils.data.names import files_by_name
+from utils.data.names import files_by_shortest_key
 from utils.files import (
     atomic_path,
     load_json,
@@ -72,19 +74,7 @@ def main(argv=None):
     keep_freed_memory()
     set_threads(device_from(args.device))
     outputs = name_outputs(args)
-    module = build_module(args).to(device_from(args.device))
-    open_folder(args)
-    remaining = {path: output for path, output in outputs.items() if not output.exists()}
-    if len(remaining) < len(outputs):
-        print(
-            f"{len(outputs) - len(remaining)} of {len(outputs)} files already have their features"
-        )
-    failures = write_features(module, outputs, remaining, args)
-    if failures:
-        raise UserError(
-            f"{len(failures)} of {len(outputs)} files have no features: {first_few(failures, 3)}"
-        )
-    print(f"features of {len(outputs)} files: {args.pathOut}; their flags: {record_of(args)}")
+    write_features(features_of_model(args, outputs), outputs, WRITERS[args.format], args)
 
 
 # ---------------------------------------------------------------------------------- arguments
@@ -94,8 +84,13 @@ def parse_arguments(argv=None):
     """The arguments, checked and completed. Raises UserError with the flag and the way out."""
     args = build_parser().parse_args(argv)
     check_available(args)
-    if args.oneHot and not args.addCriterion:
-        raise UserError("--oneHot needs --addCriterion")
+    return complete(args)
+
+
+def complete(args):
+    """Check and complete the flags of features, in place."""
+    if args.oneHot and not (args.addCriterion or args.clusters):
+        raise UserError("--oneHot needs --addCriterion or --clusters FILE")
     for name in ("getEncoded", "clusters"):
         if args.addCriterion and getattr(args, name):
             raise UserError(f"--addCriterion writes phone probabilities: leave out --{name}")
@@ -154,9 +149,10 @@ def add_feature_flags(add):
     add("--addCriterion", action="store_true",
         help="phone probabilities, by the classifier in the checkpoint")
     add("--oneHot", action="store_true",
-        help="1 for the most probable phone, 0 for others (needs --addCriterion)")
+        help="1 for the most probable phone, or the unit, 0 for others (needs --addCriterion or "
+        "--clusters)")
     add("--clusters", metavar="FILE",
-        help="squared distances to these centers: .npy, .txt, or .pt of a clustering")
+        help="squared distances to the centers of eval/cluster.py, or of another .pt, .npy or .txt")
     add("--seqNorm", action="store_true",
         help="each file, or chunk, of zero mean and unit variance (implies --strict)")
     add_feature_norm(add, " (of speakers: in a second pass)")
@@ -179,42 +175,42 @@ def add_other_flags(add):
 # ----------------------------------------------------------------------------------- features
 
 
-class ClusterDistances(FeatureModule):
-    """Squared distances of a model's features to centers, (k, D)."""
-
-    def __init__(self, model, get_encoded, centers):
-        super().__init__(model, get_encoded)
-        self.register_buffer("centers", centers)
-
-    def forward(self, waveform, continues=None):
-        """waveform: (B, 1, L) -> (B, S, k)."""
-        return squared_distances(super().forward(waveform, continues), self.centers)
-
-
 def build_module(args):
     """The module that computes features from waveforms, according to the flags."""
+    if args.clusters:
+        get_encoded = args.getEncoded
+        clusters = read_frame_clusters(args.clusters, args.pathCheckpoint, get_encoded=get_encoded)
+        module = feature_module(clusters.features, "cpu")
+        check_width(clusters, module.dim_output)
+        return ClusterFeatures(module.model, clusters, args.oneHot)
     model, *_ = load_model([args.pathCheckpoint])
     if args.addCriterion:
         classifier = load_phone_classifier(args.pathCheckpoint)
         return ModelPhoneCombined(model, classifier, args.oneHot)
-    if not args.clusters:
-        return FeatureModule(model, args.getEncoded)
-    module = ClusterDistances(model, args.getEncoded, read_centers(args.clusters, "--clusters"))
-    if module.centers.shape[1] != module.dim_output:
-        raise UserError(
-            f"--clusters {args.clusters}: centers of {module.centers.shape[1]} dimensions for "
-            f"features of {module.dim_output}"
+    return FeatureModule(model, args.getEncoded)
+
+
+def features_of_model(args, paths):
+    """A function: path below `pathDB` -> the features of that file, (T, D); paths: of all files."""
+    features_of = partial(features_of_file, build_module(args).to(device_from(args.device)), args)
+    if args.feature_norm == "none":
+        return features_of
+    speakers = speakers_of(paths, args.speaker_level) if args.feature_norm == "speaker" else {}
+    return NormalisedFeatures(features_of, args.feature_norm, speakers)
+
+
+def write_features(features_of, outputs, write, args):
+    """Write the features of all files that don't have theirs yet.
+
+    features_of: path below `pathDB` -> (T, D); outputs: the same -> Path; write: takes a Path and
+    features. Raises UserError if some can't be used, after the others are written.
+    """
+    open_folder(args)
+    remaining, failures = {p: output for p, output in outputs.items() if not output.exists()}, []
+    if len(remaining) < len(outputs):
+        print(
+            f"{len(outputs) - len(remaining)} of {len(outputs)} files already have their features"
         )
-    return module
-
-
-def write_features(module, outputs, remaining, args):
-    """Write the features of each file. Returns a message for each that can't be used."""
-    failures, features_of = [], partial(features_of_file, module, args)
-    if args.feature_norm != "none":
-        named = args.feature_norm == "speaker"
-        speakers = speakers_of(outputs, args.speaker_level) if named else {}
-        features_of = NormalisedFeatures(features_of, args.feature_norm, speakers)
     for path, output in progress(remaining.items(), what="features", unit=" files"):
         try:
             features = features_of(path)
@@ -222,8 +218,12 @@ def write_features(module, outputs, remaining, args):
             failures.append(str(error))
             continue
         with writing_to(output):
-            WRITERS[args.format](output, features)
-    return failures
+            write(output, features)
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(outputs)} files have no features: {first_few(failures, 3)}"
+        )
+    print(f"features of {len(outputs)} files: {args.pathOut}; their flags: {record_of(args)}")
 
 
 def features_of_file(module, args, path):
@@ -251,7 +251,7 @@ def speakers_of(paths, level):
 
 def name_outputs(args):
     """The output file of each audio file: path below `pathDB` -> Path."""
-    paths = files_by_name(args.pathDB, args.extension)
+    paths = files_by_shortest_key(args.pathDB, args.extension)
     return {path: Path(args.pathOut, f"{name}.{args.format}") for name, path in paths.items()}
 
 

@@ -29,6 +29,7 @@ from eval.units import (
     feature_module,
     features_to_cluster,
     report_unusable,
+    scaled,
     write_clusters,
 )
 from utils.data.corpus import listed_utterances, scan_corpus
@@ -54,8 +55,12 @@ def main(argv=None):
     args.file_extension = corpus.extension
     files = listed_utterances(corpus, args.seqList)
     files = spread_over_speakers(files, SAMPLES_PER_FRAME * args.max_frames, args.seed)
-    features, start = {name: vars(args)[name] for name in FEATURES}, time.monotonic()
-    frames = collect(feature_module(features, device), corpus, files, args).to(device)
+    features, start = FEATURES | vars(args), time.monotonic()
+    features = {name: features[name] for name in FEATURES}
+    frames = collect(feature_module(features, device), corpus, files, args, features).to(device)
+    if args.standardise:
+        features["mean_std"] = mean_and_std(frames)
+        frames = scaled(frames, features)
     computed = time.monotonic()
     options = {"max_iterations": args.MAX_ITER, "spherical": args.norm_vec_len}
     result = kmeans(frames, args.nClusters, generator_from(args.seed, "k-means"), **options)
@@ -104,6 +109,8 @@ def parse_arguments(argv=None):
             raise UserError(f"{path}: exists already: name another OUT, or remove it")
     wanted = max(FEWEST_FRAMES, FRAMES_PER_CLUSTER * args.nClusters)
     args.max_frames = args.max_frames or wanted
+    if args.standardise and args.norm_vec_len:
+        raise UserError("--standardise and --norm_vec_len: choose one")
     device_from(args.device)
     return args
 
@@ -123,10 +130,13 @@ def build_parser():
         help="folders of a path that name the speaker")
     add("--seqList", metavar="FILE", help="use only these files, one name per line")
     add("--ignore_cache", action="store_true", help="list the audio files again")
-    add_feature_flags(parser.add_argument_group("features").add_argument)
+    add = parser.add_argument_group("features").add_argument
+    add_feature_flags(add)
+    add("--standardise", action="store_true",
+        help="scale each dimension to zero mean and unit variance over all frames")
     add = parser.add_argument_group("k-means").add_argument
     add("-k", "--nClusters", type=at_least(1), default=50, metavar="K", help="clusters")
-    add("-n", "--MAX_ITER", type=at_least(1), default=100, metavar="N", help="most iterations")
+    add("-n", "--MAX_ITER", type=at_least(1), default=300, metavar="N", help="most iterations")
     add("--max_frames", type=at_least(1), metavar="N",
         help=f"frames to cluster (default: {FRAMES_PER_CLUSTER} per cluster, at least "
         f"{FEWEST_FRAMES})")
@@ -166,7 +176,13 @@ def spread_over_speakers(utterances, n_samples, seed):
     return [u for u, before in zip(in_turns, totals, strict=False) if before < n_samples]
 
 
-def collect(module, corpus, files, args):
+def mean_and_std(frames):
+    """Of each dimension of frames (N, D), two lists; the deviation of a constant one is 1."""
+    std, mean = torch.std_mean(frames.double(), dim=0, correction=0)
+    return [mean.tolist(), torch.where(std > 0, std, 1).tolist()]
+
+
+def collect(module, corpus, files, args, features):
     """The first `max_frames` frames, (N, D), of these files; unusable ones are left out.
 
     Raises UserError if these are more than training tolerates.
@@ -180,7 +196,7 @@ def collect(module, corpus, files, args):
     for file in progress(files, what="features", unit=" files"):
         try:
             path = os.path.join(corpus.root, file.path)
-            for part in features_to_cluster(module, path, vars(args)):
+            for part in features_to_cluster(module, path, features):
                 part = part[: n_frames - filled]
                 frames[filled : filled + len(part)] = part
                 filled += len(part)

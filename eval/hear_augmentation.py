@@ -20,10 +20,9 @@ import soundfile
 from matplotlib.figure import Figure
 
 from augmentation import Augmentation
-from dataset import Batch
 from feature_loader import load_waveform
 from utils.files import atomic_path, writing_to
-from utils.misc import SAMPLE_RATE, Position, UserError
+from utils.misc import SAMPLE_RATE, UserError
 from utils.report.plot_capture import draw_spectrogram
 from utils.report.plots import save_figure
 from utils.run.command import CommandLine, command
@@ -36,22 +35,10 @@ SECONDS = 3
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    check_recordings(args)
     clean = load_waveform(args.file)
-    args.sizeWindow = clean.size(1)
-    complete(args, set())
-    if not args.augment_type:
-        raise UserError("--augment_type: name the effects to hear, such as pitch additive reverb")
-    check_augmentation(args, set())
-    chains, copies = (
-        [*([kind] for kind in args.augment_type), args.augment_type],
-        {"clean": clean[0]},
-    )
-    for args.augment_type in chains:
-        augment = Augmentation(args, np.zeros(1)).draw(Position(0, 0, 0), np.zeros(1), None)
-        batch = augment(Batch(clean[None], *[None] * 4), lambda tensor: tensor)
-        heard = batch.waveform if batch.past is None else batch.past
-        copies["_".join(args.augment_type)] = heard[0, 0]
+    augmentation, copies = open_augmentation(args, clean.size(1)), {"clean": clean[0]}
+    for name, types in each_and_all(args.augment_type).items():
+        copies[name] = augmentation.copy(clean, types, 0, 0, 0)[0]
     figure = Figure(figsize=(8, 2.5 * len(copies)), layout="constrained")
     with writing_to(args.out):
         for place, name in zip(figure.subfigures(len(copies)), copies, strict=True):
@@ -64,11 +51,32 @@ def main(argv=None):
     print(f"{', '.join(copies)}: {args.out}")
 
 
+def open_augmentation(args, n_samples):
+    """The Augmentation that the flags ask for, of waveforms of `n_samples` or more."""
+    check_recordings(args)
+    args.sizeWindow = n_samples
+    complete(args, set())
+    if not args.augment_type:
+        raise UserError("--augment_type: name the effects, such as pitch additive reverb")
+    check_augmentation(args, set())
+    return Augmentation(args, np.zeros(1))
+
+
+def each_and_all(types):
+    """Name -> types of augmentation: each by itself, and the chain of all."""
+    return {"_".join(chain): chain for chain in (*([kind] for kind in types), types)}
+
+
 def parse_arguments(argv):
     """The flags, completed by the defaults of train.py."""
     parser = CommandLine(prog="hear_augmentation.py", description=__doc__)
     parser.add_argument("file", help="a recording at 16 kHz")
     parser.add_argument("out", help="directory for sounds and picture")
+    return parse_with_augmentation(parser, argv)
+
+
+def parse_with_augmentation(parser, argv):
+    """The flags of `parser`, those of augmentation, and the defaults of train.py."""
     parser.add_argument("--random_seed", type=int, default=0, metavar="SEED", help="random seed")
     for name, options in DECLARED["augmentation"]:
         parser.add_argument(f"--{name}", **options)

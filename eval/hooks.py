@@ -14,7 +14,7 @@ from utils.data.corpus import (
     labels_by_path,
     listed_utterances,
 )
-from utils.misc import counted, generator_from
+from utils.misc import UserError, counted, generator_from
 from utils.run.command import numbers_in
 from utils.run.console import progress
 from utils.run.flags import captured_names
@@ -282,9 +282,14 @@ def probe_hook(args, task, sets, n_classes, *, device, world):
 
 def unit_hook(args, corpus, labels, validation_set, *, world):
     """The UnitHook of --unit_quality_each_epochs; labels: PhoneLabels or None."""
-    from eval.unit_watch import measure_units
+    from eval.unit_watch import measure_units, most_clusters
 
     phones = labels_by_path(labels, validation_set.utterances, corpus) if labels else {}
+    if args.nClusters > (most := most_clusters(validation_set, phones)):
+        raise UserError(
+            f"--nClusters {args.nClusters}: the units in training are of {counted(most, 'frame')} "
+            "of the validation set: fewer clusters"
+        )
 
     def measure(epoch, model):
         generator = generator_from(args.random_seed, epoch, "units")

@@ -6,6 +6,7 @@ candidates for each center; Lloyd, "Least squares quantization in PCM" (1982).
 
 import itertools
 import math
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from utils.misc import UserError
 
 BLOCK = 8192  # points whose distances to all centers are in memory at once
 SEEDED_ON = 20_000, 20  # points that a start looks at: in all, and per center
+FINALISTS = 3  # starts that are continued on all points: parts of them don't rank these well
 STARTS = 500  # divided by the number of centers: with more of these, the luck of one matters less
 
 
@@ -42,8 +44,8 @@ def kmeans(
     n_clusters,
     generator,
     *,
-    max_iterations=100,
-    tolerance=1e-5,
+    max_iterations=300,
+    tolerance=1e-6,
     spherical=False,
     n_starts=None,
 ):
@@ -51,7 +53,7 @@ def kmeans(
 
     tolerance: stop where an iteration lowers the inertia by less than this fraction
     spherical: scale centers to unit length, for points of unit length (Dhillon and Modha, 2001)
-    n_starts: on a random part of the points, the best of which is continued on all (default: more
+    n_starts: on random parts of the points, the best of which are continued on all (default: more
         of them for fewer clusters)
 
     A cluster without points moves to the point that is farthest from its center. Deterministic by
@@ -61,14 +63,14 @@ def kmeans(
     if len(points) < n_clusters:
         raise UserError(f"{n_clusters} clusters of only {len(points)} frames: fewer, or more audio")
     options = {"tolerance": tolerance, "spherical": spherical, "max_iterations": max_iterations}
-    starts = []
+    starts, inertia = [], attrgetter("inertia")
     for _ in range(n_starts or max(1, STARTS // n_clusters)):
         n_drawn = max(SEEDED_ON[0], SEEDED_ON[1] * n_clusters)
         drawn = torch.randperm(len(points), generator=generator)[:n_drawn]
         some = points[drawn.to(points.device)]
         starts.append(lloyd(some, first_centers(some, n_clusters, generator), **options))
-    best = min(starts, key=lambda start: start.inertia)
-    return lloyd(points, best.centers, **options)
+    finalists = sorted(starts, key=inertia)[:FINALISTS]
+    return min((lloyd(points, start.centers, **options) for start in finalists), key=inertia)
 
 
 def lloyd(points, centers, *, max_iterations, tolerance, spherical):

@@ -4,6 +4,8 @@
         --pathCheckpoint OUT/speakers                                            # speakers
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
         --pathCheckpoint OUT/phones --pathPhone LABELS [--CTC]                   # phones
+    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
+        --pathCheckpoint OUT/units --pathPhone LABELS --clusters CLUSTERS        # phones, by units
     python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST ONE.pt OTHER.pt ...
                                                  # on the concatenated features of both models
 
@@ -29,6 +31,7 @@ from dataset import build_sets
 from eval.center_push import push_to_nearest, read_centers
 from eval.probe import Probe
 from eval.probe_options import ProbeOptions, further_options
+from eval.units import check_width, cluster_features, read_frame_clusters
 from feature_loader import load_model
 from model import CPCModelNullspace
 from utils.data.corpus import cut_for_debugging, open_corpus, split_utterances
@@ -52,13 +55,14 @@ from utils.run.shared_flags import (
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
 DECISIVE = (  # flags that define what is measured; the others define the training
     "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
-    "pathVal", "speaker_level", "feature_norm",
+    "pathVal", "speaker_level", "feature_norm", "clusters",
 )  # fmt: skip
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
+    clusters = open_clusters(args)
     directory = Path(args.pathCheckpoint)
     check_directory(directory, args)
     keep_freed_memory()
@@ -66,6 +70,8 @@ def main(argv=None):
     set_threads(device)
     torch.manual_seed(args.random_seed)
     model, architectures = build_model(args, open_checkpoints(args))
+    if clusters:
+        check_width(clusters, model.dim_encoded if args.get_encoded else model.dim_context)
     train_set, validation_set, n_classes = open_sets(args)
     probe = Probe(
         "phone" if args.pathPhone else "speaker",
@@ -75,7 +81,8 @@ def main(argv=None):
         n_classes,
         options_of(args),
         device,
-        transform=center_push(args, model, device),
+        transform=transform_of(args, clusters, model, device),
+        n_features=len(clusters.centers) if clusters else None,
     )
     for path in saved_checkpoints(directory):
         path.unlink()
@@ -98,6 +105,7 @@ def parse_arguments(argv=None):
     args.device, args.nGPU = find_device(args)
     check_writable(args.pathCheckpoint, f"--pathCheckpoint {args.pathCheckpoint}: results")
     args.load = [os.path.abspath(path) for path in args.load]
+    args.clusters = args.clusters and os.path.abspath(args.clusters)
     args.pathVal = os.path.abspath(args.pathVal)
     args.pathPhone = args.pathPhone and os.path.abspath(args.pathPhone)
     if args.save_step <= 0:
@@ -126,6 +134,11 @@ def check_task(args):
         raise UserError("--unfrozen: leave out --feature_norm, --linsep_times and --knn")
     if args.centerpushFile and normed:
         raise UserError("--centerpushFile: its centers are of features without --feature_norm")
+    if args.clusters and (args.unfrozen or args.centerpushFile or normed or len(args.load) > 1):
+        raise UserError(
+            "--clusters probes the units of one checkpoint: name only one, and leave out "
+            "--unfrozen, --centerpushFile and --feature_norm"
+        )
     if bool(args.centerpushFile) != (args.centerpushDeg is not None):
         raise UserError("--centerpushFile and --centerpushDeg need each other")
 
@@ -197,6 +210,8 @@ def add_task_flags(add):
     add("--path_speakers_factorized", metavar="FILE",
         help="checkpoint of a probe with --mode speakers_factorized")
     add("--dim_inter", type=at_least(1), default=128, metavar="D", help="size of the bottleneck")
+    add("--clusters", metavar="FILE",
+        help="probe the discrete units of these clusters of eval/cluster.py, one-hot vectors")
     add("--centerpushFile", metavar="FILE",
         help="centers (.npy, .txt, or .pt of a clustering) to move the features towards")
     add("--centerpushDeg", type=float, metavar="FRACTION",
@@ -318,8 +333,24 @@ def null_space(matrix):
     return right[rank:].T.contiguous()
 
 
-def center_push(args, model, device):
-    """The function that moves features towards --centerpushFile; None without that flag."""
+def open_clusters(args):
+    """The `Clusters` of --clusters, which settle the layer of the features; None without it."""
+    if not args.clusters:
+        return None
+    clusters = read_frame_clusters(
+        args.clusters, args.load[0], get_encoded=args.get_encoded, gru_level=args.gru_level
+    )
+    args.get_encoded = clusters.features["encoder_layer"]
+    args.gru_level = clusters.features["level_gru"] or -1
+    return clusters
+
+
+def transform_of(args, clusters, model, device):
+    """What is done to the features: they become units, or move towards --centerpushFile; None if
+    they stay as they are.
+    """
+    if clusters:
+        return partial(cluster_features, clusters=clusters)
     if not args.centerpushFile:
         return None
     centers = read_centers(args.centerpushFile).to(device)
@@ -359,9 +390,8 @@ def check_directory(directory, args):
     record = directory / "checkpoint_args.json"
     if not record.is_file() and not saved_checkpoints(directory):
         return
-    stored = {"speaker_level": 1, "feature_norm": "none"} | load_json(
-        record
-    )  # older ones don't have it
+    older = {"speaker_level": 1, "feature_norm": "none", "clusters": None}
+    stored = older | load_json(record)
     if "dim_inter" not in stored:
         raise UserError(
             f"--pathCheckpoint {directory}: holds the checkpoints of a training run; name another "

@@ -147,7 +147,8 @@ class Probe:
     """A classifier of the features of a model, and its training.
 
     After each epoch `logs` holds lists over the epochs, with the keys of `checkpoint_logs.json`,
-    and `best` the best epoch so far. `transform` is applied to the features, (B, S, D).
+    and `best` the best epoch so far. `transform` is applied to the features, (B, S, D), and gives
+    `n_features` dimensions (default: D).
     """
 
     def __init__(
@@ -160,11 +161,13 @@ class Probe:
         options,
         device="cpu",
         transform=None,
+        n_features=None,
     ):
         self.task, self.model, self.options = task, model, options
         self.train_set, self.validation_set = train_set, validation_set
         self.n_classes, self.device, self.transform = n_classes, torch.device(device), transform
-        self.n_features = model.dim_encoded if options.get_encoded else model.dim_context
+        of_model = model.dim_encoded if options.get_encoded else model.dim_context
+        self.n_features = n_features or of_model
         in_run = "" if options.cpc_epoch is None else f" of CPC epoch {options.cpc_epoch}"
         self.name = f"{task} probe{in_run}"
         self.metric_name = "per" if options.ctc else "acc"

@@ -32,9 +32,11 @@ from eval.cluster import add_feature_flags, warn_of_large_unit
 from eval.kmeans import assign
 from eval.units import (
     FEATURES,
+    check_width,
     deduplicated,
     feature_module,
     features_to_cluster,
+    one_hot,
     read_clusters,
     report_unusable,
     split_units,
@@ -58,17 +60,10 @@ FORMATS = ("km", "onehot-npy")
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    device = device_from(args.device)
     keep_freed_memory()
-    set_threads(device)
-    clusters = read_clusters(args.clusters, {name: vars(args)[name] for name in FEATURES})
+    set_threads(device_from(args.device))
+    clusters, module = open_clusters(args)
     args.clusters = os.path.abspath(clusters.path)
-    module = feature_module(clusters.features, device)
-    if module.dim_output != clusters.centers.size(1):
-        raise UserError(
-            f"{clusters.path}: centers of {clusters.centers.size(1)} dimensions for features of "
-            f"{module.dim_output}: is it another layer (--encoder_layer) or another model?"
-        )
     paths = wanted_files(args)
     record_flags(args, clusters)
     out = Path(args.out, f"quantized_outputs{f'_split_{args.split}' * bool(args.split)}.txt")
@@ -149,6 +144,14 @@ def record_flags(args, clusters):
 # -------------------------------------------------------------------------------------- units
 
 
+def open_clusters(args):
+    """The `Clusters` that the flags name, and the module that computes their features."""
+    clusters = read_clusters(args.clusters, {name: vars(args).get(name) for name in FEATURES})
+    module = feature_module(clusters.features, device_from(args.device))
+    check_width(clusters, module.dim_output)
+    return clusters, module
+
+
 def wanted_files(args):
     """Name -> path below `pathDB`, in the order of names; the part of them that --split names."""
     paths = files_by_shortest_key(args.pathDB, args.file_extension)
@@ -192,9 +195,9 @@ def quantize(module, clusters, paths, out, args):
     return counts
 
 
-def units_of(module, clusters, path):
-    """The units of a file, one per frame, an array (T,)."""
-    parts = features_to_cluster(module, path, clusters.features)
+def units_of(module, clusters, path, waveform=None):
+    """The units of a file, or of another waveform (1, n) for it, one per frame, an array (T,)."""
+    parts = features_to_cluster(module, path, clusters.features, waveform)
     return torch.cat([assign(part, clusters.centers)[0] for part in parts]).numpy()
 
 
@@ -236,10 +239,9 @@ def write_km(out, paths, n_units, args):
 
 def write_onehot(out, paths, n_units, args):
     """One file of rows for each audio file."""
-    rows = np.eye(n_units)
     for name, units in map(split_units, lines_of(out)):
         units = np.array(units.split(","), dtype=np.int64)
-        save_array(out.parent / "onehot" / f"{name}.npy", rows[units])
+        save_array(out.parent / "onehot" / f"{name}.npy", one_hot(units, n_units))
 
 
 WRITERS = {"km": write_km, "onehot-npy": write_onehot}

@@ -41,8 +41,8 @@ from stats.boundaries import (
     TOLERANCE,
     count_boundaries,
     counts_by_prominence,
-    match_one_to_one,
     peak_prominence,
+    prominent_pairs,
     scaled_to_one,
     segmentation_metrics,
 )
@@ -382,16 +382,20 @@ def draw_utterances(curves, prominence, symbols, tolerance):
         axes.set(xlim=(0, min(len(curve.phones), n_frames) / FRAMES_PER_SECOND), ylim=(0, 1.3))
         axes.set_ylabel(curve.name, fontsize="small")
     axes.set_xlabel("time (s)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 
 def draw_curve(axes, curve, prominence, symbols, tolerance):
     time = np.arange(1, len(curve.phones)) / FRAMES_PER_SECOND
     predicted, true = curve.boundaries(prominence), curve.true["phone"]
-    pairs = match_one_to_one(predicted, true, tolerance)
+    predicted, true = (places[places < DRAWN[1] + tolerance] for places in (predicted, true))
+    pairs = prominent_pairs(predicted, true, curve.prominence[predicted], tolerance)
     right, found = np.array(pairs, dtype=int).reshape(-1, 2).T
     axes.plot(time, curve.change, color="tab:blue", label="change")
+    if not curve.counts.all():
+        options = {"color": "0.92", "zorder": -1, "label": "not counted: silence"}
+        axes.fill_between(time, 0, 1.12, where=~curve.counts, **options)
     missed, wrong = np.delete(true, found), np.delete(predicted, right)
     axes.vlines(time[true[found]], 0, 1.12, "0.6", label="boundary of the labels", zorder=0)
     axes.vlines(time[missed], 0, 1.12, "tab:orange", "--", label="missed", zorder=0)

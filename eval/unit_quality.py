@@ -31,7 +31,7 @@ from utils.data.labels import (
     read_phone_labels,
     symbols_beside,
 )
-from utils.data.names import keys_of
+from utils.data.names import known_key
 from utils.files import save_json, write_lines, writing_to
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, at_least, command
@@ -106,7 +106,7 @@ def aligned(args):
     they don't belong together.
     """
     labels, units = read_phone_labels(args.labels), read_units(args.units)
-    key_of = {name: label_key(name, labels.labels) for name in units}
+    key_of = {name: known_key(name, os.path.basename(name), labels.labels) for name in units}
     names = [name for name in units if key_of[name]]
     if not names:
         raise UserError(
@@ -131,12 +131,6 @@ def aligned(args):
         for part in (labels, units)
     )
     return names, labels, units, np.cumsum(lengths) - lengths
-
-
-def label_key(name, labels):
-    """The name of a file in `labels`, None if it has none; `name` may have folders."""
-    keys = keys_of(name, os.path.basename(name))
-    return next((key for key in reversed(keys) if key in labels), None)
 
 
 def check_lengths(n_labels, n_units, names, args):

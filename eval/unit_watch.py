@@ -7,9 +7,9 @@ import torch
 
 from eval.kmeans import assign, kmeans
 from eval.unit_measures import agreement, chance, joint_counts, measure, usage
-from eval.units import features_to_cluster
+from eval.units import FEATURES, features_to_cluster
 from feature_loader import FeatureModule
-from utils.misc import UserError
+from utils.misc import SAMPLES_PER_FRAME, UserError
 
 FRAMES = 20_000  # that are clustered: 200 s
 STARTS = 3  # of k-means
@@ -45,20 +45,29 @@ def measure_units(model, dataset, phones, n_clusters, generator):
     return logged
 
 
+def most_clusters(dataset, phones):
+    """The number of frames that are clustered, at least."""
+    files = labelled_files(dataset, phones)
+    return min(FRAMES, sum(u.samples // SAMPLES_PER_FRAME for u in files))
+
+
+def labelled_files(dataset, phones):
+    return [u for u in dataset.utterances if not phones or u.path in phones]
+
+
 def collect(model, dataset, phones, generator):
     """Contexts (N, D) of whole files, phones (N,) or zeros, speakers (N,), and where files start.
 
     Raises UserError if a file can't be read, or the contexts aren't finite.
     """
-    files = [u for u in dataset.utterances if not phones or u.path in phones]
+    files = labelled_files(dataset, phones)
     module, found, n_frames = FeatureModule(model, False), [], 0
     for index in torch.randperm(len(files), generator=generator).tolist():
         if n_frames >= FRAMES:
             break
         file = files[index]
         path = os.path.join(dataset.root, file.path)
-        plain = {"seq_norm": False, "norm_vec_len": False}
-        frames = torch.cat(list(features_to_cluster(module, path, plain)))
+        frames = torch.cat(list(features_to_cluster(module, path, FEATURES)))
         of_file = np.asarray(phones[file.path] if phones else np.zeros(len(frames)), dtype=int)
         n = min(len(frames), len(of_file))
         found.append((frames[:n], of_file[:n], np.full(n, file.speaker)))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from dataset import refuse_too_many
-from eval.center_push import read_centers
+from eval.center_push import read_centers, squared_distances
+from eval.kmeans import assign
 from feature_loader import FeatureModule, features_in_parts, load_model
 from utils.files import lines_of, load_json, load_tensors, save_array, save_json, save_tensors
 from utils.misc import UserError, first_few
@@ -23,7 +24,7 @@ from utils.normalisation import seq_normalization
 LAST = "checkpoint_last.pt"  # centers, in a folder
 FEATURES = {  # what centers are centers of, and the value where a file says nothing
     "pathCheckpoint": None, "level_gru": None, "encoder_layer": False, "seq_norm": False,
-    "norm_vec_len": False,
+    "norm_vec_len": False, "mean_std": None,
 }  # fmt: skip
 SUPPORTED = {"nGroups": (None, 1), "dimReduction": (None,), "train_mode": (None, False)}
 MOST_UNITS = 100_000
@@ -54,20 +55,22 @@ def write_clusters(path, centers, features, flags):
     save_json(args_path(path), {**flags, **features})
 
 
-def read_clusters(path, explicit):
+def read_clusters(path, explicit, flag="centers"):
     """The `Clusters` of a file, or of a folder with a checkpoint_last.pt.
 
     explicit: flags of FEATURES, None where not given. They say what the file doesn't; only the
-    place of the checkpoint may be another. Raises UserError if they contradict it.
+    place of the checkpoint may be another. Raises UserError, naming `flag`, if they contradict it.
     """
     path = os.path.join(path, LAST) if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        raise UserError(f"{flag} {path}: holds no centers: no such file")
     if not path.endswith(KINDS):
         raise UserError(
             f"{path}: not one of {' '.join(KINDS)}; a pickle, such as those of scikit-learn, can "
             "run code and isn't read: python -c \"import joblib, numpy; numpy.save('km.npy', "
             f"joblib.load('{path}').cluster_centers_)\" converts it"
         )
-    centers, stored = read_centers(path, "centers"), _stored_features(path)
+    centers, stored = read_centers(path, flag), _stored_features(path)
     for name, value in explicit.items():
         if value is None:
             continue
@@ -107,20 +110,84 @@ def feature_module(features, device):
     return FeatureModule(model, features["encoder_layer"]).to(device)
 
 
-def features_to_cluster(module, path, features):
-    """Yield the features of a file, (T, D) each. Raises UserError if they aren't finite."""
-    parts = features_in_parts(module, path)
+def features_to_cluster(module, path, features, waveform=None):
+    """Yield the features of a file, (T, D) each, or those of another waveform (1, n) for it.
+
+    Raises UserError if they aren't finite.
+    """
+    parts = features_in_parts(module, path, waveform=waveform)
     if features["seq_norm"]:
         parts = [seq_normalization(torch.cat(list(parts))[None])[0]]
     for part in parts:
         if not part.isfinite().all():
             raise UserError(f"{path}: the model's features of this file aren't finite")
-        yield F.normalize(part, dim=1) if features["norm_vec_len"] else part
+        yield scaled(part, features)
+
+
+def scaled(frames, features):
+    """Frames (..., D) as the dict `features` describes: standardised, or of unit length."""
+    if features["mean_std"]:
+        mean, std = frames.new_tensor(features["mean_std"])
+        frames = (frames - mean) / std
+    return F.normalize(frames, dim=-1) if features["norm_vec_len"] else frames
+
+
+def cluster_features(frames, clusters, as_units=True):
+    """Frames (..., D) of a model -> (..., K): 1 at the nearest center and 0 elsewhere, or the
+    squared distances to all centers.
+    """
+    frames, centers = scaled(frames, clusters.features), clusters.centers.to(frames.device)
+    if not as_units:
+        return squared_distances(frames, centers)
+    units = assign(frames.flatten(0, -2), centers)[0].view(frames.shape[:-1])
+    return F.one_hot(units, len(centers)).float()
+
+
+class ClusterFeatures(FeatureModule):
+    """A model whose features are those of `cluster_features`."""
+
+    def __init__(self, model, clusters, as_units):
+        super().__init__(model, clusters.features["encoder_layer"])
+        self.clusters, self.as_units = clusters, as_units
+
+    def forward(self, waveform, continues=None):
+        """waveform: (B, 1, L) -> (B, S, K)."""
+        return cluster_features(super().forward(waveform, continues), self.clusters, self.as_units)
+
+
+def read_frame_clusters(path, checkpoint, *, get_encoded, gru_level=-1, flag="--clusters"):
+    """The `Clusters` of a file for frames of `checkpoint`, whatever part of a file they are from.
+
+    Raises UserError if they need whole files, or contradict the flags.
+    """
+    explicit = {
+        "pathCheckpoint": checkpoint,
+        "encoder_layer": get_encoded or None,
+        "level_gru": gru_level if gru_level > 0 else None,
+    }
+    clusters = read_clusters(path, explicit, flag)
+    if clusters.features["seq_norm"]:
+        raise UserError(
+            f"{flag} {path}: of features that are normalised over each file (--seq_norm): only "
+            "eval/quantize.py gives their units (--format onehot-npy)"
+        )
+    return clusters
+
+
+def check_width(clusters, n_features):
+    """Raise UserError unless the centers are of that many dimensions."""
+    if clusters.centers.size(1) != n_features:
+        raise UserError(
+            f"{clusters.path}: centers of {clusters.centers.size(1)} dimensions for features of "
+            f"{n_features}: is it another layer (--encoder_layer) or another model?"
+        )
 
 
 def report_unusable(problems, n_files):
-    """Print the files that are left out, or raise UserError if training wouldn't tolerate them."""
+    """Print the files that are left out, or raise UserError if they are all, or too many."""
     refuse_too_many(problems, n_files)
+    if problems and len(problems) == n_files:
+        raise UserError(f"no file can be used: {first_few(problems)}")
     if problems:
         print(f"left out: {first_few(problems)}")
 
@@ -165,6 +232,11 @@ def split_units(line):
         if rest:
             return name, rest[0]
     return name, ""
+
+
+def one_hot(units, n_units):
+    """Units (n,) -> (n, n_units) float64."""
+    return np.eye(n_units)[units]
 
 
 def deduplicated(units):

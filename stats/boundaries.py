@@ -73,6 +73,19 @@ def match_one_to_one(predicted, true, tolerance=TOLERANCE):
     return pairs
 
 
+def prominent_pairs(predicted, true, prominence, tolerance=TOLERANCE):
+    """As many pairs as `match_one_to_one` makes, of the most prominent peaks possible.
+
+    prominence: (n,) of each predicted boundary. Only for pictures: it takes n matchings.
+    """
+    chosen = []
+    for i in np.argsort(-prominence, kind="stable").tolist():
+        more = sorted([*chosen, i])
+        if len(match_one_to_one(predicted[more], true, tolerance)) == len(more):
+            chosen = more
+    return [(chosen[i], j) for i, j in match_one_to_one(predicted[chosen], true, tolerance)]
+
+
 def count_boundaries(predicted, true, tolerance=TOLERANCE):
     """The COUNTS of a segmentation, (5,) int64; those of several utterances add up.
 

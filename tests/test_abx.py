@@ -426,6 +426,9 @@ def test_item_file_from_labels(tmp_path, capsys):
     )
     make_abx_item.main([*arguments, "--extent", "phone"])
     assert "s7-1 0.05 0.07 b a c s7\n" in (tmp_path / "out.item").read_text()
+    (tmp_path / "list").write_text("t8-1\n")
+    make_abx_item.main([*arguments, "--seqList", str(tmp_path / "list")])
+    assert (tmp_path / "out.item").read_text() == HEADER + "t8-1 0.00 0.04 a b c t8\n"
     (tmp_path / "symbols.txt").write_text("0 SIL\n1 a\n2 b\n3 c\n7 d\n8 e\n")
     make_abx_item.main(arguments)
     assert "2 of 6 symbols of" in (said := capsys.readouterr().out)

@@ -39,7 +39,7 @@ from utils.data.labels import (
     write_labels,
     write_symbols,
 )
-from utils.data.names import files_by_key, files_by_name, files_by_shortest_key
+from utils.data.names import files_by_key, files_by_shortest_key
 from utils.files import load_json, save_json, writing_to
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError
 from utils.torchaudio_import import torchaudio
@@ -830,10 +830,8 @@ def test_phones_of_timit(tmp_path):
 def test_files_are_found_by_their_names(tmp_path):
     root = empty_corpus(tmp_path, {"a": 2, "b": 1})
     expected = {name: f"{name[0]}/chapter/{name}.flac" for name in ("a-0", "a-1", "b-0")}
-    assert files_by_name(root, ".flac") == expected
+    assert files_by_shortest_key(root, ".flac") == expected
     (root / "b" / "a-1.flac").touch()
-    with pytest.raises(UserError, match="a/chapter/a-1.flac and b/a-1.flac have the same name"):
-        files_by_name(root, ".flac")
     wanted = {"b-0", "none", "a/a-1", "b/a-1"}
     assert files_by_key(root, ".flac", wanted, "list") == {
         "b-0": "b/chapter/b-0.flac",

@@ -46,7 +46,7 @@ from utils.data.corpus import (
     warn_of_subsets,
 )
 from utils.data.labels import PhoneLabels, read_phone_labels
-from utils.data.names import files_by_name
+from utils.data.names import files_by_shortest_key
 from utils.data.packs import allocate_audio
 from utils.data.windows import (
     Layout,
@@ -738,7 +738,7 @@ def test_names_are_compared_in_composed_form(tmp_path):
             labels = read_phone_labels(tmp_path / "labels")
             labelled = AudioDataset(corpus, chosen, 160, phone_labels=labels)
             assert labelled.samples.tolist() == [3200]
-            assert files_by_name(tmp_path / place, ".wav").keys() == {composed}
+            assert files_by_shortest_key(tmp_path / place, ".wav").keys() == {composed}
 
 
 def test_phone_labels_in_any_layout(tmp_path):

@@ -729,6 +729,25 @@ def test_command_pushes_to_centers(probe_command, tmp_path):
         probe_command(*push, 1.0)
 
 
+def test_command_probes_units(probe_command, phones, tmp_path, capsys):
+    """As accurate as the majority class of each of two units, at best."""
+    np.save(tmp_path / "two.npy", np.random.default_rng(0).normal(size=(2, 16)))
+    out, logs = probe_command(*phones, "--clusters", tmp_path / "two.npy")
+    weight = load_tensors(out / "checkpoint_1.pt")["cpcCriterion"][
+        "PhoneCriterionClassifier.weight"
+    ]
+    assert weight.shape[1] == 2
+    assert logs["best_val_acc"] >= logs["baseline_val_acc"]
+    np.save(tmp_path / "narrow.npy", np.zeros((2, 15)))
+    for said, words in {
+        "15 dimensions for features of 16": ("--clusters", tmp_path / "narrow.npy"),
+        "leave out .*--unfrozen": ("--clusters", tmp_path / "two.npy", "--unfrozen"),
+        "holds no centers": ("--clusters", tmp_path / "none.npy"),
+    }.items():
+        with ends_refused(capsys, said):
+            probe_command(*words, out=tmp_path / "refused")
+
+
 @pytest.mark.parametrize(
     ("load", "n_samples"),
     [

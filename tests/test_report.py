@@ -1086,10 +1086,12 @@ def test_a_summary_compares_with_random_weights_alone(reported_run, tmp_path, ca
 def test_a_summary_has_accuracies_only_where_they_mean_anything(by_ctc, shown, tmp_path, capsys):
     args = arguments(tmp_path, supervised=True, CTC=by_ctc)
     save_json(tmp_path / "checkpoint_args.json", vars(args))
-    save_json(tmp_path / "checkpoint_logs.json", invented_logs(3))
+    units = {"units_pnmi": [None, 0.25, 0.5], "units_bitrate_frames": [None, 500.0, None]}
+    save_json(tmp_path / "checkpoint_logs.json", invented_logs(3) | units)
     summary.main([str(tmp_path)])
     said = capsys.readouterr().out
     assert re.search(r"validation loss +5\.500 +3\.767\n", said)
+    assert re.search(r"PNMI of discrete units +- +0\.500\nbitrate .* +- +500\n", said)
     assert ("validation accuracy" in said) == shown
     assert "phone accuracy of a linear probe" in said
 

@@ -20,6 +20,7 @@ from stats.boundaries import (
     counts_by_prominence,
     match_one_to_one,
     peak_prominence,
+    prominent_pairs,
     scaled_to_one,
     segmentation_metrics,
 )
@@ -115,10 +116,21 @@ def test_counts_match_loops():
                 assert len(set(column)) == len(pairs)
                 assert max(column) < len(places)
             assert all(abs(predicted[i] - true[j]) <= tolerance for i, j in pairs)
+            heights = rng.random(len(predicted))
+            tall = prominent_pairs(predicted, true, heights, tolerance)
+            assert len({*tall}) == len(pairs)
+            assert all(abs(predicted[i] - true[j]) <= tolerance for i, j in tall)
+            assert sum(heights[i] for i, _ in tall) >= sum(heights[i] for i, _ in pairs)
             counts = count_boundaries(predicted, true, tolerance)
             assert counts.tolist() == naive_counts(predicted, true, tolerance)
     nothing = np.array([], dtype=int)
     assert count_boundaries(nothing, true).tolist() == [0, 0, 0, 0, len(true)]
+
+
+def test_the_taller_of_two_peaks_is_right_in_pictures():
+    assert match_one_to_one([10, 12], [11], 2) == [(0, 0)]
+    predicted, true = np.array([10, 12]), np.array([11])
+    assert prominent_pairs(predicted, true, np.array([0.1, 0.9]), 2) == [(1, 0)]
 
 
 def test_metrics_of_known_segmentations():

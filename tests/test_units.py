@@ -8,17 +8,20 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 
-from eval import cluster, quantize, unit_quality
+import train
+from eval import cluster, quantize, unit_quality, unit_robustness
+from eval.hear_augmentation import open_augmentation
 from eval.kmeans import assign, first_centers, kmeans, lloyd
 from eval.unit_measures import chance, measure, usage
 from eval.units import read_clusters, read_units
-from feature_loader import build_feature, load_model
+from feature_loader import build_feature, load_model, load_waveform
 from tests.helpers import assert_close, assert_equal_trees, ends_refused
 from tests.test_probes import save_model
-from tests.test_train import trained
+from tests.test_train import on, trained
 from utils.data.labels import runs, write_labels
 from utils.files import load_json
 from utils.misc import UserError, generator_from
@@ -187,8 +190,11 @@ def test_files_of_the_original_program(tmp_path, model_file):
 def test_bad_input_is_refused(tmp_path, tiny_corpus, model_file, clusters, capsys):
     audio, q = tiny_corpus / "audio", tmp_path / "q"
     np.save(tmp_path / "c.npy", np.zeros((3, 5)))
+    (tmp_path / "km.bin").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.wav").touch()
     for said, words in {
-        "km.bin: not one of .* joblib.load": ("km.bin", audio, q),
+        "km.bin: not one of .* joblib.load": (tmp_path / "km.bin", audio, q),
         "doesn't say which model": (tmp_path / "c.npy", audio, q),
         "5 dimensions for features of 8": (
             tmp_path / "c.npy", audio, q, "--pathCheckpoint", model_file,
@@ -197,7 +203,8 @@ def test_bad_input_is_refused(tmp_path, tiny_corpus, model_file, clusters, capsy
         "must be i-n": (clusters, audio, q, "--split", "3-2"),
         "no file ends with": (clusters, audio, q, "--file_extension", ".mp3"),
         "--dedup with": (clusters, audio, q, "--dedup", "--format", "onehot-npy"),
-        "holds no centers|No such file|can't be loaded": (tmp_path / "none.pt", audio, q),
+        "none: holds no centers: no such file": (tmp_path / "none", audio, q),
+        "no file can be used": (clusters, tmp_path / "empty", tmp_path / "none of it"),
     }.items():  # fmt: skip
         with ends_refused(capsys, said):
             quantized(*words)
@@ -329,14 +336,54 @@ def test_units_that_dont_fit_their_labels_are_refused(tmp_path, capsys):
     assert load_json(tmp_path / "unit_quality.json")["measures"]["frames"]["pnmi"] > 0.5
 
 
+def naive_edit_distance(some, others):
+    row = list(range(len(others) + 1))
+    for i, a in enumerate(some, 1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(others, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+    return row[-1]
+
+
+def test_units_of_augmented_speech(tmp_path, tiny_corpus, model_file, clusters, capsys):
+    audio, chosen = tiny_corpus / "audio", tmp_path / "list"
+    paths = sorted(audio.rglob("*.flac"))[:2]
+    chosen.write_text("\n".join(path.stem for path in paths))
+
+    def distances(*words):
+        words = [clusters, audio, tmp_path, "--pathSeq", chosen, "--augment_type", *words]
+        words = list(map(str, words))
+        unit_robustness.main(words)
+        return words, load_json(tmp_path / "unit_robustness.json")["ued"]
+
+    same = ("pitch", "time_dropout", "--shift_max", "0", "--t_ms", "0", "--max_files", "1")
+    assert distances(*same)[1] == dict.fromkeys(("pitch", "time_dropout", "pitch_time_dropout"), 0)
+    words, found = distances("pitch")
+    assert found == distances("pitch")[1]
+    centers = read_clusters(str(clusters), {}).centers
+    augmentation = open_augmentation(unit_robustness.parse_arguments(words), 16000)
+    model, rates = load_model([model_file])[0], []
+    for path in paths:
+        copy = augmentation.copy(load_waveform(path), ["pitch"], path.stem)
+        soundfile.write(tmp_path / "copy.wav", copy[0].numpy(), 16000, "FLOAT")
+        features = (build_feature(model, p)[0].double() for p in (path, tmp_path / "copy.wav"))
+        units = (torch.cdist(f, centers.double()).argmin(1).tolist() for f in features)
+        clean, other = ([unit for unit, _ in itertools.groupby(u)] for u in units)
+        rates.append(naive_edit_distance(clean, other) / len(clean))
+    assert found == {"pitch": pytest.approx(sum(rates) / len(rates))}
+    assert found["pitch"] > 0
+    with ends_refused(capsys, "natural_reverb needs --pathImpulseResponses"):
+        distances("natural_reverb")
+
+
 # ------------------------------------------------------------------------------------ in training
 
 
 def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_path, capsys):
     words = ["--unit_quality_each_epochs", "1", "--nClusters"]
-    plain = trained(tiny_corpus, tmp_path / "none", *words, "5000")
-    assert "note: no units: 5000 clusters of only" in capsys.readouterr().out
-    assert not any(key.startswith("units_") for key in plain["logs"])
+    with ends_refused(capsys, "--nClusters 5000: the units in training are of"):
+        train.main([*map(str, [*on(tiny_corpus), "--pathCheckpoint", tmp_path, *words]), "5000"])
+    plain = trained(tiny_corpus, tmp_path / "none")
     labels = ["--path_phone_data", tiny_corpus / "phones.txt"]
     found = trained(tiny_corpus, tmp_path / "units", *words, "4", *labels)
     new = {key for key in found["logs"] if key.startswith("units_")}

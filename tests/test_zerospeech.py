@@ -1,4 +1,4 @@
-"""Tests of build_zeroSpeech_features.py."""
+"""Tests of build_zeroSpeech_features.py and zerospeech2021.py."""
 
 import re
 
@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from criterion.classification import PhoneCriterion
-from eval import build_zeroSpeech_features
+from eval import build_zeroSpeech_features, cluster, quantize, zerospeech2021
 from feature_loader import ModelPhoneCombined, build_feature, load_model
 from tests.helpers import assert_close
 from tests.test_probes import save_model, status_of
@@ -121,6 +121,33 @@ def test_distances_to_clusters_as_features(tmp_path, audio, model_file):
     assert_close(torch.load(tmp_path / "out" / "b.pt", weights_only=True), expected)
 
 
+def test_units_and_distances_are_of_the_features_that_were_clustered(tmp_path, audio, model_file):
+    """Of frames of unit length, or of all frames standardised, as stored with the centers."""
+    for flag in ("--norm_vec_len", "--standardise"):
+        words = [model_file, tmp_path / f"{flag}.pt", audio, "-k", 20, "--encoder_layer", flag]
+        cluster.main(list(map(str, [*words, "--speaker_level", 0])))
+        quantize.main([str(words[1]), str(audio), str(tmp_path / flag), "--format", "onehot-npy"])
+        for kind in ([], ["--oneHot"]):
+            out = tmp_path / f"{flag}{kind}"
+            assert (
+                build(audio, out, model_file, "--format", "npy", "--clusters", words[1], *kind) == 0
+            )
+            for name in "abc":
+                rows = np.load(out / f"{name}.npy")
+                expected = np.load(tmp_path / flag / "onehot" / f"{name}.npy")
+                found = rows.argmax(1) if kind else rows.argmin(1)
+                assert found.tolist() == expected.argmax(1).tolist()
+                assert not kind or (rows == expected).all()
+
+
+def test_files_with_the_same_name_keep_their_folders(tmp_path, audio, model_file):
+    soundfile.write(audio / "more" / "a.wav", np.full(3200, 0.1), 16000)
+    assert build(audio, tmp_path / "out", model_file, "--format", "npy") == 0
+    names = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.npy")}
+    assert {str(name) for name in names} == {"a.npy", "b.npy", "c.npy", "more/a.npy"}
+    assert len(np.load(tmp_path / "out/more/a.npy")) == 20
+
+
 def test_a_stopped_call_goes_on(tmp_path, audio, model_file, capsys):
     words = (audio, tmp_path / "out", model_file, "--format", "npy")
     assert build(*words) == 0
@@ -176,12 +203,10 @@ def test_what_cannot_be_done_is_refused(tmp_path, audio, model_file, capsys, wor
 def test_wrong_places_are_refused(tmp_path, audio, model_file, capsys):
     np.save(tmp_path / "wide.npy", np.zeros((2, 9)))
     (tmp_path / "file").write_text("")
-    soundfile.write(audio / "more" / "a.wav", np.zeros(1600), 16000)
     for words, reason in (
         ((tmp_path / "none", tmp_path / "out", model_file), "none: no such directory"),
         ((audio / "more", tmp_path / "out", tmp_path / "none.pt"), "none.pt: no such"),
         ((audio / "more", tmp_path / "file", model_file), "file: can't be written"),
-        ((audio, tmp_path / "out", model_file), "have the same name without folder"),
         (
             (audio / "more", tmp_path / "out", model_file, "--clusters", tmp_path / "wide.npy"),
             "9 dimensions for features of 8",
@@ -189,3 +214,89 @@ def test_wrong_places_are_refused(tmp_path, audio, model_file, capsys):
     ):
         assert build(*words) == 2
         assert reason in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ 2021
+
+
+@pytest.fixture
+def challenge(tmp_path):
+    """The folders of the challenge's audio: two files in each set, one name twice, one strange."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(zerospeech2021.SETS):
+        for file in (f"{number}-a", "same"):
+            path = tmp_path / "data" / "phonetic" / name / f"{file}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, rng.uniform(-0.5, 0.5, 2000 + 500 * number), 16000)
+    (tmp_path / "data" / "lexical").mkdir()
+    soundfile.write(tmp_path / "data" / "lexical" / "word.wav", np.zeros(1600), 16000)
+    return tmp_path / "data"
+
+
+def check_submission(submission, dataset):
+    """The challenge's rules: every file of the four sets, 2-D float64, one width, two rows."""
+    expected = {path.relative_to(dataset) for path in dataset.glob("phonetic/*/*.wav")}
+    found = {path.relative_to(submission) for path in submission.glob("phonetic/*/*")}
+    assert found == {path.with_suffix(".npy") for path in expected}
+    arrays = [np.load(submission / path) for path in found]
+    assert {array.ndim for array in arrays} == {2}
+    assert {array.dtype for array in arrays} == {np.dtype("float64")}
+    assert len({array.shape[1] for array in arrays}) == 1
+    assert min(len(array) for array in arrays) >= 2
+    lines = (submission / "params.yaml").read_text().splitlines()
+    assert dict(line.split(": ") for line in lines) == {"feature_size": "0.01", "metric": "cosine"}
+    meta = {line.split(":")[0] for line in (submission / "meta.yaml").read_text().splitlines()}
+    fields = {"author", "affiliation", "description", "open_source", "train_set", "gpu_budget"}
+    assert fields <= meta
+    assert {path.name for path in submission.iterdir()} == {
+        "phonetic", "code", "params.yaml", "meta.yaml"
+    }  # fmt: skip
+
+
+def test_submission_of_features_and_of_units(tmp_path, challenge, model_file, capsys):
+    words = [challenge, tmp_path / "features", model_file, "--getEncoded"]
+    assert status_of(zerospeech2021.main, *words) == 0
+    check_submission(tmp_path / "features", challenge)
+    expected = build_feature(
+        load_model([model_file])[0], challenge / "phonetic/test-other/same.wav", get_encoded=True
+    )
+    features = np.load(tmp_path / "features/phonetic/test-other/same.npy")
+    assert_close(torch.from_numpy(features), expected[0].double())
+    (tmp_path / "features/meta.yaml").write_text("mine")
+    assert status_of(zerospeech2021.main, *words) == 0
+    assert (tmp_path / "features/meta.yaml").read_text() == "mine"
+
+    np.save(tmp_path / "c.npy", torch.randn(5, 8).numpy())
+    quantize.main([str(tmp_path / "c.npy"), str(challenge / "phonetic"), str(tmp_path / "units"),
+                   "--pathCheckpoint", str(model_file)])  # fmt: skip
+    units = tmp_path / "units/quantized_outputs.txt"
+    assert status_of(zerospeech2021.main, challenge, tmp_path / "onehot", units) == 0
+    check_submission(tmp_path / "onehot", challenge)
+    words = [challenge, tmp_path / "direct", model_file, "--oneHot", "--clusters"]
+    assert status_of(zerospeech2021.main, *words, tmp_path / "c.npy") == 0
+    for path in (tmp_path / "onehot").glob("phonetic/*/*.npy"):
+        direct = np.load(tmp_path / "direct" / path.relative_to(tmp_path / "onehot"))
+        assert np.array_equal(np.load(path).argmax(1), direct.argmax(1))
+
+
+def test_what_no_submission_can_be_made_of_is_refused(tmp_path, challenge, model_file, capsys):
+    units, lines = tmp_path / "units.txt", []
+    for path in sorted(challenge.glob("phonetic/*/*.wav")):
+        n_frames = soundfile.info(path).frames // 160
+        lines.append(f"{path.parent.name}/{path.stem}\t{','.join(['1', '0'] * n_frames)}")
+    units.write_text("\n".join(lines[1:]))
+    for reason, words in {
+        "--strict is for features": (challenge, units, "--strict"),
+        "has no folder phonetic": (tmp_path, model_file),
+        "none.txt: can't be read": (challenge, tmp_path / "none.txt"),
+        "has no units in": (challenge, units),
+    }.items():
+        source, *flags = words[1:]
+        assert status_of(zerospeech2021.main, words[0], tmp_path / "out", source, *flags) == 2
+        assert reason in capsys.readouterr().err
+    (challenge / "phonetic/dev-clean").rename(challenge / "phonetic/train")
+    soundfile.write(challenge / "phonetic/dev-other/short.wav", np.ones(313), 16000)
+    assert status_of(zerospeech2021.main, challenge, tmp_path / "short", model_file) == 2
+    captured = capsys.readouterr()
+    assert "has no dev-clean: the challenge wants all four sets" in captured.out
+    assert "short.wav: has only 1 frame, the challenge wants two" in captured.err

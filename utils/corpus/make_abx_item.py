@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import utils.run.before_torch  # noqa: F401
 
+from utils.data.corpus import read_utterance_list
 from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
 from utils.files import write_lines, writing_to
 from utils.misc import UserError, counted, first_few, nfc
@@ -29,6 +30,8 @@ HEADER = "#file onset offset #phone prev-phone next-phone speaker"
 def main(argv=None):
     args = build_parser().parse_args(argv)
     labels = read_phone_labels(args.labels).labels
+    if args.seqList:
+        labels = listed_labels(labels, args)
     symbol_of = {number: symbol for symbol, number in read_symbols(args.phones).items()}
     silent = set(nfc(args.silence).split(","))
     silence = {number for number, symbol in symbol_of.items() if symbol in silent}
@@ -71,6 +74,7 @@ def build_parser():
     add("labels", help="labels, one utterance per line: `name id id ...`, an id for every 10 ms")
     add("phones", help="symbols of the phones, one `id symbol` per line")
     add("out", help="item file to write")
+    add("--seqList", metavar="FILE", help="only items of these utterances, one name per line")
     add("--extent", choices=["triphone", "phone"], default="triphone",
         help="an item spans its phone and the phones beside it, or only its phone (default: "
         "triphone, as in the ZeroSpeech challenge of 2017)")
@@ -82,6 +86,20 @@ def build_parser():
 
 
 # fmt: on
+
+
+def listed_labels(labels, args):
+    """Those of the utterances in --seqList. Raises UserError if there are none."""
+    listed = read_utterance_list(args.seqList)
+    labels = {name: labels[name] for name in listed if name in labels}
+    if not labels:
+        raise UserError(f"{args.seqList}: {args.labels} has labels for none of its utterances")
+    if missing := [name for name in listed if name not in labels]:
+        print(
+            f"{args.labels}: no labels for {len(missing)} of {len(listed)} utterances of "
+            f"{args.seqList}: {first_few(missing)}"
+        )
+    return labels
 
 
 def item_lines(name, ids, symbol_of, silence, args):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from utils.data.listing import list_audio_files
-from utils.data.names import keys_of, refuse_ambiguous
+from utils.data.names import keys_of, known_key, refuse_ambiguous
 from utils.files import lines_of
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from, nfc
 from utils.run.distributed import ALONE
@@ -210,8 +210,7 @@ def labels_by_path(labels, utterances, corpus):
     """
     found, chosen = utterances_by_key(corpus.utterances, labels.labels), {}
     for utterance in utterances:
-        keys = keys_of(utterance.path, utterance.name)
-        key = next((key for key in reversed(keys) if key in labels.labels), None)
+        key = known_key(utterance.path, utterance.name, labels.labels)
         if key is not None:
             refuse_ambiguous(labels.path, key, [u.path for u in found[key]])
             chosen[utterance.path] = labels.labels[key]

@@ -21,6 +21,11 @@ def keys_of(path, name):
     return [name, *("/".join([*folders[:n], name]) for n in range(1, len(folders) + 1))]
 
 
+def known_key(path, name, known):
+    """The longest of a file's keys that is in `known`; None if none is."""
+    return next((key for key in reversed(keys_of(path, name)) if key in known), None)
+
+
 def refuse_ambiguous(source, key, paths):
     """Raise UserError if `key`, in the file `source`, stands for several of these paths."""
     if len(paths) > 1:
@@ -30,23 +35,6 @@ def refuse_ambiguous(source, key, paths):
             f"{source}: {first_few([key])} may be {first_few(paths)}: write the folder (the "
             f"speaker) before the name, as in {shown}, in lists and labels"
         )
-
-
-def files_by_name(root, extension):
-    """Name -> path relative to `root` of all files below it.
-
-    Raises UserError if two files have the same name, or none ends with `extension`.
-    """
-    paths = {}
-    for path in find_files(root, extension):
-        name = name_of(path, extension)
-        if name in paths:
-            raise UserError(
-                f"{root}: {paths[name]} and {path} have the same name without folder and "
-                "extension: rename one, or process their folders separately"
-            )
-        paths[name] = path
-    return paths
 
 
 def files_by_key(root, extension, wanted, source):

@@ -144,11 +144,10 @@ def probe_table(logs, task, metric, key):
 
 
 def stats_section(logs, args, stats, pictures):
-    if not args.captureSetStats:
-        yield soft("This run has no stats (--captureSetStats).")
     keys = keys_of_stats(logs)
-    if args.captureSetStats and not keys:
-        yield soft("None so far.")
+    if not keys:
+        asked = bool(args.captureSetStats)
+        yield soft("None so far." if asked else "This run has no stats (--captureSetStats).")
     for name in [*stats, "units", ""]:  # values of no stat of this call come last
         own = [key for key in keys if key.startswith(f"{name}_") or not name]
         keys = [key for key in keys if key not in own]

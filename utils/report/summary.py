@@ -23,6 +23,12 @@ from utils.run.command import CommandLine, command
 from utils.run.flags import stored_arguments
 from utils.stat_specs import picture_directories
 
+UNITS = {  # key of the logs -> title, format
+    "units_pnmi": ("PNMI of discrete units", "{:.3f}".format),
+    "units_pnmi_by_chance": ("    (by chance)", "{:.3f}".format),
+    "units_bitrate_frames": ("bitrate of discrete units, bit/s", "{:.0f}".format),
+}
+
 
 @command
 def main(argv=None):
@@ -31,6 +37,7 @@ def main(argv=None):
     if not logs["epoch"]:
         raise UserError(f"{args.run}: no epoch is finished yet")
     rows = validation_rows(logs) + probe_rows(logs, untrained_accuracies(args.untrained))
+    rows += unit_rows(logs)
     print(f"{'':<38}{'untrained':>12}{'trained':>12}")
     for name, before, after in rows:
         print(f"{name:<38}{before:>12}{after:>12}")
@@ -152,6 +159,12 @@ def probe_rows(logs, untrained):
         rows.append((f"{task} accuracy of a linear probe", before, percent(found[-1])))
         rows.append((f"    (majority {task})", percent(majority), percent(majority)))
     return rows
+
+
+def unit_rows(logs):
+    """Of the last epoch with --unit_quality_each_epochs; PNMI only if phones are known."""
+    last = {key: [v for v in logs.get(key, []) if v is not None][-1:] for key in UNITS}
+    return [(UNITS[key][0], "-", UNITS[key][1](*value)) for key, value in last.items() if value]
 
 
 if __name__ == "__main__":

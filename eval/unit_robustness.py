@@ -1,0 +1,124 @@
+"""How much the discrete units of speech change where it is augmented: unit edit distance (UED).
+
+    python eval/unit_robustness.py CLUSTERS DB OUT --augment_type pitch additive reverb
+
+For each type, and for their chain: the edit distance between the units of a file and those of its
+augmented copy, both without repetitions, divided by the number of the former, on average over files
+(Gat et al., "Augmentation invariant discrete representation for generative spoken language
+modeling", 2022, arXiv:2209.15483). 0 %: the units are those of the clean speech. Compare with the
+same number of units only: more of them change more easily.
+
+CLUSTERS comes from `eval/cluster.py`, or is another file of centers, for which --pathCheckpoint
+names the model. Flags of augmentation are those of train.py, except that noise is coloured noise
+without --pathDBNoise; eval/hear_augmentation.py makes them audible. OUT gets
+`unit_robustness.json`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import utils.run.before_torch  # noqa: F401
+
+import torch
+
+from criterion.seq_alignment import phone_error_rate
+from eval.cluster import add_feature_flags
+from eval.hear_augmentation import each_and_all, open_augmentation, parse_with_augmentation
+from eval.quantize import open_clusters, units_of, wanted_files
+from eval.units import deduplicated, report_unusable
+from feature_loader import load_waveform
+from utils.data.listing import choose_extension
+from utils.files import check_writable, save_json, writing_to
+from utils.misc import SAMPLE_RATE, UserError, counted, generator_from, percent
+from utils.run.command import CommandLine, at_least, command
+from utils.run.console import progress
+from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.shared_flags import add_device, add_extension
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    set_threads(device_from(args.device))
+    clusters, module = open_clusters(args)
+    paths = some_files(args)
+    effects = each_and_all(args.augment_type or [])
+    augmentation = open_augmentation(args, SAMPLE_RATE)
+
+    def units(path, waveform):
+        return deduplicated(units_of(module, clusters, path, waveform)).tolist()
+
+    clean, augmented, problems = [], {name: [] for name in effects}, []
+    for name, path in progress(paths.items(), what="unit edit distance", unit=" files"):
+        path = os.path.join(args.pathDB, path)
+        try:
+            waveform = load_waveform(path)
+            of_effects = {
+                effect: units(path, augmentation.copy(waveform, types, name))
+                for effect, types in effects.items()
+            }
+            clean.append(units(path, waveform))
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for effect, found in of_effects.items():
+            augmented[effect].append(found)
+    report_unusable(problems, len(paths))
+    distances = {name: phone_error_rate(found, clean) for name, found in augmented.items()}
+    result = {"files": len(clean), "n_units": len(clusters.centers), "ued": distances}
+    with writing_to(args.out):
+        save_json(Path(args.out, "unit_robustness.json"), {**result, "flags": vars(args)})
+    print(f"unit edit distance of {counted(len(clean), 'file')}, {len(clusters.centers)} units:")
+    for name, types in effects.items():
+        print(f"{percent(distances[name]):>10}  {' '.join(types)}")
+    print(f"results: {args.out}/unit_robustness.json")
+
+
+def some_files(args):
+    """Name -> path below `pathDB` of at most --max_files files, at random."""
+    paths = list(wanted_files(args).items())
+    order = torch.randperm(len(paths), generator=generator_from(args.random_seed, "files"))
+    return dict(sorted(paths[i] for i in order[: args.max_files].tolist()))
+
+
+def parse_arguments(argv=None):
+    """The arguments, checked. Raises UserError with the flag and the way out."""
+    args = parse_with_augmentation(build_parser(), argv)
+    if not os.path.isdir(args.pathDB):
+        raise UserError(f"{args.pathDB}: no such directory")
+    check_writable(args.out, f"{args.out}: results")
+    args.file_extension = choose_extension(args.pathDB, args.file_extension)
+    return args
+
+
+# A flag on two lines reads better than on seven, hence:
+# fmt: off
+
+
+def build_parser():
+    parser = CommandLine(prog="unit_robustness.py", description=__doc__)
+    add = parser.add_argument
+    add("clusters", help="folder or file that eval/cluster.py wrote, or .pt, .npy, .txt of centers")
+    add("pathDB", help="folder of the audio files; subfolders are included")
+    add("out", help="folder for the results")
+    add_extension(add)
+    add("--pathSeq", metavar="FILE", help="use only these files, one name per line")
+    add("--max_files", type=at_least(1), default=100, metavar="N",
+        help="measure at most N of them, at random (default: 100)")
+    add_device(add)
+    add = parser.add_argument_group("features, where CLUSTERS doesn't say").add_argument
+    add("--pathCheckpoint", metavar="FILE", help="the model; also where it is no longer there")
+    add_feature_flags(add, default=None)
+    parser.set_defaults(split=None)
+    return parser
+
+
+# fmt: on
+
+
+if __name__ == "__main__":
+    main()
