@@ -21,6 +21,7 @@ FLOORS = """
     dataset
     augmentation
     stats
+    streaming
     feature_loader
     eval
     train
