@@ -7,6 +7,7 @@
 files of configuration and weights, in which models are published.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -20,6 +21,7 @@ from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
 from model import (
+    CPCAR,
     ConcatenatedModel,
     CPCModelNullspace,
     build_model,
@@ -31,7 +33,6 @@ from streaming import (
     StreamingModel,  # noqa: F401, for users of this module
     device_of,
     forward_part,
-    kept_hidden_states,
     needs_whole_file,
 )
 from transformers import CausalAttention
@@ -235,7 +236,7 @@ def features_in_parts(model, path, *, get_encoded=False):
     """
     module = _feature_module(model, get_encoded)
     shortest = shortest_input(module)
-    with preserved_state(module.model, module), kept_hidden_states(module):
+    with preserved_state(module.model, module), _kept_hidden_states(module):
         module.eval()
         for audio, frames in _parts(path, _frames_per_part(module)):
             if len(audio) < shortest:
@@ -265,6 +266,20 @@ def _parts(path, n_frames):
         while parts.n_complete >= n_frames:
             yield parts.take(n_frames)
     yield parts.rest()
+
+
+@contextlib.contextmanager
+def _kept_hidden_states(module):
+    """A block in which recurrent networks keep their hidden state from call to call."""
+    networks = [part for part in module.modules() if isinstance(part, CPCAR)]
+    before = [network.keep_hidden for network in networks]
+    for network in networks:
+        network.keep_hidden = True
+    try:
+        yield
+    finally:
+        for network, keep_hidden in zip(networks, before, strict=True):
+            network.keep_hidden = keep_hidden
 
 
 def build_feature_batch(

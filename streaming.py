@@ -6,13 +6,15 @@ frame of each part aren't used and the context network keeps its hidden state fr
 """
 
 import contextlib
+import copy
 import itertools
 
 import torch
 from torch import nn
 
-from model import CPCAR, CPCModel, LFBEncoder, MFCCEncoder, preserved_state
+from model import CPCAR, CPCModel, LFBEncoder, MFCCEncoder
 from transformers import CausalAttention
+from utils.half_overlap_conv import HalfOverlapConv
 from utils.misc import SAMPLES_PER_FRAME, UserError
 
 LOOK_AHEAD = 152  # samples after its own 160 that an encoded frame depends on
@@ -30,10 +32,10 @@ class StreamingModel:
     Frame t is complete with sample 160t + 311: a look-ahead of 152 samples (9.5 ms) beyond its own
     10 ms. Concatenated, the frames are those of one pass over all the audio; memory is constant.
 
-    model: a CPC model, null-space model or concatenation of these. It is used in eval mode and left
-    as it was, so several streams can share it. Raises UserError, with the reason, if its features
-    depend on the whole file (instance norm, lfb, mfcc, reverse) or it has a transformer. For the
-    same reason there is no sequence normalisation.
+    model: a CPC model, null-space model or concatenation of these. The stream has a copy of it, in
+    eval mode. Raises UserError, with the reason, if its features depend on the whole file (instance
+    norm, lfb, mfcc, reverse) or it has a transformer. For the same reason there is no sequence
+    normalisation.
     """
 
     def __init__(self, model):
@@ -44,8 +46,14 @@ class StreamingModel:
                 "a model that can't be streamed: its transformer looks back at all frames, and can "
                 "take only as many as a training window has"
             )
-        self.model, self.hidden, self.ended = model, None, False
-        self.parts = OverlappingParts(LOOK_AHEAD)
+        self.model = copy.deepcopy(model).eval()
+        self.model.reset_hidden()
+        for part in self.model.modules():
+            if isinstance(part, CPCAR):
+                part.keep_hidden = True
+            if isinstance(part, HalfOverlapConv):
+                part.keep_halves()
+        self.parts, self.ended = OverlappingParts(LOOK_AHEAD), False
 
     def push(self, audio):
         """Take the next samples, and return the frames that they complete.
@@ -83,13 +91,7 @@ class StreamingModel:
         self.ended = False
 
     def _forward(self, audio, frames):
-        with preserved_state(self.model), kept_hidden_states(self.model):
-            self.model.eval()
-            if self.hidden is not None:
-                self.model.set_hidden_state(self.hidden)
-            outputs = forward_part(self.model, audio, frames)
-            self.hidden = self.model.hidden_state()
-        return tuple(output[0].cpu() for output in outputs)
+        return tuple(output[0].cpu() for output in forward_part(self.model, audio, frames))
 
     def _no_frames(self):
         return torch.empty(0, self.model.dim_context), torch.empty(0, self.model.dim_encoded)
@@ -169,20 +171,6 @@ def forward_part(module, audio, frames):
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def kept_hidden_states(module):
-    """A block in which recurrent networks keep their hidden state from call to call."""
-    networks = [part for part in module.modules() if isinstance(part, CPCAR)]
-    before = [network.keep_hidden for network in networks]
-    for network in networks:
-        network.keep_hidden = True
-    try:
-        yield
-    finally:
-        for network, keep_hidden in zip(networks, before, strict=True):
-            network.keep_hidden = keep_hidden
 
 
 def device_of(module):

@@ -100,7 +100,7 @@ def test_frames_depend_on_the_samples_that_the_docstring_names():
     assert (used.min(), used.max()) == (160 * 4 - 153, 160 * 4 + 311)
 
 
-def test_streams_share_a_model_and_leave_it_as_it_was():
+def test_streams_are_independent_and_leave_the_model_as_it_was():
     model, (one, other) = make_model("--samplingType sequential"), audio_of(6400).split(3200)
     model.train()
     model(torch.rand(2, 1, 800))
