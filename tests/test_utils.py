@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -135,7 +136,7 @@ def test_sets_of_flags_follow_from_the_declarations():
     } == FILES  # fmt: skip
     directories = {
         "pathDB", "pathCaptureSave", "pathCheckpoint", "linsep_logs_dir", "linsep_checkpoint_dir",
-        "pathDBNoise", "pathImpulseResponses",
+        "pathDBNoise", "pathImpulseResponses", "tensorboard",
     }  # fmt: skip
     assert FILES | directories == PATHS
 
@@ -323,6 +324,7 @@ def paths(tmp_path):
         ("--onlyCapture --only_classif_metric", "choose one"),
         ("--onlyCapture --restart", "leave out --restart"),
         ("--onlyCapture", "--onlyCapture needs --pathCaptureDS"),
+        ("--onlyCapture --tensorboard", "--tensorboard has no effect without training"),
         ("--pathTrain /no/such/list", "--pathTrain /no/such/list: no such file"),
         ("--load a.pt b.pt --loadCriterion", "--loadCriterion: a criterion fits the one model"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
@@ -380,6 +382,18 @@ def test_a_compiler_that_is_not_there_is_refused(paths, monkeypatch):
     checked(*paths)
     with pytest.raises(UserError, match="--compile on a CPU .*there is no /no/such/compiler here"):
         checked(*paths, "--compile")
+
+
+def test_a_library_that_is_not_there_is_refused(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--tensorboard needs .*pip install tensorboard"):
+        checked(*paths, "--tensorboard")
+    checked(*paths, "--tensorboard", "--no-tensorboard")
+    monkeypatch.undo()
+    (tmp_path / "tensorboard").mkdir()  # as of an earlier run
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="--tensorboard needs"):
+        checked(*paths, "--tensorboard", str(tmp_path / "tensorboard"))
 
 
 def test_without_heads_the_width_is_free(paths):

@@ -58,7 +58,7 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, effect=None, 
         FILES.add(name)
     if options.get("metavar") in ("FILE", "DIR"):
         PATHS.add(name)
-    if "nargs" in options:
+    if options.get("nargs") in ("+", "*"):
         LISTS.add(name)
     DECLARED.setdefault(heading, []).append((name, options))
 
@@ -172,6 +172,9 @@ add("--resume_every", type=at_least(0), on_resume=THIS_CALL, metavar="STEPS",
     "long as a save takes)")
 add("--logging_step", type=at_least(1), default=1000, on_resume=INHERITED, metavar="STEPS",
     help="training steps between printed running means")
+add("--tensorboard", nargs="?", const=True, on_resume=INHERITED, metavar="DIR",
+    help="write curves, pictures and flags for TensorBoard to DIR, one for each run (default: "
+    "the folder tensorboard in that of --pathCheckpoint)")
 add("--onlyCapture", action="store_true", on_resume=THIS_CALL, help="no training: capture once "
     "with the model of --pathCheckpoint (needs --pathCaptureDS)")
 add("--only_classif_metric", action="store_true", on_resume=THIS_CALL,
@@ -390,7 +393,7 @@ def build_parser():
         group = parser.add_argument_group(heading)
         for name, options in flags:
             group.add_argument(f"--{name}", **options)
-            if options.get("action") == "store_true":
+            if options.get("action") == "store_true" or "const" in options:
                 off = {"action": "store_false", "default": False, "help": argparse.SUPPRESS}
                 group.add_argument(f"--no-{name}", dest=name, **off)
     return parser
@@ -409,7 +412,7 @@ def parse_arguments(argv):
         path = getattr(args, name)
         if isinstance(path, list):
             setattr(args, name, [absolute(part, f"--{name}") for part in path])
-        elif path is not None:
+        elif isinstance(path, str):
             setattr(args, name, absolute(path, f"--{name}"))
     explicit = {name for name, value in given.items() if value is not not_given}
     if "file_extension" not in explicit:

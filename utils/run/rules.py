@@ -81,6 +81,7 @@ def check_arguments(args, explicit, resumed=False, began_with_load=False):
     check_criterion(args, explicit)
     check_supervised(args, explicit)
     check_probes(args, explicit)
+    check_tensorboard(args)
     check_capture(args, explicit)
     check_paths(args, resumed)
 
@@ -89,6 +90,19 @@ def refuse_any(flags, reason):
     """Raise UserError, naming the first, if there are flags in this set."""
     for name in sorted(flags):
         raise UserError(f"--{name} {reason}")
+
+
+def check_tensorboard(args):
+    if not args.tensorboard or args.onlyCapture or args.only_classif_metric:
+        return
+    found = importlib.util.find_spec("tensorboard")
+    if found is None or found.origin is None:  # not a folder of that name
+        raise UserError(
+            "--tensorboard needs a library: python -m pip install tensorboard; or leave out the "
+            "flag (--no-tensorboard in a resumed run)"
+        )
+    if args.tensorboard is not True:
+        check_writable(args.tensorboard, f"--tensorboard {args.tensorboard}: event files")
 
 
 # ------------------------------------------------------------------------------ mode and machine
@@ -103,6 +117,8 @@ def check_mode(args, explicit):
                 f"--{mode} takes its model from --pathCheckpoint DIR (a run) or FILE (a "
                 "checkpoint): leave out --restart, --load and --loadCriterion"
             )
+    if args.onlyCapture or args.only_classif_metric:
+        refuse_any(explicit & {"tensorboard"}, "has no effect without training")
     if args.onlyCapture:
         reason = "has no effect: --onlyCapture runs no probe; --only_classif_metric does"
         refuse_any(explicit & PROBE_GROUP, reason)
