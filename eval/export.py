@@ -55,9 +55,7 @@ def main(argv=None):
     network, config = plain_network(model.eval(), checkpoint.path)
     with writing_to(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        weights = {f"cpc.{key}": value.contiguous() for key, value in network.state_dict().items()}
-        with atomic_path(args.out / "model.safetensors") as temporary:
-            Path(temporary).write_bytes(safetensors.save(weights, metadata={"format": "pt"}))
+        write_weights(network, args.out / "model.safetensors", safetensors)
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name("export_model") / name, args.out / name)
         if args.onnx:
@@ -127,9 +125,9 @@ def plain_network(model, source):
     network = CPCNetwork(model.dim_encoded, model.dim_context, **shape).eval()
     network.load_state_dict(model.state_dict())
     exact, exact_network = copy.deepcopy(model).double(), copy.deepcopy(network).double()
-    for waveform in map(noise, LENGTHS):
-        outputs, expected = exact_network(waveform.double()), exact(waveform[None].double())
-        compare(outputs, expected, SAME, f"{source}: the plain layers")
+    for waveform in (noise(size).double() for size in LENGTHS):
+        expected = exact(waveform[None], torch.tensor([False]))  # from the zero state
+        compare(exact_network(waveform), expected, SAME, f"{source}: the plain layers")
     return network, {
         "architectures": ["CPCModel"],
         "auto_map": {
@@ -166,11 +164,18 @@ def noise(size):
 
 def compare(outputs, expected, limit, what):
     """The largest difference of contexts and encoded frames. Raises UserError if above `limit`."""
-    pairs = list(zip(outputs, expected, strict=True))
-    largest = max((output - wanted).abs().max().item() for output, wanted in pairs)
+    pairs = zip(outputs, expected, strict=True)
+    largest = torch.stack([(output - wanted).abs().max() for output, wanted in pairs]).max().item()
     if not largest <= limit:
         raise UserError(f"{what} differ from the model by {largest:.1g}: not exported")
     return largest
+
+
+def write_weights(network, path, safetensors):
+    """Write the weights under the names that modeling_cpc.py gives them."""
+    weights = {f"cpc.{key}": value.contiguous() for key, value in network.state_dict().items()}
+    with atomic_path(path) as temporary:
+        Path(temporary).write_bytes(safetensors.save(weights, metadata={"format": "pt"}))
 
 
 @torch.no_grad()
