@@ -119,6 +119,7 @@ def plain_network(model, source):
     flags = model.arguments[0]
     shape = {
         "norm": flags.normMode,
+        "linear_output": flags.linearOutput,
         "ar_mode": flags.arMode,
         "num_ar_layers": flags.nLevelsGRU,
     }

@@ -44,7 +44,7 @@ def save_run(directory, words, **more):
         "--arMode LSTM --nLevelsGRU 2",
         "--arMode GRU --samplingType sequential",
         "--arMode RNN",
-        "--arMode no_ar --hiddenGar 8",
+        "--arMode no_ar --hiddenGar 8 --linearOutput",
     ],
 )
 def test_plain_layers_compute_what_the_model_does(tmp_path, norm, network):

@@ -124,10 +124,13 @@ def test_every_flag_is_in_exactly_one_class():
 def test_sets_of_flags_follow_from_the_declarations():
     assert ARCHITECTURE >= MODEL == {
         "hiddenEncoder", "hiddenGar", "encoder_type", "normMode", "arMode", "nLevelsGRU", "abspos",
-        "cpc_mode", "sizeWindow", "initialisation",
+        "cpc_mode", "sizeWindow", "initialisation", "linearOutput",
     }  # fmt: skip
     assert ARCHITECTURE >= CPCCTC_ONLY | CONTRASTIVE_ONLY | SUPERVISED_ONLY
-    assert {"CPCCTC", "limitNegsInBatch", "speakerEmbedding", "dropout"} == CONTRASTIVE_ONLY
+    assert {
+        "CPCCTC", "limitNegsInBatch", "speakerEmbedding", "dropout", "normalizeCPCScore",
+        "scoreTemperature", "multihead_rnn",
+    } == CONTRASTIVE_ONLY  # fmt: skip
     assert {name for name in ARCHITECTURE if name.startswith("CPCCTC")} - {"CPCCTC"} == CPCCTC_ONLY
     assert {"CTC", "nLevelsPhone", "onEncoder"} == SUPERVISED_ONLY
     assert INHERITED >= CAPTURE_GROUP | PROBE_GROUP
@@ -156,12 +159,12 @@ def test_choices_are_those_of_the_registries():
 LOWEST = {
     0: """CPCCTCSkipBeg CPCCTCSkipEnd limitNegsInBatch speakerEmbedding nEpoch learningRate epsilon
         linsep_lr linsep_epsilon resume_every keep threads max_bad_files beta1 beta2 linsep_beta1
-        linsep_beta2 random_seed""",
+        linsep_beta2 random_seed linsep_hidden""",
     1: """hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow batchSizeGPU
         max_size_loaded nLevelsGRU nLevelsPhone schedulerRamp save_step logging_step
         n_process_loader linsepBatchSizeGPU linsep_n_epoch linsep_net_layers
         linsep_task_logging_step linsep_classif_each_epochs captureDSfreq captureDStotNr
-        captureEachEpochs unit_quality_each_epochs""",
+        captureEachEpochs unit_quality_each_epochs linsep_times knn""",
     2: "hiddenEncoder nClusters",
 }
 
@@ -221,10 +224,11 @@ def test_every_command_names_the_nearest_flag():
 
 
 def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off():
-    args = build_parser().parse_args(["--nor", "batchNorm", "--nEp", "3"])
+    args = build_parser().parse_args(["--normM", "batchNorm", "--nEp", "3"])
     assert (args.normMode, args.nEpoch) == ("batchNorm", 3)
     with pytest.raises(
-        UserError, match="match --noise_band, --noise_extension, --normMode .--help"
+        UserError,
+        match="match --noise_band, --noise_extension, --normMode, --normalizeCPCScore .--help",
     ):
         build_parser().parse_args(["--no", "batchNorm"])
 
@@ -286,6 +290,13 @@ def paths(tmp_path):
         ("--hiddenGar 128", "--rnnMode transformer needs --hiddenGar (128)"),
         ("--speakerEmbedding 8", "--speakerEmbedding can't be used with --rnnMode transformer"),
         ("--hiddenEncoder 100 --hiddenGar 100", "8 attention heads"),
+        ("--scoreTemperature 0", "--scoreTemperature 0.0: must be above 0"),
+        ("--normalizeCPCScore --supervised", "--normalizeCPCScore has no effect with --supervised"),
+        ("--rnnMode none", "--nPredicts must be 1, not 12"),
+        ("--rnnMode none --nPredicts 1 --hiddenGar 128", "--rnnMode none needs --hiddenGar (128)"),
+        ("--rnnMode none --nPredicts 1 --speakerEmbedding 8", "used with --rnnMode none"),
+        ("--multihead_rnn --rnnMode linear", "--multihead_rnn needs --rnnMode transformer"),
+        ("--linearOutput --encoder_type lfb", "--linearOutput needs --encoder_type cpc, not lfb"),
         ("--arMode no_ar --hiddenGar 128", "--arMode no_ar"),
         ("--arMode transformer --nLevelsGRU 2", "--nLevelsGRU 2"),
         ("--abspos", "--abspos needs --arMode transformer"),
@@ -312,6 +323,11 @@ def paths(tmp_path):
          "--phone_get_encoded", "--CTCphones can't be used with --phone_get_encoded"),
         ("--supervised_classif_metric --linsep_logs_dir X --speaker_sep --CTCphones",
          "--CTCphones needs --path_phone_data"),
+        ("--supervised_classif_metric --linsep_logs_dir X --path_phone_data LIST --CTCphones "
+         "--knn 1,10", "--knn can't be used with --CTCphones"),
+        ("--supervised_classif_metric --linsep_logs_dir X --speaker_sep --linsep_hidden 9 "
+         "--linsep_net_layers 2", "choose one"),
+        ("--linsep_classif_each_epochs 10,x", "--linsep_classif_each_epochs 'x': must be a whole"),
         ("--CTC", "--CTC needs --supervised"),
         ("--supervised --CTC", "--CTC needs --path_phone_data"),
         ("--supervised --CTC --onEncoder --path_phone_data LIST", "--onEncoder can't be used with"),

@@ -36,12 +36,13 @@ RECURRENT = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 
 
 class Encoder(nn.Module):
-    """Five convolutions, each followed by a norm and a ReLU."""
+    """Five convolutions, each followed by a norm and a ReLU, with `linear_output` but for the last."""
 
     KERNELS_STRIDES_PADDINGS = ((10, 5, 3), (8, 4, 2), (4, 2, 1), (4, 2, 1), (4, 2, 1))
 
-    def __init__(self, dim, norm):
+    def __init__(self, dim, norm, linear_output):
         super().__init__()
+        self.linear_output = linear_output
         for i, shape in enumerate(self.KERNELS_STRIDES_PADDINGS):
             self.add_module(f"conv{i}", nn.Conv1d(dim if i else 1, dim, *shape))
             self.add_module(f"batchNorm{i}", NORMS[norm](dim))  # the name, whatever the norm
@@ -49,8 +50,11 @@ class Encoder(nn.Module):
     def forward(self, waveform):
         """waveform: (batch, 1, samples) -> (batch, dim, (samples + 1) // 160)."""
         x = waveform
-        for i in range(len(self.KERNELS_STRIDES_PADDINGS)):
-            x = getattr(self, f"batchNorm{i}")(getattr(self, f"conv{i}")(x)).relu()
+        last = len(self.KERNELS_STRIDES_PADDINGS) - 1
+        for i in range(last + 1):
+            x = getattr(self, f"batchNorm{i}")(getattr(self, f"conv{i}")(x))
+            if i < last or not self.linear_output:
+                x = x.relu()
         return x
 
 
@@ -70,12 +74,12 @@ class ContextNetwork(nn.Module):
 class CPCNetwork(nn.Module):
     """An encoder, whose frames are 10 ms apart, and a context network.
 
-    norm: a key of NORMS; ar_mode: a key of RECURRENT or "no_ar", with `num_ar_layers` layers
+    norm: a key of NORMS; linear_output: encoded frames are no outputs of a ReLU; ar_mode: a key of RECURRENT or "no_ar", with `num_ar_layers` layers
     """
 
-    def __init__(self, dim_encoded, dim_context, norm, ar_mode, num_ar_layers):
+    def __init__(self, dim_encoded, dim_context, norm, linear_output, ar_mode, num_ar_layers):
         super().__init__()
-        self.gEncoder = Encoder(dim_encoded, norm)
+        self.gEncoder = Encoder(dim_encoded, norm, linear_output)
         self.gAR = ContextNetwork(dim_encoded, dim_context, ar_mode, num_ar_layers)
 
     def forward(self, waveform):

@@ -16,7 +16,8 @@ class CPCConfig(PretrainedConfig):
     """Widths and layers of a CPC model.
 
     conv_dim: width of encoded frames; hidden_size: of contexts; norm: layerNorm (over channels),
-    batchNorm, instanceNorm or ID (none); ar_mode: LSTM, GRU, RNN or no_ar, with `num_ar_layers`
+    batchNorm, instanceNorm or ID (none); linear_output: no ReLU after the last norm; ar_mode: LSTM,
+    GRU, RNN or no_ar, with `num_ar_layers`
     """
 
     model_type = "cpc"
@@ -26,6 +27,7 @@ class CPCConfig(PretrainedConfig):
         conv_dim=256,
         hidden_size=256,
         norm="layerNorm",
+        linear_output=False,
         ar_mode="LSTM",
         num_ar_layers=1,
         sampling_rate=16000,
@@ -34,6 +36,7 @@ class CPCConfig(PretrainedConfig):
         self.conv_dim = conv_dim
         self.hidden_size = hidden_size
         self.norm = norm
+        self.linear_output = linear_output
         self.ar_mode = ar_mode
         self.num_ar_layers = num_ar_layers
         self.sampling_rate = sampling_rate
@@ -52,6 +55,7 @@ class CPCModel(PreTrainedModel):
             config.conv_dim,
             config.hidden_size,
             config.norm,
+            config.linear_output,
             config.ar_mode,
             config.num_ar_layers,
         )

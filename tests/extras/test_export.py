@@ -17,7 +17,7 @@ MODELS = {
     "LSTM": "--nLevelsGRU 2",
     "GRU": "--arMode GRU --normMode batchNorm",
     "RNN": "--arMode RNN --normMode instanceNorm",
-    "no_ar": "--arMode no_ar --hiddenGar 8 --normMode ID",
+    "no_ar": "--arMode no_ar --hiddenGar 8 --normMode ID --linearOutput",
 }
 LENGTHS = 320, 4321, 16_159  # none is that of the example that ONNX was traced with
 OPEN = """

@@ -51,30 +51,28 @@ class EventWriter(Listener):
         return int(done) + self.state.epoch_means.batches
 
     def on_step(self, epoch, batch, n_batches, values, clock):
-        """Write the running means."""
         self.write(self.steps - 1, {f"{tag}_running": v for tag, v in self.scalars(values)})
 
     def on_epoch(self, epoch, values, clock):
-        """Write the values of an epoch and, with those of a hook, its pictures."""
-        scalars = dict(self.scalars(values))
+        scalars, logs = dict(self.scalars(values)), None
         if "locLoss_val" in values:
-            speed = clock.windows / max(clock.seconds, 1e-9)
-            self.write(self.steps, scalars | {"epoch": epoch, "speed/windows_per_second": speed})
-        else:
+            scalars["epoch"] = epoch
+            scalars["speed/windows_per_second"] = clock.windows / max(clock.seconds, 1e-9)
+        else:  # a hook's own, with pictures
             logs = {"epoch": [epoch], **{key: [value] for key, value in values.items()}}
-            self.write(self.steps, scalars, logs)
+        self.write(self.steps, scalars, logs)
 
     def scalars(self, values):
-        """Yield (tag, number) of the values that are numbers or lists of them, which give their
-        mean and, in validation, each of them."""
+        """Yield (tag, number) for numbers, means of lists and, in validation, items of these."""
+        networks = self.state.networks
         for key, value in values.items():
-            is_meaningless = key.startswith("locAcc") and not self.state.networks.has_accuracy
+            is_meaningless = key.startswith("locAcc") and not networks.has_accuracy
             if key == "iter" or is_meaningless or number(value) is None:
                 continue
             tag = TAGS.get(key) or tag_of(key)
             yield tag, number(value)
-            if key.endswith("_val") and len(value) > 1:
-                by_step = f"{tag} by {self.state.networks.step_name}".translate(UNSUITABLE)
+            if key in ("locLoss_val", "locAcc_val") and len(value) > 1:
+                by_step = f"{tag} by {networks.step_name}".translate(UNSUITABLE)
                 yield from ((f"{by_step}/{n:02}", v) for n, v in enumerate(value, 1))
 
     def write(self, step, scalars, logs=None):
@@ -114,15 +112,12 @@ class EventWriter(Listener):
         if capture and capture not in self.sent:
             draw_capture(capture)
             self.sent.add(capture)
-        for group, title, path in find_pictures(logs, self.state.args, self.stats, capture):
+        for group, _, path in find_pictures(logs, self.state.args, self.stats, capture):
             if path not in self.sent:
                 self.sent.add(path)
-                names = {
-                    "probes": f"probes/{title.partition(',')[0]}",
-                    "capture": f"capture/{path.stem}",
-                }
-                tag = names.get(group, f"stats/{group}")
-                self.writer.add_image(tag, imread(path), step, dataformats="HWC")
+                name = path.stem.removesuffix(f"_{logs['epoch'][0]}")
+                kind = group if group in ("probes", "capture") else "stats"
+                self.writer.add_image(f"{kind}/{name}", imread(path), step, dataformats="HWC")
 
 
 def without_event_files(hook):

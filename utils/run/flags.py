@@ -7,7 +7,7 @@ import argparse
 import os
 from functools import partial
 
-from utils.misc import UserError
+from utils.misc import UserError, first_few
 from utils.run.command import (
     AUDIO_EXTENSION,
     CommandLine,
@@ -16,8 +16,10 @@ from utils.run.command import (
     band,
     between,
     decay_rate,
+    each_at_least,
     extension,
 )
+from utils.run.shared_flags import add_probe_flags
 
 # What happens to a flag when a run is resumed. Each flag is in exactly one of these sets:
 ARCHITECTURE = set()  # what the networks are: always the checkpoint's value
@@ -213,6 +215,8 @@ add("--normMode", choices=("instanceNorm", "ID", "layerNorm", "batchNorm"), defa
 add("--initialisation", choices=("lecun", "original"), default="lecun",
     help="first weights of the convolutions; from the original's, plain CPC often never starts to "
     "learn, since quiet speech drowns in the biases")
+add("--linearOutput", action="store_true",
+    help="no ReLU after the encoder's last norm (Kreuk et al., Interspeech 2020)")
 add("--arMode", choices=("GRU", "LSTM", "RNN", "no_ar", "transformer"), default="LSTM",
     help="autoregressive (AR) network, encoded frames -> contexts")
 add("--hiddenGar", type=at_least(1), default=256, metavar="C",
@@ -235,8 +239,15 @@ add("--limitNegsInBatch", type=at_least(0), default=0, also=CONTRASTIVE_ONLY, me
     help="draw negatives only within groups of ROWS windows of the batch; harder, and the model "
     "learns less about speakers and more about phones (0: from the whole batch)")
 add("--rnnMode", default="transformer",
-    choices=("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12"),
-    help="prediction heads, one per prediction; linear is by far the fastest")
+    choices=("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12", "none"),
+    help="prediction heads, one per prediction; linear is by far the fastest; with none, the "
+    "context itself is the only prediction")
+add("--multihead_rnn", action="store_true", also=CONTRASTIVE_ONLY, help="one transformer head with "
+    "an output per prediction, as in CPC2; faster than a transformer for each")
+add("--normalizeCPCScore", action="store_true", also=CONTRASTIVE_ONLY, help="score by cosine "
+    "similarity instead of dot product (Kreuk et al., Interspeech 2020; Cuervo et al. 2021)")
+add("--scoreTemperature", type=above(0), default=1.0, also=CONTRASTIVE_ONLY, metavar="T",
+    help="divide scores by this; below 1, cosine scores separate frames more sharply")
 add("--dropout", action="store_true", also=CONTRASTIVE_ONLY,
     help="dropout of 0.5 on the predictions")
 add("--speakerEmbedding", type=at_least(0), default=0, also=CONTRASTIVE_ONLY, metavar="D",
@@ -287,12 +298,14 @@ add("--speaker_sep", action="store_true", help="probe for speakers")
 add("--CTCphones", action="store_true", help="phone probe by CTC; reports phone error rate")
 add("--phone_get_encoded", action="store_true",
     help="phone probe on encoded frames instead of contexts")
-add("--linsep_classif_each_epochs", type=at_least(1), default=20, metavar="N",
-    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0)")
+add("--linsep_classif_each_epochs", type=each_at_least(1), default=20, metavar="N",
+    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0); or at those of a list, as "
+    "10,50,199")
 add("--linsep_n_epoch", type=at_least(1), default=10, metavar="N", help="epochs of a probe")
 add("--linsepBatchSizeGPU", type=at_least(1), default=8, metavar="WINDOWS",
     help="windows per batch of a probe")
 add("--linsep_net_layers", type=at_least(1), default=1, metavar="N", help="layers of a probe")
+add_probe_flags(add)
 add("--linsep_lr", type=at_least(0, float), default=2e-4, metavar="RATE",
     help="learning rate of a probe")
 add("--linsep_beta1", type=decay_rate, default=0.9, metavar="B", help="Adam's beta 1 in a probe")
@@ -442,6 +455,9 @@ def stored_arguments(stored, source):
             argv.append(f"--{name}")
         elif isinstance(value, list) and name in LISTS:
             argv += [f"--{name}", *map(str, value)]
+        elif isinstance(value, list):
+            several = first_few(map(str, value))
+            raise UserError(f"{source}: --{name} has several values, {several}: give it one again")
         elif value is not None and value is not False:
             argv.append(f"--{name}={value}")
     try:
