@@ -36,7 +36,10 @@ RECURRENT = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 
 
 class Encoder(nn.Module):
-    """Five convolutions, each followed by a norm and a ReLU, with `linear_output` but for the last."""
+    """Five convolutions, each followed by a norm and a ReLU.
+
+    linear_output: no ReLU after the last norm
+    """
 
     KERNELS_STRIDES_PADDINGS = ((10, 5, 3), (8, 4, 2), (4, 2, 1), (4, 2, 1), (4, 2, 1))
 
@@ -74,7 +77,7 @@ class ContextNetwork(nn.Module):
 class CPCNetwork(nn.Module):
     """An encoder, whose frames are 10 ms apart, and a context network.
 
-    norm: a key of NORMS; linear_output: encoded frames are no outputs of a ReLU; ar_mode: a key of RECURRENT or "no_ar", with `num_ar_layers` layers
+    norm: a key of NORMS; linear_output: as of Encoder; ar_mode: a key of RECURRENT or "no_ar"
     """
 
     def __init__(self, dim_encoded, dim_context, norm, linear_output, ar_mode, num_ar_layers):

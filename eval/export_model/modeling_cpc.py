@@ -1,9 +1,9 @@
-"""A CPC model for the `transformers` library (Hugging Face's: this folder isn't imported here).
+"""A CPC model for Hugging Face's `transformers`.
 
-from transformers import AutoModel
-model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
-outputs = model(waveform)  # (batch, samples) at 16 kHz
-outputs.last_hidden_state, outputs.extract_features  # contexts and encoded frames
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+    outputs = model(waveform)  # (batch, samples) at 16 kHz
+
+`outputs.last_hidden_state` are the contexts, `outputs.extract_features` the encoded frames.
 """
 
 from transformers import PretrainedConfig, PreTrainedModel
