@@ -9,7 +9,6 @@ files of configuration and weights, in which models are published.
 
 import contextlib
 import functools
-import itertools
 import math
 import re
 from typing import NamedTuple
@@ -24,12 +23,17 @@ from criterion.classification import CTCPhoneCriterion, PhoneCriterion
 from model import (
     CPCAR,
     ConcatenatedModel,
-    CPCModel,
     CPCModelNullspace,
-    LFBEncoder,
-    MFCCEncoder,
     build_model,
     preserved_state,
+)
+from streaming import (
+    FRAMES_PER_PART,
+    OverlappingParts,
+    StreamingModel,  # noqa: F401, for users of this module
+    device_of,
+    forward_part,
+    needs_whole_file,
 )
 from transformers import CausalAttention
 from utils.data.audio import SILENT, Extremes, open_audio, reason, warn_of_loudness
@@ -191,8 +195,6 @@ def to_one_hot(labels, n_classes):
 
 # ------------------------------------------------------------------------- features of audio files
 
-FRAMES_PER_PART = 2000  # of a long file that go through the model at once
-
 
 def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None, seq_norm=False):
     """The features of an audio file, (1, frames, D) on the CPU, one frame per 10 ms.
@@ -221,10 +223,8 @@ def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None
 def features_in_parts(model, path, *, get_encoded=False, waveform=None):
     """Yield the features of a whole audio file, (T, D) on the CPU, in memory for 20 s of them.
 
-    Concatenated, they are those of one pass over all samples from the zero state. An encoded frame
-    depends on 153 samples before its own 160, and on 152 after them. So each part begins and ends
-    with a frame that isn't used, and the context network keeps its hidden state from part to part,
-    whatever `--samplingType`.
+    Concatenated, they are those of one pass over all samples from the zero state, whatever
+    `--samplingType`: see streaming.py.
 
     Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
     the whole file at once. A transformer starts again where it has taken all frames it was made
@@ -232,7 +232,7 @@ def features_in_parts(model, path, *, get_encoded=False, waveform=None):
     `build_feature`; between parts, the model is in eval mode.
     """
     module = _feature_module(model, get_encoded)
-    shortest, device = shortest_input(module), _device(module)
+    shortest = shortest_input(module)
     with preserved_state(module.model, module), _kept_hidden_states(module):
         module.eval()
         for audio, frames in _parts(path, _frames_per_part(module), waveform):
@@ -244,49 +244,26 @@ def features_in_parts(model, path, *, get_encoded=False, waveform=None):
                     f"transformer {longest_input(module)} samples: cut it into chunks of these, "
                     "with --max_size_seq (--maxSizeSeq for ZeroSpeech features)"
                 )
-            features = _forward_part(module, audio[None, None].to(device), frames)
+            features = forward_part(module, audio, frames)
             yield features.view(-1, features.size(-1)).cpu()
 
 
 def _frames_per_part(module):
     """The number of frames to compute at once, infinite where it takes the whole file."""
-    over_time = nn.InstanceNorm1d | LFBEncoder | MFCCEncoder
-    for part in module.modules():
-        if isinstance(part, over_time) or getattr(part, "reverse", False):
-            return math.inf
+    if needs_whole_file(module):
+        return math.inf
     return min(FRAMES_PER_PART, longest_input(module) // SAMPLES_PER_FRAME)
 
 
 def _parts(path, n_frames, waveform=None):
-    """Yield parts of a file or a waveform, (n,), and the frames to take from each, a slice.
-
-    All but the first part begin one frame before these, and all but the last end one after them.
-    """
-    audio, first = torch.empty(0), 0
+    """Yield parts of a file or a waveform, (1, n), and the frames to take from each, a slice."""
+    parts = OverlappingParts(SAMPLES_PER_FRAME)
     size = None if n_frames == math.inf else n_frames * SAMPLES_PER_FRAME
     for block in _blocks(path, size) if waveform is None else waveform:
-        audio = torch.cat([audio, block])
-        while len(audio) >= SAMPLES_PER_FRAME * (first + n_frames + 1):
-            end = first + n_frames
-            yield audio[: SAMPLES_PER_FRAME * (end + 1)], slice(first, end)
-            audio, first = audio[SAMPLES_PER_FRAME * (end - 1) :], 1
-    yield audio, slice(first, len(audio) // SAMPLES_PER_FRAME)
-
-
-@torch.no_grad()
-def _forward_part(module, waveform, frames):
-    """The features of some encoded frames (a slice) of a waveform (1, 1, L)."""
-
-    def only_these(encoder, inputs, encoded):
-        return encoded[:, :, frames]
-
-    models = [part for part in module.modules() if isinstance(part, CPCModel)]
-    hooks = [model.gEncoder.register_forward_hook(only_these) for model in models]
-    try:
-        return module(waveform)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        parts.add(block)
+        while parts.n_complete >= n_frames:
+            yield parts.take(n_frames)
+    yield parts.rest()
 
 
 @contextlib.contextmanager
@@ -372,7 +349,7 @@ def _feature_module(model, get_encoded):
 def _features_of_file(module, path, max_size, batch_size, strict, seq_norm, *, independent):
     waveform = load_waveform(path)
     chunks = _plan_chunks(module, path, waveform.size(1), max_size, strict)
-    device = _device(module)
+    device = device_of(module)
     features_of_chunks, end = [], None
     with preserved_state(module.model, module), torch.no_grad():
         module.eval()
@@ -427,8 +404,3 @@ def longest_input(module):
     """The largest number of samples that all transformers in a network accept, or infinity."""
     limits = [part.size_sequence for part in module.modules() if isinstance(part, CausalAttention)]
     return SAMPLES_PER_FRAME * min(limits, default=math.inf)
-
-
-def _device(module):
-    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
