@@ -42,8 +42,6 @@ from stats.boundaries import (
     count_boundaries,
     counts_by_prominence,
     match_one_to_one,
-    peak_prominence,
-    scaled_to_one,
     segmentation_metrics,
 )
 from stats.distances import METRICS, frame_distances
@@ -58,6 +56,7 @@ from utils.data.labels import (
 )
 from utils.files import check_writable, save_json, write_lines, writing_to
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few
+from utils.peaks import peak_prominence, scaled_to_one
 from utils.report.plots import save_figure
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, above, at_least, command

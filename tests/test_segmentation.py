@@ -1,4 +1,4 @@
-"""Tests of boundaries: peaks, matching, metrics (stats/boundaries.py), and eval/segmentation.py."""
+"""Tests of boundaries: peaks (utils/peaks.py), matching, metrics, and eval/segmentation.py."""
 
 import json
 import math
@@ -21,8 +21,6 @@ from stats.boundaries import (
     count_boundaries,
     counts_by_prominence,
     match_one_to_one,
-    peak_prominence,
-    scaled_to_one,
     segmentation_metrics,
 )
 from stats.distances import frame_distances
@@ -30,6 +28,7 @@ from tests.helpers import ROOT, ends_refused
 from utils.data.corpus import Utterance
 from utils.data.labels import read_phone_labels
 from utils.files import load_json
+from utils.peaks import peak_prominence, scaled_to_one
 from utils.run.checkpoint import save_checkpoint
 from utils.run.flags import build_parser
 
