@@ -27,14 +27,16 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, recurrent
 class CPCEncoder(nn.Module):
     """Five convolutions, each followed by a norm and a ReLU, on channels-last tensors.
 
-    norm: a key of `NORMS` (the layers are called `batchNorm{i}` in any case)
+    norm: a key of `NORMS` (the layers are called `batchNorm{i}` in any case); linear_output: no
+    ReLU after the last norm, so that encoded frames can point anywhere (Kreuk et al. 2020)
     """
 
     STRIDES_AND_PADDINGS = ((5, 3), (4, 2), (2, 1), (2, 1), (2, 1))
 
-    def __init__(self, dim, norm="layerNorm"):
+    def __init__(self, dim, norm="layerNorm", linear_output=False):
         super().__init__()
         self.output_dim = dim
+        self.linear_output = linear_output
         # A single frame has no variance over time to normalise by.
         self.shortest = SAMPLES_PER_FRAME * (2 if norm == "instanceNorm" else 1)
         for i, (stride, padding) in enumerate(self.STRIDES_AND_PADDINGS):
@@ -59,9 +61,12 @@ class CPCEncoder(nn.Module):
     def forward(self, waveform):
         """waveform: (B, 1, L) -> (B, E, S), S = (L + 1) // 160."""
         x = waveform.transpose(1, 2)
-        for i in range(len(self.STRIDES_AND_PADDINGS)):
+        last = len(self.STRIDES_AND_PADDINGS) - 1
+        for i in range(last + 1):
             convolution, norm = getattr(self, f"conv{i}"), getattr(self, f"batchNorm{i}")
-            x = F.relu(norm(convolution(x)), inplace=True)
+            x = norm(convolution(x))
+            if i < last or not self.linear_output:
+                x = F.relu(x, inplace=True)
         return x.transpose(1, 2)
 
 
@@ -167,14 +172,11 @@ class MFCCEncoder(nn.Module):
 
 
 def build_encoder(args):
-    """The encoder that `--encoder_type`, `--hiddenEncoder` and `--normMode` describe.
-
-    `--initialisation` is how it starts.
-    """
+    """The encoder that the architecture flags describe; `--initialisation` is how it starts."""
     if args.encoder_type == "cpc":
         if args.normMode not in NORMS:
             raise UserError(f"--normMode {args.normMode}: there are {', '.join(NORMS)}")
-        encoder = CPCEncoder(args.hiddenEncoder, args.normMode)
+        encoder = CPCEncoder(args.hiddenEncoder, args.normMode, args.linearOutput)
         if args.initialisation == "lecun":
             encoder.lecun_initialisation()
         return encoder

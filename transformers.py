@@ -30,14 +30,19 @@ def build_transformer(dim, n_layers, size_sequence, abspos):
     attention depends on learned relative positions. Raises UserError if `dim` isn't a multiple of
     the number of heads.
     """
+    check_heads(dim)
+    positions = [SinusoidalPositions(dim, size_sequence)] if abspos else []
+    layers = [TransformerLayer(dim, size_sequence, relative=not abspos) for _ in range(n_layers)]
+    return nn.Sequential(*positions, *layers)
+
+
+def check_heads(dim):
+    """Raise UserError unless the heads divide `dim`, the width of a transformer, evenly."""
     if dim % N_HEADS:
         raise UserError(
             f"a transformer has {N_HEADS} heads, so its width must be a multiple of {N_HEADS}, "
             f"not {dim}: change --hiddenEncoder or choose another network"
         )
-    positions = [SinusoidalPositions(dim, size_sequence)] if abspos else []
-    layers = [TransformerLayer(dim, size_sequence, relative=not abspos) for _ in range(n_layers)]
-    return nn.Sequential(*positions, *layers)
 
 
 def check_length(n_frames, size_sequence):
@@ -102,11 +107,11 @@ class SinusoidalPositions(nn.Module):
 class TransformerLayer(nn.Module):
     """Causal self-attention and a feed-forward network, each added to its input and normalised."""
 
-    def __init__(self, dim, size_sequence, relative):
+    def __init__(self, dim, size_sequence, relative, n_outputs=1):
         super().__init__()
         self.multihead = MultiHeadAttention(dim, size_sequence, relative)
         self.ln_multihead = nn.LayerNorm(dim)
-        self.ffnetwork = FeedForward(dim, SIZE_FEED_FORWARD)
+        self.ffnetwork = FeedForward(dim, SIZE_FEED_FORWARD, n_outputs * dim)
         self.ln_ffnetwork = nn.LayerNorm(dim)
 
     def forward(self, x):
@@ -115,17 +120,34 @@ class TransformerLayer(nn.Module):
         return self.ln_ffnetwork(x + self.ffnetwork(x))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim, dim_hidden):
-        super().__init__()
-        self.lin1 = nn.Linear(dim, dim_hidden)
-        self.lin2 = nn.Linear(dim_hidden, dim)
+class MultiOutputLayer(TransformerLayer):
+    """A layer with relative positions whose feed-forward network has several outputs.
+
+    Each is added to the output of the shared attention and normalised by the same norm.
+    """
+
+    def __init__(self, dim, size_sequence, n_outputs):
+        super().__init__(dim, size_sequence, relative=True, n_outputs=n_outputs)
 
     def forward(self, x):
-        """x: (B, S, dim) -> (B, S, dim)."""
+        """x: (B, S, dim) -> (B, S, n_outputs, dim)."""
+        x = self.ln_multihead(x + self.multihead(x))
+        outputs = self.ffnetwork(x).unflatten(2, (-1, x.size(2)))
+        return self.ln_ffnetwork(x.unsqueeze(2) + outputs)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim, dim_hidden, dim_output):
+        super().__init__()
+        self.lin1 = nn.Linear(dim, dim_hidden)
+        self.lin2 = nn.Linear(dim_hidden, dim_output)
+
+    def forward(self, x):
+        """x: (B, S, dim) -> (B, S, dim_output)."""
         # Flattened, so that `hidden` isn't a view: changing a view in place would copy it.
         hidden = self.lin1(x.flatten(0, 1))
-        return self.lin2(relu_with_dropout_(hidden, DROPOUT, self.training)).view_as(x)
+        output = self.lin2(relu_with_dropout_(hidden, DROPOUT, self.training))
+        return output.unflatten(0, x.shape[:2])
 
 
 class MultiHeadAttention(nn.Module):

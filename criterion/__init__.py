@@ -38,7 +38,10 @@ def build_criterion(args, n_speakers, n_phones=0):
         "reverse": args.cpc_mode == "reverse",
         "speaker_embedding": args.speakerEmbedding,
         "n_speakers": n_speakers,
+        "cosine_scores": args.normalizeCPCScore,
+        "temperature": args.scoreTemperature,
         "rnn_mode": args.rnnMode,
+        "shared_head": args.multihead_rnn,
         "dropout": args.dropout,
     }
     if not args.CPCCTC:

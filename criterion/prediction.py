@@ -15,7 +15,7 @@ from torch import nn
 
 from criterion import sampling
 from criterion.custom_layers import EqualizedConv1d, EqualizedLinear, stacked_weights
-from transformers import batched_forward, build_transformer
+from transformers import MultiOutputLayer, batched_forward, build_transformer, check_heads
 from utils.misc import UserError, recurrent
 
 DROPOUT = 0.5  # fraction of the predicted features dropped with --dropout
@@ -44,7 +44,9 @@ class ContrastiveCriterion(nn.Module):
     reverse: predict the past from the future
     speaker_embedding: if > 0, the size of a learned embedding of the speaker (one of n_speakers),
         appended to the context
+    cosine_scores, temperature: see `sampling.score_candidates`
     rnn_mode, dropout: see PredictionNetwork
+    shared_head: a SharedPredictionNetwork instead
 
     Raises UserError if the dimensions don't fit together.
     """
@@ -68,7 +70,10 @@ class ContrastiveCriterion(nn.Module):
         reverse=False,
         speaker_embedding=0,
         n_speakers=0,
+        cosine_scores=False,
+        temperature=1.0,
         rnn_mode="transformer",
+        shared_head=False,
         dropout=False,
     ):
         super().__init__()
@@ -78,21 +83,21 @@ class ContrastiveCriterion(nn.Module):
                 "ahead: choose a larger one, or a smaller --nPredicts (with --CPCCTC: a smaller "
                 "--CPCCTCNumMatched)"
             )
+        self.n_predictions = n_predictions
         self.n_future = n_future
         self.n_negatives = n_negatives
         self.limit_negatives = limit_negatives
         self.first_offset = first_offset
         self.reverse = reverse
+        self.cosine_scores = cosine_scores
+        self.temperature = temperature
         # The order of registration is that of the optimiser states in existing checkpoints.
         self.speakerEmb = nn.Embedding(n_speakers, speaker_embedding) if speaker_embedding else None
-        self.wPrediction = PredictionNetwork(
-            n_predictions,
-            dim_context + speaker_embedding,
-            dim_encoded,
-            n_frames - n_future,
-            rnn_mode=rnn_mode,
-            dropout=dropout,
-        )
+        sizes = (n_predictions, dim_context + speaker_embedding, dim_encoded, n_frames - n_future)
+        if shared_head:
+            self.wPrediction = SharedPredictionNetwork(*sizes, dropout=dropout)
+        else:
+            self.wPrediction = PredictionNetwork(*sizes, rnn_mode=rnn_mode, dropout=dropout)
 
     def in_direction(self, *features):
         """Each tensor (B, S, ...), reversed in time if the criterion predicts the past."""
@@ -126,6 +131,8 @@ class ContrastiveCriterion(nn.Module):
             predictions.flatten(0, 1),
             candidates,
             self.n_future,
+            cosine=self.cosine_scores,
+            temperature=self.temperature,
             fused=self.fused_scores,
         )
 
@@ -154,6 +161,27 @@ class PredictionNetwork(nn.Module):
         loop = context.device.type in LOOP_OVER_HEADS_ON
         head_type = Head if loop else type(self.predictors[0])
         return self.dropout(head_type.forward_all(self.predictors, context))
+
+
+class SharedPredictionNetwork(nn.Module):
+    """One transformer layer with `n_predictions` outputs (`--multihead_rnn`).
+
+    The network of Kharitonov et al., "Data augmenting contrastive learning of speech
+    representations in the time domain" (2021): one attention for all predictions, so much faster
+    than a transformer for each. Parameters and errors: those of PredictionNetwork with rnn_mode
+    "transformer".
+    """
+
+    def __init__(self, n_predictions, dim_context, dim_encoded, n_anchors, *, dropout=False):
+        super().__init__()
+        check_widths("transformer", dim_context, dim_encoded)
+        check_heads(dim_encoded)
+        self.predictor = nn.Sequential(MultiOutputLayer(dim_encoded, n_anchors, n_predictions))
+        self.dropout = nn.Dropout(DROPOUT if dropout else 0.0)
+
+    def forward(self, context):
+        """context (B, W, dim_context) -> predictions (B, W, n_predictions, dim_encoded)."""
+        return self.dropout(self.predictor(context.contiguous()))
 
 
 class Head:
@@ -252,17 +280,30 @@ class TransformerHead(Head, nn.Sequential):
     """A causal layer with relative positions. Raises UserError if the two widths differ."""
 
     def __init__(self, dim_context, dim_encoded, n_anchors):
-        if dim_context != dim_encoded:
-            raise UserError(
-                f"--rnnMode transformer can't turn {dim_context} features (--hiddenGar, plus "
-                f"--speakerEmbedding) into {dim_encoded} (--hiddenEncoder): make them equal, leave "
-                "out --speakerEmbedding, or choose another --rnnMode, such as linear"
-            )
+        check_widths("transformer", dim_context, dim_encoded)
         super().__init__(*build_transformer(dim_encoded, 1, n_anchors, abspos=False))
 
     @staticmethod
     def forward_all(heads, context):
         return batched_forward([layer for (layer,) in heads], context)
+
+
+class IdentityHead(Head, nn.Identity):
+    """The context itself is the prediction, as in Kreuk et al. (2020). Raises UserError if the two
+    widths differ."""
+
+    def __init__(self, dim_context, dim_encoded):
+        check_widths("none", dim_context, dim_encoded)
+        super().__init__()
+
+
+def check_widths(rnn_mode, dim_context, dim_encoded):
+    if dim_context != dim_encoded:
+        raise UserError(
+            f"--rnnMode {rnn_mode} can't turn {dim_context} features (--hiddenGar, plus "
+            f"--speakerEmbedding) into {dim_encoded} (--hiddenEncoder): make them equal, leave "
+            "out --speakerEmbedding, or choose another --rnnMode, such as linear"
+        )
 
 
 def build_head(rnn_mode, dim_context, dim_encoded, n_anchors):
@@ -276,6 +317,7 @@ def build_head(rnn_mode, dim_context, dim_encoded, n_anchors):
         "conv4": partial(CausalConvolutionHead, kernel_size=4),
         "conv8": partial(CausalConvolutionHead, kernel_size=8),
         "conv12": partial(CausalConvolutionHead, kernel_size=12),
+        "none": IdentityHead,
     }
     if rnn_mode not in heads:
         raise UserError(f"--rnnMode {rnn_mode} is unknown: choose one of {', '.join(heads)}")

@@ -5,9 +5,14 @@ compares each prediction with the true future frame and with frames drawn at ran
 The original code copies all drawn vectors once per prediction and multiplies elementwise. Here the
 candidates of a few anchors at a time are gathered and scored by matrix products, and gathered
 again in the backward pass: less arithmetic, in little memory that stays in the processor's cache.
+
+Cosine scores are those of Kreuk et al., "Self-supervised contrastive learning for unsupervised
+phoneme segmentation" (2020), and Cuervo et al., "Contrastive prediction strategies for unsupervised
+segmentation and categorization of phonemes and words" (2021).
 """
 
 import importlib.util
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 ANCHORS_AT_ONCE = 32  # on a CPU: the candidates of this many anchors fit its cache
 ANCHORS_AT_ONCE_ON_GPU = 1024  # large steps suit a GPU; about 150 MB with the defaults
+SHORTEST = 1e-8  # a shorter vector has no direction
 
 
 def draw_negatives(
@@ -56,7 +62,7 @@ def following_frames(batch_size, n_frames, n_anchors, n_following, device):
 
 
 class CandidateScores(NamedTuple):
-    """Scores of the K predictions of X anchors; a score is a dot product divided by E."""
+    """Scores of the K predictions of X anchors, see `score_candidates`."""
 
     positives: torch.Tensor  # (X, K, n_positives), each prediction with each positive
     negatives: torch.Tensor  # (X, K), log-sum-exp of the scores of the negatives
@@ -82,8 +88,13 @@ class CandidateScores(NamedTuple):
         return self.higher | self.is_best_negative
 
 
-def score_candidates(pool, predictions, candidates, n_positives, fused=False):
+def score_candidates(
+    pool, predictions, candidates, n_positives, *, cosine=False, temperature=1.0, fused=False
+):
     """Score each prediction against the candidates of its anchor, in float32 or float64.
+
+    A score is the dot product divided by E or, with `cosine`, the cosine similarity (0 for a zero
+    vector, without gradient); either is divided by `temperature`.
 
     pool: (F, E) frames; predictions: (X, K, E); candidates: (X, n_positives + N) int64, indices
     into pool, positives first; fused: use the Triton kernels where they can run (in float32 on a
@@ -92,11 +103,21 @@ def score_candidates(pool, predictions, candidates, n_positives, fused=False):
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     form = _fused_form() if fused and pool.is_cuda and dtype == torch.float32 else _ChunkedScores
     with torch.autocast(pool.device.type, enabled=False):
-        *scores, place = form.apply(
-            pool.to(dtype), predictions.to(dtype), candidates.contiguous(), n_positives
-        )
+        pool, predictions = pool.to(dtype), predictions.to(dtype)
+        if cosine:
+            pool, predictions = unit_length(pool), unit_length(predictions)
+        scale = (pool.size(1) if cosine else 1) / temperature  # the products are divided by E
+        if scale != 1:
+            predictions = predictions * scale
+        *scores, place = form.apply(pool, predictions, candidates.contiguous(), n_positives)
     frame = candidates[:, n_positives:].gather(1, place)
     return CandidateScores(*scores, frame.unsqueeze(2) == candidates[:, None, :n_positives])
+
+
+def unit_length(vectors):
+    """vectors (..., E) divided by their length; zero, with a gradient of zero, for zero vectors."""
+    squares = vectors.square().sum(dim=-1, keepdim=True)
+    return vectors * squares.masked_fill(squares < SHORTEST**2, math.inf).rsqrt()
 
 
 def _fused_form():

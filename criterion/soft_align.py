@@ -79,6 +79,8 @@ class CPCCTCCriterion(ContrastiveCriterion):
         self.normalize_encodings = normalize_encodings
         self.normalize_predictions = normalize_predictions
         self.blank_proto = nn.Parameter(torch.zeros(1, 1, dim_encoded, 1)) if learn_blank else None
+        if learn_blank and self.cosine_scores:  # a zero vector has no direction to learn from
+            nn.init.normal_(self.blank_proto)
         mask = build_mask(mask_rules, n_matched, n_predictions) if mask_rules else None
         self.register_buffer("masq_buffer", mask)
 
@@ -119,9 +121,10 @@ class CPCCTCCriterion(ContrastiveCriterion):
         There is none of the accuracy: where scores are random, not equal, each frame has the best
         of several predictions.
         """
-        n_symbols = len(self.wPrediction.predictors) + self.n_extra
-        scores = torch.full((1, self.n_future, n_symbols), -math.log(self.n_negatives + 1))
-        log_scores = self.apply_mask(scores.to(next(self.parameters()).device))
+        shape = (1, self.n_future, self.n_predictions + self.n_extra)
+        device = None if self.masq_buffer is None else self.masq_buffer.device
+        scores = torch.full(shape, -math.log(self.n_negatives + 1), device=device)
+        log_scores = self.apply_mask(scores)
         cost, _ = self.align(log_scores)
         return Chance(cost.item() * self.loss_temperature / self.n_future)
 

@@ -123,10 +123,13 @@ def test_every_flag_is_in_exactly_one_class():
 def test_sets_of_flags_follow_from_the_declarations():
     assert ARCHITECTURE >= MODEL == {
         "hiddenEncoder", "hiddenGar", "encoder_type", "normMode", "arMode", "nLevelsGRU", "abspos",
-        "cpc_mode", "sizeWindow", "initialisation",
+        "cpc_mode", "sizeWindow", "initialisation", "linearOutput",
     }  # fmt: skip
     assert ARCHITECTURE >= CPCCTC_ONLY | CONTRASTIVE_ONLY | SUPERVISED_ONLY
-    assert {"CPCCTC", "limitNegsInBatch", "speakerEmbedding", "dropout"} == CONTRASTIVE_ONLY
+    assert {
+        "CPCCTC", "limitNegsInBatch", "speakerEmbedding", "dropout", "normalizeCPCScore",
+        "scoreTemperature", "multihead_rnn",
+    } == CONTRASTIVE_ONLY  # fmt: skip
     assert {name for name in ARCHITECTURE if name.startswith("CPCCTC")} - {"CPCCTC"} == CPCCTC_ONLY
     assert {"CTC", "nLevelsPhone", "onEncoder"} == SUPERVISED_ONLY
     assert INHERITED >= CAPTURE_GROUP | PROBE_GROUP
@@ -220,10 +223,11 @@ def test_every_command_names_the_nearest_flag():
 
 
 def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off():
-    args = build_parser().parse_args(["--nor", "batchNorm", "--nEp", "3"])
+    args = build_parser().parse_args(["--normM", "batchNorm", "--nEp", "3"])
     assert (args.normMode, args.nEpoch) == ("batchNorm", 3)
     with pytest.raises(
-        UserError, match="match --noise_band, --noise_extension, --normMode .--help"
+        UserError,
+        match="match --noise_band, --noise_extension, --normMode, --normalizeCPCScore .--help",
     ):
         build_parser().parse_args(["--no", "batchNorm"])
 
@@ -285,6 +289,13 @@ def paths(tmp_path):
         ("--hiddenGar 128", "--rnnMode transformer needs --hiddenGar (128)"),
         ("--speakerEmbedding 8", "--speakerEmbedding can't be used with --rnnMode transformer"),
         ("--hiddenEncoder 100 --hiddenGar 100", "8 attention heads"),
+        ("--scoreTemperature 0", "--scoreTemperature 0.0: must be above 0"),
+        ("--normalizeCPCScore --supervised", "--normalizeCPCScore has no effect with --supervised"),
+        ("--rnnMode none", "--nPredicts must be 1, not 12"),
+        ("--rnnMode none --nPredicts 1 --hiddenGar 128", "--rnnMode none needs --hiddenGar (128)"),
+        ("--rnnMode none --nPredicts 1 --speakerEmbedding 8", "used with --rnnMode none"),
+        ("--multihead_rnn --rnnMode linear", "--multihead_rnn needs --rnnMode transformer"),
+        ("--linearOutput --encoder_type lfb", "--linearOutput needs --encoder_type cpc, not lfb"),
         ("--arMode no_ar --hiddenGar 128", "--arMode no_ar"),
         ("--arMode transformer --nLevelsGRU 2", "--nLevelsGRU 2"),
         ("--abspos", "--abspos needs --arMode transformer"),

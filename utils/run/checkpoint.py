@@ -30,6 +30,7 @@ import torch
 
 from utils.files import load_json, load_tensors, remove_leftovers, save_json, save_tensors
 from utils.misc import UserError, first_few
+from utils.run import hcpc
 from utils.run.checkpoint_checks import are_logs, are_training_logs, check_types
 from utils.run.flags import ARCHITECTURE, stored_arguments
 
@@ -158,6 +159,8 @@ def read_checkpoint(path):
             f"{path}: written by a newer version of this program (format {state['format']})"
         )
     check_types(path, state)
+    if of_original:
+        hcpc.take_over(state)
     return Checkpoint(path, state, of_original)
 
 
@@ -189,7 +192,7 @@ def _complete_original(path, state):
     state["args"] = load_json(arguments)
     state["logs"] = {}
     with contextlib.suppress(UserError):  # its logs are welcome, not needed
-        state["logs"] = load_json(path.parent / "checkpoint_logs.json")
+        state["logs"] = hcpc.renamed(load_json(path.parent / "checkpoint_logs.json"))
     done = int(match[1]) + 1 if match else 1
     logs = state["logs"]
     if not (are_logs(logs) and are_training_logs(logs)) or len(logs.get("epoch", [])) < done:
@@ -290,6 +293,7 @@ def stored_architecture(checkpoint, begun_with_it=()):
         raise UserError(f"{path}: names itself among the checkpoints that it began with")
     if "models" in checkpoint.state:
         return [_model_flags(flags, path) for flags in checkpoint.state["models"]]
+    hcpc.refuse_unsupported(stored, path)
     begun_from = _begun_from(checkpoint) if checkpoint.of_original else []
     missing = [name for name in begun_from if not os.path.exists(name)]
     concatenated = any(PART.fullmatch(key) for key in checkpoint.state["gEncoder"])

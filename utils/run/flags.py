@@ -7,7 +7,7 @@ import argparse
 import os
 from functools import partial
 
-from utils.misc import UserError
+from utils.misc import UserError, first_few
 from utils.run.command import (
     AUDIO_EXTENSION,
     CommandLine,
@@ -210,6 +210,8 @@ add("--normMode", choices=("instanceNorm", "ID", "layerNorm", "batchNorm"), defa
 add("--initialisation", choices=("lecun", "original"), default="lecun",
     help="first weights of the convolutions; from the original's, plain CPC often never starts to "
     "learn, since quiet speech drowns in the biases")
+add("--linearOutput", action="store_true",
+    help="no ReLU after the encoder's last norm (Kreuk et al., Interspeech 2020)")
 add("--arMode", choices=("GRU", "LSTM", "RNN", "no_ar", "transformer"), default="LSTM",
     help="autoregressive (AR) network, encoded frames -> contexts")
 add("--hiddenGar", type=at_least(1), default=256, metavar="C",
@@ -232,8 +234,15 @@ add("--limitNegsInBatch", type=at_least(0), default=0, also=CONTRASTIVE_ONLY, me
     help="draw negatives only within groups of ROWS windows of the batch; harder, and the model "
     "learns less about speakers and more about phones (0: from the whole batch)")
 add("--rnnMode", default="transformer",
-    choices=("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12"),
-    help="prediction heads, one per prediction; linear is by far the fastest")
+    choices=("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12", "none"),
+    help="prediction heads, one per prediction; linear is by far the fastest; with none, the "
+    "context itself is the only prediction")
+add("--multihead_rnn", action="store_true", also=CONTRASTIVE_ONLY, help="one transformer head with "
+    "an output per prediction, as in CPC2; faster than a transformer for each")
+add("--normalizeCPCScore", action="store_true", also=CONTRASTIVE_ONLY, help="score by cosine "
+    "similarity instead of dot product (Kreuk et al., Interspeech 2020; Cuervo et al. 2021)")
+add("--scoreTemperature", type=above(0), default=1.0, also=CONTRASTIVE_ONLY, metavar="T",
+    help="divide scores by this; below 1, cosine scores separate frames more sharply")
 add("--dropout", action="store_true", also=CONTRASTIVE_ONLY,
     help="dropout of 0.5 on the predictions")
 add("--speakerEmbedding", type=at_least(0), default=0, also=CONTRASTIVE_ONLY, metavar="D",
@@ -439,6 +448,9 @@ def stored_arguments(stored, source):
             argv.append(f"--{name}")
         elif isinstance(value, list) and name in LISTS:
             argv += [f"--{name}", *map(str, value)]
+        elif isinstance(value, list):
+            several = first_few(map(str, value))
+            raise UserError(f"{source}: --{name} has several values, {several}: give it one again")
         elif value is not None and value is not False:
             argv.append(f"--{name}={value}")
     try:

@@ -17,6 +17,7 @@ from utils.run.flags import (
     PROBE_GROUP,
     stored_arguments,
 )
+from utils.run.hcpc import refuse_unsupported
 from utils.run.rules import check_arguments, complete
 
 
@@ -62,6 +63,7 @@ def inherit_args(args, explicit, stored, source):
     a warning for every flag whose value, on the command line or stored, isn't used although it
     might be expected.
     """
+    refuse_unsupported(stored, source)
     taken = ARCHITECTURE | inherited_flags(args, explicit, stored)
     checkpoint_args = stored_arguments({n: stored[n] for n in taken & stored.keys()}, source)
     warnings = []
@@ -98,7 +100,9 @@ def inherited_flags(args, explicit, stored):
 
 
 def is_gone(path):
-    """Whether a stored path names a file or directory that isn't there any more."""
+    """Whether a stored path is one that isn't there any more, or several (of hCPC)."""
+    if isinstance(path, list):
+        return True
     return isinstance(path, str) and bool(path) and not os.path.exists(path)
 
 

@@ -185,6 +185,8 @@ def check_model(args, explicit):
     check_heads("arMode", args)
     if "normMode" in explicit and args.encoder_type != "cpc" and args.normMode != "layerNorm":
         raise UserError(f"--normMode {args.normMode} needs --encoder_type cpc")
+    if args.linearOutput and args.encoder_type != "cpc":
+        raise UserError(f"--linearOutput needs --encoder_type cpc, not {args.encoder_type}")
     if "initialisation" in explicit and args.encoder_type != "cpc":
         raise UserError(f"--initialisation {args.initialisation} needs --encoder_type cpc")
 
@@ -208,18 +210,30 @@ def check_criterion(args, explicit):
         return
     if not args.CPCCTC:
         refuse_any(explicit & CPCCTC_ONLY, "needs --CPCCTC")
+    check_prediction_heads(args)
+    check_reach(args)
+
+
+def check_prediction_heads(args):
     check_heads("rnnMode", args)
-    if args.rnnMode == "transformer" and args.hiddenGar != args.hiddenEncoder:
+    keeps_width = args.rnnMode in ("transformer", "none")
+    if keeps_width and args.hiddenGar != args.hiddenEncoder:
         raise UserError(
-            f"--rnnMode transformer needs --hiddenGar ({args.hiddenGar}) and --hiddenEncoder "
+            f"--rnnMode {args.rnnMode} needs --hiddenGar ({args.hiddenGar}) and --hiddenEncoder "
             f"({args.hiddenEncoder}) to be equal; or choose another --rnnMode, such as linear"
         )
-    if args.rnnMode == "transformer" and args.speakerEmbedding:
+    if keeps_width and args.speakerEmbedding:
         raise UserError(
-            "--speakerEmbedding can't be used with --rnnMode transformer; choose another "
+            f"--speakerEmbedding can't be used with --rnnMode {args.rnnMode}; choose another "
             "--rnnMode, such as linear"
         )
-    check_reach(args)
+    if args.rnnMode == "none" and args.nPredicts > 1:
+        raise UserError(
+            f"--rnnMode none: the context itself is the only prediction, so --nPredicts must be 1, "
+            f"not {args.nPredicts}"
+        )
+    if args.multihead_rnn and args.rnnMode != "transformer":
+        raise UserError(f"--multihead_rnn needs --rnnMode transformer, not {args.rnnMode}")
 
 
 def check_reach(args):

@@ -1,0 +1,100 @@
+"""Takes over checkpoints of hCPC, the program of Cuervo et al. (2021, 2022).
+
+It writes the files of the original program with other contents: several corpora in each path flag,
+more flags, an optimiser with four groups of parameters, and a level's number in the logs' names.
+"""
+
+from utils.misc import UserError
+from utils.run.flags import LISTS, build_parser
+
+# Flags of hCPC that this program doesn't have -> the value that makes no difference. Those of a
+# single call (restartEpochCount) and without any effect (NoARonRegHead) aren't among them.
+NEUTRAL = {
+    "multiLevel": False,
+    "segmentLevel": False,
+    "noSegmentation": False,
+    "freezeFrameModel": False,
+    "loadOnlyFrameModel": False,
+    "segmentationMode": "cosineDissimilarity",
+    "segmentOnContext": False,
+    "segmentCompression": "average",
+    "nPredictsSegment": 1,
+    "CPCCTCNumMatchedSegment": 1,
+    "negativeSamplingExtSegment": 1,
+    "rnnModeSegment": "transformer",
+    "hiddenEncoderSegment": 256,
+    "hiddenGarSegment": 256,
+    "adjacentNegatives": False,
+    "headWeights": [1.0, 1.0],
+    "nLayersBoundaryPredictor": 1,
+    "rlSetup": "reinforceWBaseline",
+    "targetQuantizer": "none",
+    "encodingsQuantizer": "none",
+    "contextQuantizer": "none",
+    "targetQuantizerSegment": "none",
+    "numGroupsCodebook": 1,
+    "numCodesCodebook": 512,
+    "codebookLearningRate": 2e-3,
+    "sincNet": False,
+    "useKreukLoss": False,
+    "predictClusterIds": False,
+}
+
+
+def refuse_unsupported(stored, source):
+    """Raise UserError if flags in a checkpoint ask for what this program doesn't have.
+
+    stored: a dict; source: the checkpoint's file.
+    """
+    for name, neutral in NEUTRAL.items():
+        value = stored.get(name, neutral)
+        if value != neutral:
+            raise UserError(
+                f"{source}: was trained with --{name} {value}, which this program doesn't support"
+            )
+
+
+def take_over(state):
+    """Give the state of a checkpoint, read from a file of hCPC, the form of the original's.
+
+    States that have it already stay as they are. Dropped is the baseline of REINFORCE, which every
+    criterion of hCPC has and only its learned boundaries use.
+    """
+    state["args"] = unwrapped(state["args"])
+    weights = state["cpcCriterion"].items()
+    state["cpcCriterion"] = {k: v for k, v in weights if k.split(".")[-1] != "baseline"}
+    state["optimizer"] = in_one_group(state.get("optimizer"))
+
+
+def unwrapped(stored):
+    """Stored flags, where lists of one value are that value if the flag takes only one here."""
+    single = vars(build_parser().parse_args([])).keys() - LISTS
+    return {
+        name: value[0] if name in single and isinstance(value, list) and len(value) == 1 else value
+        for name, value in stored.items()
+    }
+
+
+def renamed(logs):
+    """Logs, where the losses of a single level are named as the original names them."""
+    if not isinstance(logs, dict):  # damaged
+        return logs
+    return {name.removesuffix("_head0"): values for name, values in logs.items()}
+
+
+def in_one_group(optimizer):
+    """The state of an optimiser with its parameters in one group, the criterion's first.
+
+    hCPC's groups are the model's codebooks, the model, the criterion's codebooks, the criterion.
+    Other states are returned as they are.
+    """
+    try:
+        _, model, _, criterion = optimizer["param_groups"]
+        order = [*criterion["params"], *model["params"]]
+        moments = [optimizer["state"].get(number) for number in order]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return optimizer
+    return {
+        "state": {i: its_own for i, its_own in enumerate(moments) if its_own is not None},
+        "param_groups": [model | {"params": list(range(len(order)))}],
+    }
