@@ -22,7 +22,6 @@ from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
 from model import (
-    CPCAR,
     ConcatenatedModel,
     CPCModel,
     CPCModelNullspace,
@@ -31,8 +30,10 @@ from model import (
     build_model,
     preserved_state,
 )
+from segments import choose_level
 from transformers import CausalAttention
 from utils.data.audio import SILENT, Extremes, open_audio, reason, warn_of_loudness
+from utils.hidden_state import KeepsHidden
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import (
     NULLSPACE,
@@ -49,7 +50,15 @@ PHONE_WEIGHT = re.compile(r"PhoneCriterionClassifier\.(\d+\.)?weight")
 
 
 def load_model(
-    checkpoints, *, load_best=False, gru_level=-1, nullspace=False, sampling=None, load_weights=True
+    checkpoints,
+    *,
+    load_best=False,
+    gru_level=-1,
+    nullspace=False,
+    only_frames=False,
+    level="frames",
+    sampling=None,
+    load_weights=True,
 ):
     """The model of a checkpoint, or those of several, their features side by side.
 
@@ -57,6 +66,8 @@ def load_model(
     load_best: the weights of the run's best epoch instead of its last
     gru_level: if above 0, keep only that many layers of the recurrent context network
     nullspace: insist on a null-space model, one whose features are projected
+    only_frames: of models with two levels only the lower one
+    level: "segments" for the features of the upper one, repeated over their frames
     sampling: a `--samplingType` instead of that of the run: `sequential` keeps hidden states
     load_weights: False: the same architecture with fresh weights
 
@@ -64,13 +75,14 @@ def load_model(
     model's attribute `arguments` holds a namespace of architecture flags for each single model in
     it: what `build_model` takes. Raises UserError, naming the file, if anything doesn't fit.
     """
-    stored = stored_models(
-        checkpoints, load_best=load_best, gru_level=gru_level, nullspace=nullspace
-    )
+    choice = {"load_best": load_best, "gru_level": gru_level, "nullspace": nullspace}
+    stored = stored_models(checkpoints, only_frames=only_frames, **choice)
     arguments = [flags for part in stored for flags in part.arguments]
     for flags in arguments if sampling else ():
         flags.samplingType = sampling
     models = [_build(part, load_weights) for part in stored]
+    for part in models if level != "frames" else ():
+        choose_level(part, level)
     model = models[0] if len(models) == 1 else ConcatenatedModel(models)
     model.arguments = arguments
     return model, model.dim_context, model.dim_encoded
@@ -294,7 +306,7 @@ def _forward_part(module, waveform, frames):
 @contextlib.contextmanager
 def _kept_hidden_states(module):
     """A block in which recurrent networks keep their hidden state from call to call."""
-    networks = [part for part in module.modules() if isinstance(part, CPCAR)]
+    networks = [part for part in module.modules() if isinstance(part, KeepsHidden)]
     before = [network.keep_hidden for network in networks]
     for network in networks:
         network.keep_hidden = True

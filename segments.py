@@ -112,7 +112,7 @@ class Segments(NamedTuple):
 
 
 def means_of_segments(frames, boundaries):
-    """frames (B, S, D) -> the mean of each segment, (N, D): those of row 0, then those of row 1 ..."""
+    """frames (B, S, D) -> the mean of each segment, (N, D): those of row 0, of row 1 and so on."""
     first = boundaries.flatten().nonzero().squeeze(1)
     end = first.new_full((1,), boundaries.numel())
     return torch.segment_reduce(frames.flatten(0, 1), "mean", lengths=torch.diff(first, append=end))

@@ -24,6 +24,22 @@ class Networks(nn.Module):
         output = self.criterion(context, encoded, label, generator=generator)
         return output.losses, output.accuracies
 
+    def total(self, losses):
+        """The loss that training minimises, of `losses`."""
+        return losses.sum()
+
+    def by_level(self, row):
+        """Ending of names in the logs -> its part of `row`, a list of n values."""
+        return {"": row}
+
+    def named(self, part, losses, accuracies):
+        """Means, two lists of n numbers, by their names in the logs; part: "train" or "val"."""
+        return {
+            f"{kind}_{part}{ending}": values
+            for kind, row in (("locLoss", losses), ("locAcc", accuracies))
+            for ending, values in self.by_level(row).items()
+        }
+
     @property
     def step_name(self):
         """What each of the n losses belongs to: "prediction step", "matched frame", or None."""

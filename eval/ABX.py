@@ -39,10 +39,10 @@ from eval.abx_groups import (
 from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
-from model import CPCAR
 from utils.data.listing import AUDIO, choose_extension
 from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
+from utils.hidden_state import KeepsHidden
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
@@ -265,7 +265,7 @@ def features_of_checkpoint(args, paths):
     model, *_ = load_model([args.path_checkpoint])
     model.to(device_from(args.device))
     for part in model.modules():
-        if isinstance(part, CPCAR):
+        if isinstance(part, KeepsHidden):
             part.keep_hidden = True  # between chunks; every file begins in the zero state
 
     def features(name):

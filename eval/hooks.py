@@ -14,8 +14,8 @@ from utils.data.corpus import (
     listed_utterances,
 )
 from utils.misc import counted, generator_from
+from utils.run.captured import captured_names
 from utils.run.console import progress
-from utils.run.flags import captured_names
 from utils.run.resolve import works_on_checkpoint
 
 PREDICTED = frozenset(("pred", "cpcctc_align", "cpcctc_log_scores"))  # captured in the criterion

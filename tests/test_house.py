@@ -17,6 +17,7 @@ FLOORS = """
     utils.corpus
     transformers
     criterion
+    segments
     model
     dataset
     augmentation

@@ -123,7 +123,9 @@ def test_every_flag_is_in_exactly_one_class():
 def test_sets_of_flags_follow_from_the_declarations():
     assert ARCHITECTURE >= MODEL == {
         "hiddenEncoder", "hiddenGar", "encoder_type", "normMode", "arMode", "nLevelsGRU", "abspos",
-        "cpc_mode", "sizeWindow", "initialisation", "linearOutput",
+        "cpc_mode", "sizeWindow", "initialisation", "linearOutput", "multiLevel",
+        "segmentationMode", "segmentProminence", "segmentOnContext", "noSegmentation",
+        "hiddenEncoderSegment", "hiddenGarSegment",
     }  # fmt: skip
     assert ARCHITECTURE >= CPCCTC_ONLY | CONTRASTIVE_ONLY | SUPERVISED_ONLY
     assert {

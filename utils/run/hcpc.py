@@ -10,22 +10,7 @@ from utils.run.flags import LISTS, build_parser
 # Flags of hCPC that this program doesn't have -> the value that makes no difference. Those of a
 # single call (restartEpochCount) and without any effect (NoARonRegHead) aren't among them.
 NEUTRAL = {
-    "multiLevel": False,
-    "segmentLevel": False,
-    "noSegmentation": False,
-    "freezeFrameModel": False,
-    "loadOnlyFrameModel": False,
-    "segmentationMode": "cosineDissimilarity",
-    "segmentOnContext": False,
     "segmentCompression": "average",
-    "nPredictsSegment": 1,
-    "CPCCTCNumMatchedSegment": 1,
-    "negativeSamplingExtSegment": 1,
-    "rnnModeSegment": "transformer",
-    "hiddenEncoderSegment": 256,
-    "hiddenGarSegment": 256,
-    "adjacentNegatives": False,
-    "headWeights": [1.0, 1.0],
     "nLayersBoundaryPredictor": 1,
     "rlSetup": "reinforceWBaseline",
     "targetQuantizer": "none",
@@ -76,10 +61,13 @@ def unwrapped(stored):
 
 
 def renamed(logs):
-    """Logs, where the losses of a single level are named as the original names them."""
+    """Logs, where the losses of the levels have the names that this program gives them."""
     if not isinstance(logs, dict):  # damaged
         return logs
-    return {name.removesuffix("_head0"): values for name, values in logs.items()}
+    return {
+        name.removesuffix("_head0").replace("_head1", "_segments"): values
+        for name, values in logs.items()
+    }
 
 
 def in_one_group(optimizer):

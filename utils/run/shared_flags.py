@@ -7,6 +7,15 @@ from utils.run.command import AUDIO_EXTENSION, above, at_least, decay_rate, exte
 # fmt: off
 
 
+LEVEL = {"choices": ("frames", "segments"), "default": "frames",
+    "help": "level of a model trained with --multiLevel whose features are used; those of segments "
+    "are repeated over their frames"}
+
+
+def add_level(add):
+    add("--level", **LEVEL)
+
+
 def add_device(add):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if available")
 
