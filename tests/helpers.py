@@ -24,6 +24,9 @@ def _directory(variable, default):
 GOLDEN = _directory("CPC_GOLDEN", "golden")
 if "CPC_GOLDEN" not in os.environ and not GOLDEN.is_dir():
     GOLDEN = COMPACT_GOLDEN
+GOLDEN_HCPC = _directory("CPC_GOLDEN_HCPC", "golden_hcpc")
+if "CPC_GOLDEN_HCPC" not in os.environ and not GOLDEN_HCPC.is_dir():
+    GOLDEN_HCPC = COMPACT_GOLDEN / "hcpc"
 REAL_SPEECH = _directory("CPC_DATA", "data/librispeech_mini")
 
 needs_real_speech = pytest.mark.skipif(
@@ -79,6 +82,17 @@ def golden_cases(*kinds):
         )
         for name, case in cases.items()
         if case["kind"] in kinds
+    ]
+
+
+def hcpc_cases(name_in_params):
+    """The cases of the golden set of hCPC whose parameters have this name: (params, arrays)."""
+    manifest = GOLDEN_HCPC / "manifest.json"
+    cases = json.loads(manifest.read_text())["cases"] if manifest.is_file() else {}
+    return [
+        pytest.param(case["params"], GOLDEN_HCPC / f"{name}.npz", id=name)
+        for name, case in cases.items()
+        if name_in_params in case["params"]
     ]
 
 

@@ -48,7 +48,7 @@ from dataset import Batch
 from tests.helpers import assert_close, assert_gradients_close, golden_cases
 from utils.misc import UserError, generator_from
 
-RNN_MODES = ("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12")
+RNN_MODES = ("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12", "none")
 
 
 # Slow references, as the definitions read
@@ -1065,6 +1065,9 @@ def flags(**changes):
         "limitNegsInBatch": 0,
         "speakerEmbedding": 0,
         "rnnMode": "linear",
+        "multihead_rnn": False,
+        "normalizeCPCScore": False,
+        "scoreTemperature": 1.0,
         "dropout": False,
         "CPCCTC": False,
         "CPCCTCNumMatched": 6,
@@ -1089,6 +1092,9 @@ FLAGS = [
     ({"speakerEmbedding": 4}, {"speaker_embedding": 4, "n_speakers": 2}),
     ({"rnnMode": "transformer"}, {"rnn_mode": "transformer"}),
     ({"dropout": True}, {"dropout": True}),
+    ({"normalizeCPCScore": True}, {"cosine_scores": True}),
+    ({"scoreTemperature": 0.5}, {"temperature": 0.5}),
+    ({"rnnMode": "transformer", "multihead_rnn": True}, {"shared_head": True}),
 ]
 ALIGNED_FLAGS = [
     *FLAGS,

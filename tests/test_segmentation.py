@@ -1,8 +1,6 @@
 """Tests of boundaries: peaks (utils/peaks.py), matching, metrics, and eval/segmentation.py."""
 
-import json
 import math
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -24,15 +22,13 @@ from stats.boundaries import (
     segmentation_metrics,
 )
 from stats.distances import frame_distances
-from tests.helpers import ROOT, ends_refused
+from tests.helpers import ends_refused, hcpc_cases
 from utils.data.corpus import Utterance
 from utils.data.labels import read_phone_labels
 from utils.files import load_json
 from utils.peaks import peak_prominence, scaled_to_one
 from utils.run.checkpoint import save_checkpoint
 from utils.run.flags import build_parser
-
-GOLDEN_HCPC = Path(os.environ.get("CPC_GOLDEN_HCPC") or ROOT.parent / "shared" / "golden_hcpc")
 
 # ---------------------------------------------------------------------------- slow references
 
@@ -151,17 +147,6 @@ def test_tolerance_is_20_ms():
 
 
 # ------------------------------------------------------------------------------- golden values
-
-
-def hcpc_cases(name_in_params):
-    """The cases of the golden set of hCPC whose parameters have this name: (params, arrays)."""
-    manifest = GOLDEN_HCPC / "manifest.json"
-    cases = json.loads(manifest.read_text())["cases"] if manifest.is_file() else {}
-    return [
-        pytest.param(case["params"], GOLDEN_HCPC / f"{name}.npz", id=name)
-        for name, case in cases.items()
-        if name_in_params in case["params"]
-    ]
 
 
 @pytest.mark.parametrize(("params", "path"), hcpc_cases("default_prominence"))
