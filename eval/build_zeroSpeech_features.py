@@ -26,7 +26,7 @@ import utils.run.before_torch  # noqa: F401
 
 import numpy as np
 
-from eval.center_push import read_centers, squared_distances
+from eval.center_push import read_centers
 from feature_loader import (
     FeatureModule,
     ModelPhoneCombined,
@@ -45,6 +45,7 @@ from utils.files import (
     save_tensors,
     writing_to,
 )
+from utils.kmeans import squared_distances
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command

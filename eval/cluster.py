@@ -21,7 +21,6 @@ import utils.run.before_torch  # noqa: F401
 
 import torch
 
-from eval.kmeans import kmeans
 from eval.units import (
     FEATURES,
     LAST,
@@ -33,6 +32,7 @@ from eval.units import (
 )
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.files import writing_to
+from utils.kmeans import kmeans
 from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, percent
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command

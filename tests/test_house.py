@@ -16,6 +16,7 @@ FLOORS = """
     utils.report
     utils.corpus
     transformers
+    boundary_policy
     criterion
     segments
     model

@@ -14,7 +14,7 @@ from torch import nn
 import eval.probe
 import eval.probe_features
 from dataset import AudioDataset
-from eval.center_push import push_to_nearest, read_centers, squared_distances
+from eval.center_push import push_to_nearest, read_centers
 from eval.linear_separability import main, null_space, parse_arguments
 from eval.probe import Probe, ProbeOptions, accuracy_by_class, run_probe
 from eval.probe_features import storage_for
@@ -24,6 +24,7 @@ from tests.helpers import ROOT, assert_close, ends_refused, golden_cases
 from utils.data.corpus import scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import TEMPORARY_PREFIX, load_json, load_tensors, save_tensors
+from utils.kmeans import squared_distances
 from utils.misc import UserError
 from utils.report import plot_confusion
 from utils.report.plot_confusion import draw_confusion

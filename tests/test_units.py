@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from eval import cluster, quantize, unit_quality
-from eval.kmeans import assign, first_centers, kmeans, lloyd
 from eval.unit_measures import chance, measure, usage
 from eval.units import read_clusters, read_units
 from feature_loader import build_feature, load_model, seq_normalization
@@ -21,6 +20,7 @@ from tests.test_probes import save_model
 from tests.test_train import trained
 from utils.data.labels import runs, write_labels
 from utils.files import load_json
+from utils.kmeans import assign, first_centers, kmeans, lloyd
 from utils.misc import UserError, generator_from
 
 
