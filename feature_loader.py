@@ -30,7 +30,7 @@ from model import (
     build_model,
     preserved_state,
 )
-from segments import choose_level
+from segments import SEGMENTS, MultiLevelModel, choose_level
 from transformers import CausalAttention
 from utils.data.audio import SILENT, Extremes, open_audio, reason, warn_of_loudness
 from utils.hidden_state import KeepsHidden
@@ -244,9 +244,12 @@ def features_in_parts(model, path, *, get_encoded=False):
 
     Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
     the whole file at once. A transformer starts again where it has taken all frames it was made
-    for. Parameters and errors as for `build_feature`; between parts, the model is in eval mode.
+    for. Segments are those of the whole file: it takes memory for all frames. Parameters and errors as for `build_feature`; between parts, the model is in eval mode.
     """
     module = _feature_module(model, get_encoded)
+    if _gives_segments(module.model):
+        yield _features_of_segments(module, path)
+        return
     shortest, device = shortest_input(module), _device(module)
     with preserved_state(module.model, module), _kept_hidden_states(module):
         module.eval()
@@ -263,11 +266,51 @@ def features_in_parts(model, path, *, get_encoded=False):
             yield features.view(-1, features.size(-1)).cpu()
 
 
+def _gives_segments(model):
+    return isinstance(model, MultiLevelModel) and model.level == SEGMENTS
+
+
+class _BothFeatures(FeatureModule):
+    """Contexts and encoded frames side by side."""
+
+    def forward(self, waveform, continues=None):
+        return torch.cat(self.model(waveform, continues), dim=2)
+
+
+class _Stored(nn.Module):
+    """A model whose contexts and encoded frames are known, whatever the waveform."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, waveform, continues=None):
+        return self.outputs
+
+
+@torch.no_grad()
+def _features_of_segments(module, path):
+    """The features of a whole file by the segments of all its frames, (T, D)."""
+    model = module.model
+    of_frames = model.frameLevelModel
+    frames = features_in_parts(_BothFeatures(of_frames, get_encoded=False), path)
+    frames = torch.cat(list(frames))[None].to(_device(module))
+    with preserved_state(model, module):
+        module.eval()
+        both = frames.split([of_frames.dim_context, of_frames.dim_encoded], dim=2)
+        try:
+            module.model = _Stored(model.find_segments(*both).upsampled())
+            features = module(None)
+        finally:
+            module.model = model
+    return features.view(-1, features.size(-1)).cpu()
+
+
 def _frames_per_part(module):
     """The number of frames to compute at once, infinite where it takes the whole file."""
     over_time = nn.InstanceNorm1d | LFBEncoder | MFCCEncoder
     for part in module.modules():
-        if isinstance(part, over_time) or getattr(part, "reverse", False):
+        if isinstance(part, over_time) or getattr(part, "reverse", False) or _gives_segments(part):
             return math.inf
     return min(FRAMES_PER_PART, longest_input(module) // SAMPLES_PER_FRAME)
 

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from criterion.networks import Networks
-
-OF_SEGMENTS = "_segments"  # ends the names of their values in the logs
+from utils.misc import OF_SEGMENTS
 
 
 class LevelCriteria(nn.Module):

@@ -47,7 +47,7 @@ from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension
+from utils.run.shared_flags import add_device, add_extension, add_level
 
 NO_TRIPLET = {
     "within": "it takes two examples of a phone by one speaker, and another phone in the context",
@@ -175,6 +175,7 @@ def build_parser():
     add("path_audio_data", help="folder of the audio files; subfolders are included")
     add_extension(add)
     add("--get_encoded", action="store_true", help="score encoded frames instead of contexts")
+    add_level(add)
     add("--seq_norm", action="store_true",
         help="normalise each file, or chunk, to zero mean and unit variance over time")
     add("--max_size_seq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
@@ -251,6 +252,7 @@ def source(args):
     return {
         "features": args.path_checkpoint,
         "layer": "encoded" if args.get_encoded else "context",
+        "level": args.level,
         "chunks": {name: vars(args)[name] for name in ("max_size_seq", "strict", "seq_norm")},
     }
 
@@ -262,7 +264,7 @@ def features_of_checkpoint(args, paths):
     if they are more than training tolerates.
     """
     problems = []
-    model, *_ = load_model([args.path_checkpoint])
+    model, *_ = load_model([args.path_checkpoint], level=args.level)
     model.to(device_from(args.device))
     for part in model.modules():
         if isinstance(part, KeepsHidden):

@@ -51,12 +51,12 @@ from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension, check_same_flags
+from utils.run.shared_flags import add_device, add_extension, add_level, check_same_flags
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that the features depend on
     "pathCheckpoint", "addCriterion", "oneHot", "maxSizeSeq", "format", "strict", "getEncoded",
-    "clusters", "seqNorm",
+    "clusters", "seqNorm", "level",
 )  # fmt: skip
 
 
@@ -90,6 +90,8 @@ def parse_arguments(argv=None):
     check_available(args)
     if args.oneHot and not args.addCriterion:
         raise UserError("--oneHot needs --addCriterion")
+    if args.addCriterion and args.level == "segments":
+        raise UserError("--level segments: not with --addCriterion, whose classifier takes frames")
     for name in ("getEncoded", "clusters"):
         if args.addCriterion and getattr(args, name):
             raise UserError(f"--addCriterion writes phone probabilities: leave out --{name}")
@@ -143,6 +145,7 @@ def build_parser():
 
 def add_feature_flags(add):
     add("--getEncoded", action="store_true", help="encoded frames instead of contexts")
+    add_level(add)
     add("--addCriterion", action="store_true",
         help="phone probabilities, by the classifier in the checkpoint")
     add("--oneHot", action="store_true",
@@ -182,7 +185,7 @@ class ClusterDistances(FeatureModule):
 
 def build_module(args):
     """The module that computes features from waveforms, according to the flags."""
-    model, *_ = load_model([args.pathCheckpoint])
+    model, *_ = load_model([args.pathCheckpoint], level=args.level)
     if args.addCriterion:
         classifier = load_phone_classifier(args.pathCheckpoint)
         return ModelPhoneCombined(model, classifier, args.oneHot)

@@ -38,7 +38,7 @@ from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension
+from utils.run.shared_flags import add_device, add_extension, add_level
 
 FRAMES_PER_CLUSTER, FEWEST_FRAMES = 2000, 200_000  # more hardly move the centers
 LARGE_SHARE = 0.5  # of all frames in one unit: something is wrong
@@ -139,6 +139,7 @@ def add_feature_flags(add, default=False):
     """Flags that say which features are clustered; `default` of the switches."""
     add("--encoder_layer", action="store_true", default=default,
         help="encoded frames instead of contexts")
+    add_level(add, default="frames" if default is False else None)
     add("--level_gru", type=at_least(1), metavar="N",
         help="contexts of the N-th recurrent layer instead of the last")
     add("--seq_norm", action="store_true", default=default,

@@ -42,6 +42,7 @@ from utils.run.shared_flags import (
     add_adam,
     add_device,
     add_extension,
+    add_level,
     add_reading,
     check_same_flags,
 )
@@ -49,7 +50,7 @@ from utils.run.shared_flags import (
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
 DECISIVE = (  # flags that define what is measured; the others define the training
     "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
-    "pathVal", "speaker_level",
+    "pathVal", "speaker_level", "level",
 )  # fmt: skip
 
 
@@ -134,6 +135,8 @@ def check_mode(args):
             f"--mode {args.mode} needs --path_speakers_factorized FILE, a checkpoint written with "
             "--mode speakers_factorized"
         )
+    if nullspace and args.level == "segments":
+        raise UserError(f"--level segments isn't supported with --mode {args.mode}")
     if args.path_speakers_factorized and not nullspace:
         raise UserError(
             "--path_speakers_factorized needs --mode phonemes_nullspace or speakers_nullspace"
@@ -180,6 +183,7 @@ def add_task_flags(add):
     add("--pathPhone", metavar="FILE", help="phone labels, for the phone task (default: speakers)")
     add("--CTC", action="store_true", help="phones by CTC; reports the phone error rate")
     add("--get_encoded", action="store_true", help="encoded frames instead of contexts")
+    add_level(add)
     add("--gru_level", type=int, default=-1, metavar="N",
         help="only the first N layers of the AR network (default: all)")
     add("--mode", choices=MODES, default="phonemes",
@@ -272,7 +276,10 @@ def build_model(args, checkpoints):
     Returns it and the architecture flags (dicts) of each model concatenated in it.
     """
     model, *_ = load_model(
-        checkpoints, gru_level=args.gru_level, load_weights=not args.no_pretraining
+        checkpoints,
+        gru_level=args.gru_level,
+        level=args.level,
+        load_weights=not args.no_pretraining,
     )
     architectures = [vars(flags) for flags in model.arguments]
     if args.mode.endswith("_nullspace"):
@@ -337,6 +344,7 @@ def options_of(args):
         n_layers=args.linsep_net_layers,
         ctc=args.CTC,
         get_encoded=args.get_encoded,
+        level=args.level,
         n_inner=args.dim_inter if args.mode == "speakers_factorized" else 0,
         unfrozen=args.unfrozen,
         logging_step=args.save_step,

@@ -47,6 +47,7 @@ class ProbeOptions:
     n_layers: int = 1
     ctc: bool = False  # phones: recognise their sequence instead of labelling frames
     get_encoded: bool = False  # features: encoded frames instead of contexts
+    level: str = "frames"  # of the model, that gives them
     n_inner: int = 0  # speakers: dimensions of a bottleneck (0: none)
     unfrozen: bool = False  # train the model as well
     logging_step: int = 1  # epochs between writes of the log
@@ -68,6 +69,7 @@ class ProbeOptions:
             n_layers=args.linsep_net_layers,
             ctc=phone and args.CTCphones,
             get_encoded=phone and args.phone_get_encoded,
+            level=args.level,
             logging_step=args.linsep_task_logging_step,
             seed=args.random_seed,
             cpc_epoch=cpc_epoch,
@@ -377,6 +379,7 @@ class Probe:
             self.baseline = int(validation.class_counts[majority_class]) / validation.n_frames
         self.measured_on = {
             "layer": "encoded" if self.options.get_encoded else "context",
+            "level": self.options.level,
             "dimensions": self.n_features,
             "training": self._set_sizes(self.train_set, training),
             "validation": self._set_sizes(self.validation_set, validation),
@@ -398,7 +401,8 @@ class Probe:
         options, measured_on = self.options, self.measured_on
         n_unseen = measured_on["classes_only_in_validation"]
         yield (
-            f"{self.name}: {measured_on['layer']} features, {measured_on['dimensions']} dimensions"
+            f"{self.name}: {measured_on['layer']} features of {options.level}, "
+            f"{measured_on['dimensions']} dimensions"
             + (", the last frame of each window" if self.task == "speaker" else "")
             + (", by CTC" if options.ctc else "")
         )

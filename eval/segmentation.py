@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 
 from dataset import refuse_too_many
 from feature_loader import build_feature, load_model
+from segments import choose_level
 from stats.boundaries import (
     MATCHINGS,
     PROMINENCES,
@@ -59,10 +60,10 @@ from utils.misc import SAMPLE_RATE, UserError, counted, first_few
 from utils.peaks import peak_prominence, scaled_to_one
 from utils.report.plots import save_figure
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, above, at_least, command
+from utils.run.command import CommandLine, above, at_least, command, refuse_any
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension
+from utils.run.shared_flags import LEVEL, add_device, add_extension
 
 UNTUNED = 0.05  # the prominence in hCPC
 N_RESAMPLED = 1000  # sets of utterances, for the intervals
@@ -91,7 +92,8 @@ def main(argv=None):
     shared = sorted(set.intersection(*({u.name for u, _ in chosen} for chosen in sets)))
     if args.pathTune and shared:
         print(f"warning: tuned on utterances that are measured, too: {first_few(shared)}")
-    model, *_ = load_model([args.pathCheckpoint])
+    model, *_ = load_model([args.pathCheckpoint], level=args.level)
+    choose_level(model, "frames")  # in which segments are found
     model.to(device)
     curves, *tuning = [find_curves(model, chosen, silence, args) for chosen in sets]
     results = {}
@@ -114,6 +116,10 @@ def parse_arguments(argv=None):
     args = build_parser().parse_args(argv)
     if args.prominence is not None and args.pathTune:
         raise UserError("--pathTune chooses the prominence: leave it out, or --prominence")
+    if args.level == "segments":
+        own = ("get_encoded", "pathTune", "prominence")
+        reason = "has no effect with --level segments: the model finds its own boundaries"
+        refuse_any({name for name in own if getattr(args, name)}, reason)
     check_writable(args.out, f"--out {args.out}: results")
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
     return args
@@ -138,6 +144,8 @@ def build_parser():
     add_device(add)
     add = parser.add_argument_group("boundaries").add_argument
     add("--get_encoded", action="store_true", help="changes of encoded frames instead of contexts")
+    add("--level", choices=LEVEL["choices"], default="frames",
+        help="segments: the boundaries of the model's own segments (of --multiLevel) instead")
     add("--metric", default="cosine", choices=[name for name, grows in METRICS.items() if grows],
         help="distance between consecutive frames")
     add("--pathTune", metavar="LIST",
@@ -224,7 +232,9 @@ def find_curves(model, utterances, silence, args):
 
 def find_curve(model, utterance, labels, silence, args):
     path = os.path.join(args.pathDB, utterance.path)
-    features = build_feature(model, path, get_encoded=args.get_encoded)
+    on_segments = args.level == "segments"
+    encoded = not model.on_context if on_segments else args.get_encoded
+    features = build_feature(model, path, get_encoded=encoded)
     n_frames = min(features.size(1), *map(len, labels.values()))
     if n_frames < 2:
         raise UserError(f"{path}: too short for a boundary")
@@ -234,7 +244,10 @@ def find_curve(model, utterance, labels, silence, args):
     counts = counted_places(silent, args.tolerance) if silence else np.ones(n_frames - 1, bool)
     inside = counts & ~(silent[1:] & silent[:-1])
     true = {unit: np.flatnonzero((ids[1:] != ids[:-1]) & inside) for unit, ids in labels.items()}
-    prominence = peak_prominence(change)[0].numpy()
+    if on_segments:  # their boundaries are as prominent as can be
+        prominence = model.segmenter(features)[0, 1:n_frames].float().numpy()
+    else:
+        prominence = peak_prominence(change)[0].numpy()
     return Curve(utterance.name, change[0].numpy(), prominence, counts, true, labels["phone"])
 
 
@@ -260,6 +273,8 @@ def choose_prominence(tuning, unit, args):
 
     tuning: the curves to choose it on, None without --pathTune
     """
+    if args.level == "segments":
+        return UNTUNED, "of the model's own segments"
     if tuning is None:
         given = args.prominence is not None
         return args.prominence or UNTUNED, "as given" if given else "not tuned (--pathTune LIST)"

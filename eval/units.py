@@ -21,8 +21,8 @@ from utils.misc import UserError, first_few
 
 LAST = "checkpoint_last.pt"  # centers, in a folder
 FEATURES = {  # what centers are centers of, and the value where a file says nothing
-    "pathCheckpoint": None, "level_gru": None, "encoder_layer": False, "seq_norm": False,
-    "norm_vec_len": False,
+    "pathCheckpoint": None, "level_gru": None, "encoder_layer": False, "level": "frames",
+    "seq_norm": False, "norm_vec_len": False,
 }  # fmt: skip
 SUPPORTED = {"nGroups": (None, 1), "dimReduction": (None,), "train_mode": (None, False)}
 MOST_UNITS = 100_000
@@ -102,7 +102,8 @@ def _stored_features(path):
 
 def feature_module(features, device):
     """The FeatureModule that computes what the dict `features` describes."""
-    model, *_ = load_model([features["pathCheckpoint"]], gru_level=features["level_gru"] or -1)
+    choice = {"gru_level": features["level_gru"] or -1, "level": features["level"]}
+    model, *_ = load_model([features["pathCheckpoint"]], **choice)
     return FeatureModule(model, features["encoder_layer"]).to(device)
 
 

@@ -8,6 +8,7 @@ import torch
 
 SAMPLE_RATE = 16_000  # Hz; the only sample rate that encoders accept
 SAMPLES_PER_FRAME = 160  # one frame (encoder output or phone label) is 10 ms
+OF_SEGMENTS = "_segments"  # ends the names, in the logs, of the losses of the upper of two levels
 LONGEST_SHOWN = 200  # characters of one name, path or reason in a message
 
 

@@ -4,7 +4,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.files import atomic_path
-from utils.misc import NO_CHANCE
+from utils.misc import NO_CHANCE, OF_SEGMENTS
 from utils.report.values import points, probe_metrics
 
 MAX_MARKERS = 40  # with more epochs, markers would merge and hide dashes
@@ -84,6 +84,10 @@ def _draw_steps(axes, epochs, logs, key, chance, scale=1):
         means = [row and scale * sum(row) / len(row) for row in rows]
         name = {"train": "training", "val": "validation"}[part]
         _draw_series(axes, epochs, means, color=color, linestyle=dashes, linewidth=2, label=name)
+    segments = logs.get(f"{key}_val{OF_SEGMENTS}", [])
+    means = [row and scale * sum(row) / len(row) for row in segments]
+    if means:
+        _draw_series(axes, epochs, means, color="C2", linewidth=2, label="validation, segments")
     if axes.lines and chance is not None:
         axes.axhline(scale * chance, color="0.4", linestyle=":", label="chance")
     if axes.lines:

@@ -12,8 +12,8 @@ LEVEL = {"choices": ("frames", "segments"), "default": "frames",
     "are repeated over their frames"}
 
 
-def add_level(add):
-    add("--level", **LEVEL)
+def add_level(add, **changes):
+    add("--level", **LEVEL | changes)
 
 
 def add_device(add):
@@ -52,6 +52,7 @@ def check_same_flags(place, stored, args, names, what):
 
     stored: their flags, a dict; what: names the results in the message
     """
+    stored = {"level": "frames"} | stored  # of versions without it
     for name in names:
         if stored.get(name) != getattr(args, name):
             raise UserError(

@@ -11,9 +11,9 @@ import torch
 
 from utils.misc import Position, UserError, counted, mean
 from utils.run import machine
+from utils.run.adam import load_optimizer
 from utils.run.checkpoint import (
     copy_to_cpu,
-    load_optimizer,
     remove_old_checkpoints,
     save_checkpoint,
     saved_checkpoints,
