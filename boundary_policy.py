@@ -63,17 +63,16 @@ class BiDiBoundaryPredictor(nn.Module):
         self.register_buffer("baseline", torch.zeros(1))
         self.temperature = LOWEST
 
+    def anneal(self, updates):
+        """Set the temperature to that after this many steps of the optimiser."""
+        self.temperature = max(HIGHEST * DECAY**updates, LOWEST)
+
     def forward(self, frames):
         logits = self.policy(self.transformer(frames))
         likely = logits[..., 1] > logits[..., 0]
         suppressed = near_earlier(keep_apart(likely)) * SUPPRESSED
         logits = torch.stack([logits[..., 0], logits[..., 1] + suppressed], dim=2)
         return F.log_softmax(logits / self.temperature, dim=2)
-
-
-def temperature_after(updates):
-    """The temperature of the policy after so many steps of the optimiser."""
-    return max(HIGHEST * DECAY**updates, LOWEST)
 
 
 def draw(log_probs):

@@ -19,12 +19,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from utils.hidden_state import KeepsHidden
 from utils.misc import UserError
 from utils.peaks import neighbour_cosines, peak_prominence, scaled_to_one
+from utils.run.level_flags import learns_boundaries
 
 FRAMES, SEGMENTS = LEVELS = ("frames", "segments")
 
 # -------------------------------------------------------------------------------- boundaries
 # A segmenter finds boundaries in frames (B, S, D), each row by itself: (B, S) int64, 1 at the first
-# frame of each segment. A row's first frame is one.
+# frame of each segment. A row's first frame is one. A learned one (boundary_policy.py) returns
+# them with its choices.
 
 
 class CosineSegmenter(nn.Module):
@@ -84,9 +86,14 @@ def from_first_frame(changes):
     return F.pad(changes, (1, 0), value=True).long()
 
 
-def build_segmenter(args):
+def build_segmenter(args, frame_model):
     if args.noSegmentation:
         return EveryFrame()
+    if learns_boundaries(args):
+        from boundary_policy import LearnedSegmenter  # no other run spends time on it
+
+        width = frame_model.dim_context if args.segmentOnContext else frame_model.dim_encoded
+        return LearnedSegmenter(width, args.nLayersBoundaryPredictor)
     kinds = {"cosineDissimilarity": CosineSegmenter, "scpc": ThresholdSegmenter}
     return kinds[args.segmentationMode](args.segmentProminence)
 
@@ -101,6 +108,7 @@ class Segments(NamedTuple):
     encoded: torch.Tensor  # (B, n, E), the same
     lengths: torch.Tensor  # (B,) int64, numbers of segments
     boundaries: torch.Tensor  # (B, S) int64, 1 at the first frame of each segment
+    choice: tuple | None = None  # where they are learned, the policy's (boundary_policy.Choice)
 
     def upsampled(self):
         """Contexts and encoded segments repeated over their frames: (B, S, C) and (B, S, E)."""
@@ -200,13 +208,15 @@ class MultiLevelModel(nn.Module):
         frames = context if self.on_context else encoded
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.to(self.sEncoder[0].weight.dtype)
-            boundaries = self.segmenter(frames)
+            found = self.segmenter(frames)
+            boundaries, choice = (found, None) if torch.is_tensor(found) else (found[0], found)
             vectors, lengths = means_of_segments(frames, boundaries), boundaries.sum(1)
             if least > 1:
                 vectors, lengths = repeat_last(vectors, lengths, least)
             encoded = self.sEncoder(vectors).split(lengths.tolist())
             encoded = pad_sequence(encoded, batch_first=True)
-            return Segments(self.sAR(encoded, lengths, continues), encoded, lengths, boundaries)
+            context = self.sAR(encoded, lengths, continues)
+            return Segments(context, encoded, lengths, boundaries, choice)
 
     @property
     def dim_context(self):
@@ -250,7 +260,7 @@ def add_segments(frame_model, args):
     """The MultiLevelModel that the architecture flags describe, on top of `frame_model`."""
     return MultiLevelModel(
         frame_model,
-        build_segmenter(args),
+        build_segmenter(args, frame_model),
         args.hiddenEncoderSegment,
         args.hiddenGarSegment,
         on_context=args.segmentOnContext,

@@ -59,7 +59,7 @@ from utils.run.logs import Clock, RunningMeans
 from utils.run.place import enter_slurm_step
 from utils.run.resolve import resolve, works_on_checkpoint
 from utils.run.rules import check_call
-from utils.run.state import RunState, learning_rate
+from utils.run.state import RunState
 from utils.run.stopping import Stopped, StopSignals
 
 STEPS_BETWEEN_STOP_CHECKS = 8  # of several ranks, which agree on stopping
@@ -196,9 +196,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
     """Train on the rest of the epoch; returns its training values for the logs."""
     args, world, means = state.args, state.world, state.epoch_means
     epoch = state.position.epoch
-    rate = learning_rate(epoch, args.learningRate, args.schedulerRamp, args.schedulerStep)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    rate = state.set_learning_rate()
     state.networks.train()
     if state.position == (epoch, 0, 0):
         state.networks.model.reset_hidden()

@@ -32,12 +32,15 @@ def build_criterion(args, n_speakers, n_phones=0):
     if args.cpc_mode == "none":
         return NoneCriterion()
     if args.multiLevel:
-        from criterion.levels import LevelCriteria  # one level spends no time on it
+        from criterion.levels import LevelCriteria, learns_more  # one level spends no time on it
 
         frames_train = not args.segmentLevel and not args.freezeFrameModel
-        return LevelCriteria(
-            _of_frames(args, n_speakers) if frames_train else None, _of_segments(args)
-        )
+        levels = _of_frames(args, n_speakers) if frames_train else None, _of_segments(args)
+        if learns_more(args):
+            from criterion.learned_levels import add_parts
+
+            add_parts(levels[1], args)
+        return LevelCriteria(*levels)
     return _of_frames(args, n_speakers)
 
 

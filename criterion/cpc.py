@@ -38,21 +38,25 @@ class CPCCriterion(ContrastiveCriterion):
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None, lengths=None):
         """context (B, S, C), encoded (B, S, E), speaker (B,) -> CriterionOutput with (1, K).
 
-        capture: may hold "pred", the predictions (B, W, E, K). generator: draws the negatives
-        (None: the global generator). lengths: (B,), the sequences' numbers of frames (None: S).
-        Raises ValueError for other names to capture.
+        capture: any of "pred", the predictions (B, W, E, K); "anchor_costs", the mean loss of each
+        anchor (X,). generator: draws the negatives (None: the global generator). lengths: (B,), the
+        sequences' numbers of frames (None: S). Raises ValueError for other names to capture.
         """
-        if not capture <= {"pred"}:
-            raise ValueError(f"plain CPC has no {sorted(capture - {'pred'})} to capture")
+        if unknown := capture - {"pred", "anchor_costs"}:
+            raise ValueError(f"plain CPC has no {sorted(unknown)} to capture")
         context, encoded = (self.with_room(x, lengths) for x in (context, encoded))
         context, encoded = self.in_direction(context, encoded)
         predictions = self.predict(context, speaker)
         scores = self.score_candidates(predictions, encoded, generator, lengths)
         # Prediction k is scored against the k-th following frame only.
         positives, hits = (s.diagonal(dim1=1, dim2=2) for s in (scores.positives, scores.hits))
-        losses = mean_over_anchors(-F.logsigmoid(positives - scores.negatives))
-        captured = {"pred": predictions.detach().transpose(2, 3).float()} if capture else {}
-        return CriterionOutput(losses, mean_over_anchors(hits.float()), captured)
+        costs = -F.logsigmoid(positives - scores.negatives)
+        captured = {}
+        if "pred" in capture:
+            captured["pred"] = predictions.detach().transpose(2, 3).float()
+        if "anchor_costs" in capture:
+            captured["anchor_costs"] = costs.detach().mean(1)
+        return CriterionOutput(mean_over_anchors(costs), mean_over_anchors(hits.float()), captured)
 
     def draw_negatives(self, sizes, device, generator, lengths):
         if not self.adjacent_negatives:

@@ -5,6 +5,7 @@ from torch import nn
 
 from criterion.networks import Networks
 from utils.misc import OF_SEGMENTS
+from utils.run.level_flags import learns_boundaries
 
 
 class LevelCriteria(nn.Module):
@@ -24,16 +25,17 @@ class LevelCriteria(nn.Module):
     def forward(self, *arguments, **options):
         return self.frameLevelCriterion(*arguments, **options)
 
-    def of_both(self, frames, segments, speaker, generator):
+    def of_both(self, frames, segments, speaker, generator, capture=frozenset()):
         """The CriterionOutput of each level, those of frames first.
 
-        frames: (context, encoded), see ContrastiveCriterion; segments: the Segments of these
+        frames: (context, encoded), see ContrastiveCriterion; segments: the Segments of these;
+        capture: names, of the level of segments
         """
         outputs = []
         if self.frameLevelCriterion is not None:
             outputs.append(self.frameLevelCriterion(*frames, speaker, generator=generator))
         vectors, options = segments[:2], {"generator": generator, "lengths": segments.lengths}
-        return [*outputs, self.segmentLevelCriterion(*vectors, speaker, **options)]
+        return [*outputs, self.segmentLevelCriterion(*vectors, speaker, capture, **options)]
 
     @property
     def levels(self):
@@ -75,12 +77,16 @@ class LevelNetworks(Networks):
 
     def forward(self, batch, generator=None):
         """A `Batch` -> losses and accuracies, (1, n) each."""
-        # In training, each window has as many segments as one anchor needs.
-        least = self.criterion.segmentLevelCriterion.n_future + 1 if self.training else 1
-        frames, segments = self.model.both_levels(batch.waveform, batch.continues, least=least)
+        frames, segments = self.both_levels(batch)
         outputs = self.criterion.of_both(frames, segments, batch.speaker, generator)
         losses, accuracies, *_ = zip(*outputs, strict=True)
         return torch.cat(losses, dim=1), torch.cat(accuracies, dim=1)
+
+    def both_levels(self, batch):
+        """Features of frames and the Segments; in training, each window has as many segments as one
+        anchor needs."""
+        least = self.criterion.segmentLevelCriterion.n_future + 1 if self.training else 1
+        return self.model.both_levels(batch.waveform, batch.continues, least=least)
 
     def total(self, losses):
         return (losses * self.loss_weights).sum()
@@ -96,4 +102,13 @@ def join_levels(criterion, model, args):
         model.freeze_frames()
     elif criterion.frameLevelCriterion is None and not args.segmentOnContext:
         model.frameLevelModel.gAR.requires_grad_(False)
-    return LevelNetworks(criterion, model, args.headWeights)
+    if not learns_more(args):
+        return LevelNetworks(criterion, model, args.headWeights)
+    from criterion.learned_levels import LearnedNetworks
+
+    return LearnedNetworks(criterion, model, args)
+
+
+def learns_more(args):
+    """Whether boundaries are learned, or codes for segments."""
+    return learns_boundaries(args) or args.targetQuantizerSegment != "none"

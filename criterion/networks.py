@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from utils.misc import Progress
+
 
 class Networks(nn.Module):
     """The criterion and the model: what the optimiser, DistributedDataParallel and CUDA graphs see.
@@ -13,6 +15,7 @@ class Networks(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.model = model
+        self.progress = Progress  # called, it says how far training has come; see RunState
 
     def forward(self, batch, generator=None):
         """A `Batch` -> losses and accuracies, (1, n) each; see CriterionOutput.

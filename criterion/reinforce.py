@@ -10,12 +10,8 @@ import torch
 
 from utils.run.distributed import mean_over_ranks
 
-SETUPS = ("vanillaReinforce", "reinforceWBaseline", "reinforceWAdvantage")
 MEMORY = 0.99  # of the baseline, a running mean of costs
-PRIOR_WINDOWS, PRIOR_FRAMES = (
-    128,
-    8,
-)  # number and length of the windows whose boundaries are counted
+PRIOR_WINDOWS, PRIOR_FRAMES = 128, 8  # number and length of windows in which they are counted
 EPOCHS_OF_BONUS, LOWEST_BONUS = 20, 0.25  # of entropy, which falls linearly from 1
 
 

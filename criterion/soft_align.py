@@ -94,7 +94,8 @@ class CPCCTCCriterion(ContrastiveCriterion):
         The losses distribute the loss, their sum, over the matched frames. P is K plus the self
         loop and the blank. capture: any of "pred", the predictions (B, W, E, P); "cpcctc_align",
         the most likely prediction for each frame ahead (B, W, M) int64; "cpcctc_log_scores"
-        (B, W, M, P). generator: draws the negatives (None: the global generator).
+        (B, W, M, P); "anchor_costs", the mean cost of that alignment (X,). generator:
+        draws the negatives (None: the global generator).
         lengths: (B,), the sequences' numbers of frames (None: S). With them X, the number of
         anchors with M frames after them, stands for (B, W) in the last two.
         """
@@ -119,6 +120,8 @@ class CPCCTCCriterion(ContrastiveCriterion):
             "cpcctc_align": alignment.unflatten(0, anchors),
             "cpcctc_log_scores": log_scores.unflatten(0, anchors),
         }
+        if "anchor_costs" in capture:
+            captured["anchor_costs"] = -aligned_entries(log_scores, alignment).mean(1)
         captured = {name: captured[name].detach() for name in capture}
         return CriterionOutput(losses, accuracies, captured)
 

@@ -1,8 +1,23 @@
-"""Loading the state of the optimiser, Adam."""
+"""The optimiser, Adam: its groups of parameters, and loading its state."""
 
 import torch
 
 from utils.misc import UserError
+
+CODES = ".targetQuantizer.embedding.weight"  # ends the name of codes of segments
+
+
+def parameter_groups(networks, codebook_rate):
+    """What Adam optimises: all in one group or, where codes are learned, these in a second group.
+
+    codebook_rate: the learning rate of the codes, "base_lr" of their group
+    """
+    named = list(networks.named_parameters())
+    codes = [weight for name, weight in named if name.endswith(CODES)]
+    if not codes:
+        return networks.parameters()
+    others = [weight for name, weight in named if not name.endswith(CODES)]
+    return [{"params": others}, {"params": codes, "base_lr": codebook_rate}]
 
 
 def load_optimizer(optimizer, state, source):

@@ -119,7 +119,8 @@ def are_training_logs(logs):
     names = {f"{key}{level}" for key in ROW_SERIES for level in levels}
     return (
         isinstance(before, dict)
-        and before.keys() == {name for name in names if "_val" in name}
+        and before.keys() >= {name for name in names if "_val" in name}
+        and all(_can_be_logged(key, value) for key, value in before.items())
         and all(map(_is_plain, settings.values()))
         and not settings.keys() & {*names, *NUMBER_SERIES}
         and (not series.get("epoch") or series.keys() >= names)
@@ -135,6 +136,12 @@ def _rows(logs, level):
     before = logs.get("before_training", {})
     first = [before[f"{key}{level}"] for key in ROW_SERIES if f"{key}{level}" in before]
     return first + [row for key in ROW_SERIES for row in logs.get(f"{key}{level}", [])]
+
+
+def _n_more(logs):
+    """The number of losses beside those of the levels, such as those of learned boundaries."""
+    names = {key for key in {*logs, *logs.get("before_training", ())} if key.endswith("_val")}
+    return len(names - {key + level for key in ROW_SERIES for level in LEVELS})
 
 
 def _is_row(value):
@@ -163,7 +170,7 @@ def _are_epoch_means(running, position, logs):
         windows >= batches > 0
         and torch.is_tensor(sums)
         and torch.is_tensor(norms)
-        and tuple(sums.shape) == (2, sum(map(len, of_levels)))
+        and tuple(sums.shape) == (2, sum(map(len, of_levels)) + _n_more(logs))
         and norms.ndim == 0
         and sums.is_floating_point()
         and norms.is_floating_point()

@@ -10,26 +10,22 @@ from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.run.command import above, at_least, refuse_any
 
 HEADING = "two levels"
-SEGMENTATION_MODES = ("cosineDissimilarity", "scpc")
+LEARNED = "boundaryPredictor"
+SEGMENTATION_MODES = ("cosineDissimilarity", "scpc", LEARNED)
+RL_SETUPS = ("reinforceWBaseline", "vanillaReinforce", "reinforceWAdvantage")
+MEAN_PHONE = 7.580728  # frames, in LibriSpeech
 ONE_COPY = "segments have one copy of the audio: use --past_equal_future, or leave it out"
 REFUSED_MODES = {  # those of hCPC
-    "boundaryPredictor": "learned boundaries aren't supported",
     "collapseRepetitions": "needs quantised frames, which aren't supported",
     "groundTruth": "segments of labels (groundTruth...) aren't supported",
 }
-_OF_LEARNED_BOUNDARIES = "belongs to learned boundaries, which aren't supported"
 _OF_QUANTISERS = "belongs to quantised features, which aren't supported"
 REFUSED = {  # flags of hCPC -> why
     "segmentCompression": "segments are always the means of their frames; leave it out",
-    "nLayersBoundaryPredictor": _OF_LEARNED_BOUNDARIES,
-    "rlSetup": _OF_LEARNED_BOUNDARIES,
     "targetQuantizer": _OF_QUANTISERS,
     "encodingsQuantizer": _OF_QUANTISERS,
     "contextQuantizer": _OF_QUANTISERS,
-    "targetQuantizerSegment": _OF_QUANTISERS,
-    "numGroupsCodebook": _OF_QUANTISERS,
-    "numCodesCodebook": _OF_QUANTISERS,
-    "codebookLearningRate": _OF_QUANTISERS,
+    "numGroupsCodebook": "a vector has one code; leave it out",
     "sincNet": "an encoder of sinc filters isn't supported; --encoder_type lfb learns filters",
     "useKreukLoss": "isn't supported; --rnnMode none --arMode no_ar --nPredicts 1 "
     "--negativeSamplingExt 1 --normalizeCPCScore is the loss of Kreuk et al.",
@@ -59,8 +55,7 @@ def segmentation_mode(text):
         if text.startswith(mode):
             raise argparse.ArgumentTypeError(f"{text}: {reason}")
     if text not in SEGMENTATION_MODES:
-        there_are = " and ".join(SEGMENTATION_MODES)
-        raise argparse.ArgumentTypeError(f"{text}: there are {there_are}")
+        raise argparse.ArgumentTypeError(f"{text}: there are {', '.join(SEGMENTATION_MODES)}")
     return text
 
 
@@ -77,7 +72,8 @@ def declare_levels(declare, architecture, model, cpcctc, heads):
     add("--segmentationMode", type=segmentation_mode, default="cosineDissimilarity", metavar="MODE",
         help="where segments begin: cosineDissimilarity: at prominent peaks of the cosine distance "
         "of neighbouring encoded frames, scaled to 0..1 in each window; scpc: where it is higher "
-        "than one and two frames away (Bhati et al., Interspeech 2021)")
+        "than one and two frames away (Bhati et al., Interspeech 2021); boundaryPredictor: where a "
+        "policy decides, which learns by REINFORCE (Cuervo et al. 2022)")
     add("--segmentProminence", type=above(0), default=0.05, metavar="P", help="prominence of the "
         "smallest peak that is a boundary; with scpc the height above its neighbours")
     add("--segmentOnContext", action="store_true",
@@ -87,7 +83,21 @@ def declare_levels(declare, architecture, model, cpcctc, heads):
         help="channels of the segment encoder")
     add("--hiddenGarSegment", type=at_least(1), default=256, metavar="C",
         help="channels of the LSTM over segments")
+    add("--nLayersBoundaryPredictor", type=at_least(1), default=1, metavar="N",
+        help="transformer layers of that policy")
     add = partial(declare, HEADING, on_resume=architecture)
+    add("--rlSetup", choices=RL_SETUPS, default=RL_SETUPS[0], help="how the losses of segments "
+        "reach the policy: each window's mean, less a running mean of all (reinforceWBaseline) or "
+        "as it is (vanillaReinforce), or each segment's own, less that running mean")
+    add("--meanSegment", type=above(0), default=MEAN_PHONE, metavar="FRAMES",
+        help="mean length of segments that the policy is held to: that of phones in LibriSpeech")
+    add("--targetQuantizerSegment", type=target_quantizer, default="none", metavar="KIND",
+        help="robustKmeans: from epoch 3 (the fourth) on, the nearest of some codes stands for "
+        "each segment to predict; each of the epochs 3 to 49 begins by finding them by k-means")
+    add("--numCodesCodebook", type=at_least(2), default=512, metavar="N",
+        help="number of these codes")
+    add("--codebookLearningRate", type=at_least(0, float), default=2e-3, metavar="RATE",
+        help="learning rate of the codes")
     add("--nPredictsSegment", type=at_least(1), default=1, metavar="K",
         help="predictions made from each segment")
     add("--CPCCTCNumMatchedSegment", type=at_least(1), default=1, also=cpcctc, metavar="M",
@@ -108,6 +118,18 @@ def declare_levels(declare, architecture, model, cpcctc, heads):
 
 
 # fmt: on
+
+
+def target_quantizer(text):
+    """A value of --targetQuantizerSegment, checked."""
+    if text not in ("none", "robustKmeans"):
+        raise argparse.ArgumentTypeError(f"{text}: isn't supported; there are none, robustKmeans")
+    return text
+
+
+def learns_boundaries(args):
+    """Whether a policy learns where segments begin."""
+    return args.multiLevel and args.segmentationMode == LEARNED and not args.noSegmentation
 
 
 def complete_levels(args, explicit):
@@ -145,6 +167,10 @@ def check_segment_level(args, explicit):
             explicit & {"segmentationMode", "segmentProminence"},
             "has no effect with --noSegmentation",
         )
+    if args.targetQuantizerSegment == "none":
+        of_codes = {"numCodesCodebook", "codebookLearningRate"}
+        refuse_any(explicit & of_codes, "needs --targetQuantizerSegment robustKmeans")
+    check_policy(args, explicit)
     if args.adjacentNegatives:
         refuse_any(
             explicit & {"CPCCTCNumMatchedSegment", "negativeSamplingExtSegment"},
@@ -178,4 +204,19 @@ def check_segment_level(args, explicit):
         raise UserError(
             "--rnnModeSegment none: the context itself is the only prediction, so "
             f"--nPredictsSegment must be 1, not {predictions}"
+        )
+
+
+def check_policy(args, explicit):
+    """Refuse what can't work with learned boundaries, and without them what is only for these."""
+    if not learns_boundaries(args):
+        of_policy = {"nLayersBoundaryPredictor", "rlSetup", "meanSegment"}
+        refuse_any(explicit & of_policy, f"needs --segmentationMode {LEARNED}")
+        return
+    refuse_any(explicit & {"segmentProminence"}, f"has no effect with --segmentationMode {LEARNED}")
+    flag = "hiddenGar" if args.segmentOnContext else "hiddenEncoder"
+    if getattr(args, flag) % 8:
+        raise UserError(
+            f"--{flag} {getattr(args, flag)}: --segmentationMode {LEARNED} has 8 attention heads, "
+            "so it must be a multiple of 8"
         )
