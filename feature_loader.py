@@ -244,7 +244,8 @@ def features_in_parts(model, path, *, get_encoded=False):
 
     Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
     the whole file at once. A transformer starts again where it has taken all frames it was made
-    for. Segments are those of the whole file: it takes memory for all frames. Parameters and errors as for `build_feature`; between parts, the model is in eval mode.
+    for. Segments are those of the whole file: it takes memory for all frames. Parameters
+    and errors as for `build_feature`; between parts, the model is in eval mode.
     """
     module = _feature_module(model, get_encoded)
     if _gives_segments(module.model):

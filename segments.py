@@ -268,6 +268,11 @@ def add_segments(frame_model, args):
     )
 
 
+def layer_name(get_encoded, level):
+    """What features of a level are, in results."""
+    return ("encoded" if get_encoded else "context") + " (segments)" * (level == SEGMENTS)
+
+
 def choose_level(model, level):
     """Let a model give features of `level`. Raises UserError if it has no such level."""
     levels = [part for part in model.modules() if isinstance(part, MultiLevelModel)]

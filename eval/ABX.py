@@ -39,6 +39,7 @@ from eval.abx_groups import (
 from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
+from segments import layer_name
 from utils.data.listing import AUDIO, choose_extension
 from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
@@ -251,8 +252,7 @@ def source(args):
         return {"features": os.path.abspath(args.path_features), "layer": "as in these files"}
     return {
         "features": args.path_checkpoint,
-        "layer": "encoded" if args.get_encoded else "context",
-        "level": args.level,
+        "layer": layer_name(args.get_encoded, args.level),
         "chunks": {name: vars(args)[name] for name in ("max_size_seq", "strict", "seq_norm")},
     }
 

@@ -21,6 +21,7 @@ from criterion.classification import (
 )
 from criterion.seq_alignment import best_label_sequences, collapse_label_chain, phone_error_rate
 from eval.probe_features import StoredWindowFeatures, WindowFeatures, storage_for
+from segments import layer_name
 from utils.data.labels import symbols_beside
 from utils.files import remove_leftovers, save_json, save_tensors, writing_to
 from utils.misc import SAMPLES_PER_FRAME, counted, percent, seed_from
@@ -378,8 +379,7 @@ class Probe:
         else:
             self.baseline = int(validation.class_counts[majority_class]) / validation.n_frames
         self.measured_on = {
-            "layer": "encoded" if self.options.get_encoded else "context",
-            "level": self.options.level,
+            "layer": layer_name(self.options.get_encoded, self.options.level),
             "dimensions": self.n_features,
             "training": self._set_sizes(self.train_set, training),
             "validation": self._set_sizes(self.validation_set, validation),
@@ -401,8 +401,7 @@ class Probe:
         options, measured_on = self.options, self.measured_on
         n_unseen = measured_on["classes_only_in_validation"]
         yield (
-            f"{self.name}: {measured_on['layer']} features of {options.level}, "
-            f"{measured_on['dimensions']} dimensions"
+            f"{self.name}: {measured_on['layer']} features, {measured_on['dimensions']} dimensions"
             + (", the last frame of each window" if self.task == "speaker" else "")
             + (", by CTC" if options.ctc else "")
         )

@@ -1,14 +1,27 @@
 """Two levels, of frames and of segments: golden values of hCPC, slow references, whole runs."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from criterion import CPCCriterion, CPCCTCCriterion, sampling
+from feature_loader import load_model
 from model import build_model
 from segments import ThresholdSegmenter, means_of_segments, repeat_last
-from tests.helpers import assert_close, assert_gradients_close, hcpc_cases
+from tests.helpers import (
+    GOLDEN_HCPC,
+    REAL_SPEECH,
+    assert_close,
+    assert_gradients_close,
+    hcpc_cases,
+    needs_real_speech,
+)
 from tests.test_hcpc import load_golden_state
+from train import main
+from utils.run.checkpoint import open_checkpoint, read_checkpoint
 from utils.run.flags import build_parser
 
 # ------------------------------------------------------------------------------ golden values
@@ -145,3 +158,71 @@ def test_golden_hcpc_two_levels(params, path):
         context, encoded = model(torch.from_numpy(golden["x"]))
     assert_close(context, golden["eval.cs_upsampled"], 1e-5)
     assert_close(encoded, golden["eval.zs_upsampled"], 1e-5)
+
+
+def two_level_checkpoints():
+    """Directories of checkpoints of hCPC with two levels."""
+    directories = sorted(GOLDEN_HCPC.glob("checkpoint_*/"))
+    flags = [json.loads((path / "checkpoint_args.json").read_text()) for path in directories]
+    return [
+        pytest.param(path, id=path.name)
+        for path, its_own in zip(directories, flags, strict=True)
+        if its_own["multiLevel"] and its_own["segmentationMode"] == "cosineDissimilarity"
+    ]
+
+
+def assert_close_or_nan(actual, expected, what):
+    """A checkpoint here is from a run that had died: its features are NaN, and stay NaN."""
+    assert np.array_equal(actual.isnan(), np.isnan(expected)), what
+    assert_close(actual.nan_to_num(), np.nan_to_num(expected), 1e-5, what)
+
+
+@pytest.mark.parametrize("directory", two_level_checkpoints())
+def test_golden_hcpc_checkpoint_of_two_levels_gives_the_recorded_features(directory):
+    golden = np.load(f"{directory}_features.npz")
+    model = load_model([directory])[0].eval()
+    waveform = torch.from_numpy(golden["x"])
+    with torch.no_grad():
+        frames, segments = model.both_levels(waveform)
+    assert torch.equal(segments.lengths, torch.from_numpy(golden["lens"]))
+    assert np.array_equal(segments.boundaries, golden["boundaries"])
+    model, *widths = load_model([directory], level="segments")
+    with torch.no_grad():
+        features = model.eval()(waveform)
+    names = ("c", "z", "cs_upsampled", "zs_upsampled")
+    for tensor, name in zip((*frames, *features), names, strict=True):
+        assert_close_or_nan(tensor, golden[name], name)
+    assert widths == [x.size(2) for x in features]
+
+
+@needs_real_speech
+@pytest.mark.parametrize("directory", two_level_checkpoints())
+def test_golden_hcpc_checkpoint_of_two_levels_resumes(directory, tmp_path):
+    """With new weights instead of NaN, with which no training can go on."""
+    run = shutil.copytree(directory, tmp_path / "run", copy_function=shutil.copyfile)
+    run.chmod(0o755)
+    file = next(run.glob("*.pt"))
+    stored = torch.load(file, weights_only=True)
+    model = load_model([directory], load_weights=False)[0]
+    stored["gEncoder"] = model.state_dict()
+    for value in stored["cpcCriterion"].values():
+        value.copy_(0.1 * torch.randn(value.shape))
+    for moments in stored["optimizer"]["state"].values():
+        moments |= {key: moments[key].nan_to_num() for key in ("exp_avg", "exp_avg_sq")}
+    torch.save(stored, file)
+    before = open_checkpoint(run).state
+    lists = {"Train": "train_split.txt", "Val": "test_split.txt"}
+    paths = [word for name in lists for word in (f"--path{name}", str(REAL_SPEECH / lists[name]))]
+    done = before["position"][0]
+    words = ["--pathDB", str(REAL_SPEECH / "audio"), *paths, "--nEpoch", str(done + 1)]
+    main(["--pathCheckpoint", str(run), *words, "--device", "cpu", "--threads", "1"])
+    after = read_checkpoint(run / f"checkpoint_{done}.pt").state
+    for part in ("gEncoder", "cpcCriterion"):
+        assert after[part].keys() == before[part].keys()
+        changed = [
+            key for key in after[part] if not torch.equal(after[part][key], before[part][key])
+        ]
+        assert len(changed) == len(after[part])
+    assert after["optimizer"]["state"].keys() == before["optimizer"]["state"].keys()
+    assert len(after["logs"]["locLoss_val_segments"]) == done + 1
+    assert np.isfinite(after["logs"]["locLoss_val_segments"][-1]).all()

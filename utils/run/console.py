@@ -198,7 +198,7 @@ class Console(Listener):
         """
         for level, title in LEVELS.items():
             if f"locLoss_val{level}" in logs:
-                self.validation_table(logs, best_row, level, f"validation{title and ', ' + title}")
+                self.validation_table(logs, best_row, level, title or "validation")
         print(f"{'speed, last epoch':<20}{clock}")
         for name, path in files.items():
             print(f"{name:<20}{path}")
