@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TransformerLayer, check_heads
 
 POSITIONS = 128  # frames that a layer looks back or ahead, less one: that of hCPC's checkpoints
+BLOCK = 1024  # frames at once
 APART = 4  # frames from one boundary to the next, at least
 SUPPRESSED = -1e4  # added to the logit of a boundary too near the last one
 HIGHEST, LOWEST, DECAY = 2.0, 0.5, 0.999992163431717  # temperature, by updates
@@ -63,12 +64,20 @@ class BiDiBoundaryPredictor(nn.Module):
         self.register_buffer("baseline", torch.zeros(1))
         self.temperature = LOWEST
 
+    def transformed(self, frames):
+        """Yield what the layers make of each BLOCK of frames, whose length attention squares."""
+        n_frames, margin = frames.size(1), POSITIONS * len(self.transformer)
+        for start in range(0, n_frames, BLOCK):
+            first, end = max(start - margin, 0), min(start + BLOCK, n_frames)
+            block = self.transformer(frames[:, first : end + margin])
+            yield block[:, start - first : end - first]
+
     def anneal(self, updates):
         """Set the temperature to that after this many steps of the optimiser."""
         self.temperature = max(HIGHEST * DECAY**updates, LOWEST)
 
     def forward(self, frames):
-        logits = self.policy(self.transformer(frames))
+        logits = self.policy(torch.cat(list(self.transformed(frames)), dim=1))
         likely = logits[..., 1] > logits[..., 0]
         suppressed = near_earlier(keep_apart(likely)) * SUPPRESSED
         logits = torch.stack([logits[..., 0], logits[..., 1] + suppressed], dim=2)
