@@ -125,7 +125,7 @@ def test_sets_of_flags_follow_from_the_declarations():
         "hiddenEncoder", "hiddenGar", "encoder_type", "normMode", "arMode", "nLevelsGRU", "abspos",
         "cpc_mode", "sizeWindow", "initialisation", "linearOutput", "multiLevel",
         "segmentationMode", "segmentProminence", "segmentOnContext", "noSegmentation",
-        "hiddenEncoderSegment", "hiddenGarSegment",
+        "hiddenEncoderSegment", "hiddenGarSegment", "nLayersBoundaryPredictor",
     }  # fmt: skip
     assert ARCHITECTURE >= CPCCTC_ONLY | CONTRASTIVE_ONLY | SUPERVISED_ONLY
     assert {

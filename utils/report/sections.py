@@ -4,7 +4,7 @@ import re
 import shlex
 
 from utils.data.corpus import utterances_by_key
-from utils.misc import OF_SEGMENTS, SAMPLE_RATE
+from utils.misc import BOUNDARY_RATE, OF_SEGMENTS, SAMPLE_RATE
 from utils.report.elements import (
     chart,
     charts,
@@ -37,7 +37,8 @@ METRICS = {"acc": "accuracy", "per": "phone error rate"}
 LOSSES = ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")
 OF_TRAINING = frozenset(
     (*LOSSES, *(name + OF_SEGMENTS for name in LOSSES), "epoch", "iter", "gradNorm_train",
-    "learningRate", "saveStep", "logging_step", "before_training")
+    "learningRate", "saveStep", "logging_step", "before_training", BOUNDARY_RATE + "_train",
+    BOUNDARY_RATE + "_val")
 )  # fmt: skip
 OF_PROBES = re.compile(r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|per))")
 NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
@@ -54,6 +55,7 @@ def training_section(logs, step, chance):
         compared(logs, "Loss of segments", "locLoss", None, level=OF_SEGMENTS),
         compared(logs, "Accuracy of segments (%)", "locAcc", None, 100, OF_SEGMENTS),
         *by_step(logs, "step ahead of segments", OF_SEGMENTS),
+        compared(logs, "Boundaries per second", BOUNDARY_RATE, None),
         single("Learning rate", points(logs, "learningRate"), from_zero=True),
         single("Norm of the gradient", points(logs, "gradNorm_train"), from_zero=True),
     )
@@ -275,6 +277,7 @@ def epochs_section(logs, speeds):
         "validation accuracy": ("locAcc_val", 100, percentage),
         "validation loss, segments": ("locLoss_val" + OF_SEGMENTS, 1, three_decimals),
         "validation accuracy, segments": ("locAcc_val" + OF_SEGMENTS, 100, percentage),
+        "boundaries per second": (BOUNDARY_RATE + "_val", 1, shown),
         "learning rate": ("learningRate", 1, shown),
         "gradient norm": ("gradNorm_train", 1, shown),
         "batches": ("iter", 1, shown),

@@ -12,7 +12,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from utils.misc import OF_SEGMENTS, counted, mean, percent
+from utils.misc import BOUNDARY_RATE, OF_SEGMENTS, counted, mean, percent
 
 # Processes share no bar, and the lock that tqdm would make for that outlives `os._exit`.
 tqdm.set_lock(threading.RLock())
@@ -190,6 +190,9 @@ class Console(Listener):
         if self.step_name:
             accuracies = " ".join(f"{100 * accuracy:.0f}" for accuracy in values["locAcc_val"])
             print(f"    validation accuracy by {self.step_name} (%): {accuracies}", flush=True)
+        rates = [values.get(f"{BOUNDARY_RATE}_{part}") for part in ("train", "val")]
+        if None not in rates:
+            print("    boundaries per second: {:.1f} drawn, {:.1f} in validation".format(*rates))
 
     def summary(self, logs, best_row, clock, files):
         """Print the losses and accuracies of the run and where to look.

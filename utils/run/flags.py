@@ -279,7 +279,7 @@ add("--CPCCTCNormalizePreds", action="store_true", help="normalise the predictio
 
 # ------------------------------------------------------------------------------------ two levels
 
-declare_levels(declare, ARCHITECTURE, MODEL, CPCCTC_ONLY, HEADS)
+declare_levels(declare, ARCHITECTURE, INHERITED, MODEL, CPCCTC_ONLY, HEADS)
 TWO_LEVELS = {name for name, _ in DECLARED[HEADING]}  # no effect without --multiLevel
 
 # ------------------------------------------------------------------------------------ supervised

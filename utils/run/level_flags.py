@@ -63,8 +63,8 @@ def segmentation_mode(text):
 # fmt: off
 
 
-def declare_levels(declare, architecture, model, cpcctc, heads):
-    """Declare them; architecture, model, cpcctc: sets of flags; heads: choices of --rnnMode."""
+def declare_levels(declare, architecture, inherited, model, cpcctc, heads):
+    """Declare them; architecture to cpcctc: sets of flags; heads: choices of --rnnMode."""
     add = partial(declare, HEADING, on_resume=architecture, also=model)
     add("--multiLevel", action="store_true", help="a second level of CPC above the frames, on "
         "segments of them (Cuervo et al. 2021): find segments, take their means, encode and "
@@ -96,8 +96,8 @@ def declare_levels(declare, architecture, model, cpcctc, heads):
         "each segment to predict; each of the epochs 3 to 49 begins by finding them by k-means")
     add("--numCodesCodebook", type=at_least(2), default=512, metavar="N",
         help="number of these codes")
-    add("--codebookLearningRate", type=at_least(0, float), default=2e-3, metavar="RATE",
-        help="learning rate of the codes")
+    declare(HEADING, "--codebookLearningRate", on_resume=inherited, type=at_least(0, float),
+        default=2e-3, metavar="RATE", help="learning rate of the codes")
     add("--nPredictsSegment", type=at_least(1), default=1, metavar="K",
         help="predictions made from each segment")
     add("--CPCCTCNumMatchedSegment", type=at_least(1), default=1, also=cpcctc, metavar="M",
