@@ -3,7 +3,7 @@
     python benchmarks/contention.py [--configurations demo] [--threads 2] [--json FILE]
     python benchmarks/contention.py --spin_counts 300,1000,3000      # to choose between them
 
-Each way of waiting has a process of its own; they take turns, so that whatever else happens on the
+Each way of waiting has its own process; they take turns, so that whatever else happens on the
 machine meets all of them. Figures are medians over steps of train_step.py's configurations, in
 milliseconds: first calm, then while a process that this one starts keeps a processor busy.
 

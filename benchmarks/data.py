@@ -74,7 +74,7 @@ def write_corpus(root, n_files):
 
 
 def in_new_process(measure, *args):
-    """What `measure(*args)` returns, in a process that did nothing else before."""
+    """Return `measure(*args)`, computed in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1, keep_freed_memory) as pool:
         return pool.apply(measure, args)
 

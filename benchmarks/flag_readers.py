@@ -4,7 +4,7 @@
 
 Counts `args.NAME` and `getattr(args, "NAME")` on whatever is named like a namespace of flags, in
 all modules but tests, benchmarks, those that declare and check the flags (`--but`), and other
-commands, which have flags of their own (they call `CommandLine`). A field of the same name in a
+commands, which have their own flags (they call `CommandLine`). A field of the same name in a
 module is taken for that. Computed names aren't seen: the last line lists the modules with some.
 """
 
@@ -45,7 +45,7 @@ def main():
 
 
 def is_command(tree):
-    """Whether a module reads a command line of its own."""
+    """Whether a module reads its own command line."""
     calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
     return any(getattr(function, "id", "") == "CommandLine" for function in calls)
 

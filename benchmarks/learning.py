@@ -12,16 +12,18 @@ Markdown. A grid is JSON:
     prepare    commands to run once, before anything else
     run        the command of a run; `--pathCheckpoint {run}` and the seed are added to it
     axes       {axis: {value: flags to add}}
-    parts      grids to run, in this order: {"seeds": N, axis: [values], "flags": "..."}; an axis
-               that a part doesn't name takes all its values
-    then       commands to run after each run: probes, ABX and the like
+    parts      grids to run, in this order: {"seeds": N, axis: [values], "flags": "...", "then":
+               [...]}; an axis that a part doesn't name takes all its values
+    then       commands to run after each run, before those of its part: probes, ABX and the like
     measures   {name: where its value is}, one of
                    {"file": FILE, "key": "locAcc_val.-1.mean"}: in a JSON file, here the mean of
-                       the last list; times 100 with "percent": true; null where it isn't there
+                       the last list; times 100 with "percent": true; null if there is no such
+                       file or key
                    {"steps_below": F}: steps until the training loss, averaged since the last time
                        it was logged, is below F times the validation loss before training; null
                        where it never is
-    tables     [{"title", "rows": [axes], "columns": axis, "measures": [names], axis: [values]}]
+    tables     [{"title", "rows": [axes], "columns": axis, "measures": [names], axis: [values]}];
+               without "columns", each measure has one
 
 Commands are relative to the project. {work} stands for a folder that is kept (--work), {run} for
 the run's own, {seed} for its seed and {speech} for the real speech that CPC_DATA names.
@@ -99,7 +101,7 @@ def read_grid(path):
         for axis, values in named.items():
             if unknown := set(values) - axes[axis].keys():
                 raise UserError(f"{path}: {axis} has no {', '.join(sorted(unknown))}")
-        others = {"seeds", "flags", "title", "rows", "columns", "measures"}
+        others = {"seeds", "flags", "then", "title", "rows", "columns", "measures"}
         if unknown := part.keys() - axes.keys() - others:
             raise UserError(f"{path}: {', '.join(sorted(unknown))}: no axis of the grid")
     return grid
@@ -109,7 +111,7 @@ def read_grid(path):
 
 
 def runs(grid):
-    """{name: (settings, command with its placeholders)} of all runs, in the order of the parts."""
+    """{name: (settings, command, commands to run after it)} of all runs, in the order of parts."""
     found = {}
     for part in grid["parts"]:
         axes = {axis: part.get(axis, list(values)) for axis, values in grid["axes"].items()}
@@ -120,7 +122,9 @@ def runs(grid):
                 words = [grid["run"], *flags, part.get("flags", "")]
                 words += ["--pathCheckpoint {run}", f"--random_seed {seed}"]
                 name = "/".join([*chosen, str(seed)])
-                found.setdefault(name, (settings | {"seed": seed}, " ".join(filter(None, words))))
+                then = [*grid["then"], *part.get("then", [])]
+                line = " ".join(filter(None, words))
+                found.setdefault(name, (settings | {"seed": seed}, line, then))
     return found
 
 
@@ -141,12 +145,9 @@ def complete(grid, results, path, work, args):
     def do(name):
         if args.minutes and time.monotonic() - start > 60 * args.minutes:
             return
-        settings, words = todo[name]
-        result = {
-            "settings": settings,
-            "command": words,
-            **measured(name, words, grid, work, threads),
-        }
+        settings, words, then = todo[name]
+        values = measured(name, [words, *then], grid, work, threads)
+        result = {"settings": settings, "command": words, **values}
         with lock:
             done[name] = result
             save_json(path, results)
@@ -179,13 +180,13 @@ def prepare(grid, work):
             save_json(record, prepared)
 
 
-def measured(name, words, grid, work, threads):
+def measured(name, commands, grid, work, threads):
     """Train one run, take its measures, delete it."""
     run, begin = work / name, time.monotonic()
     shutil.rmtree(run, ignore_errors=True)  # what a killed call left may be of another command
     run.mkdir(parents=True)
     log, places = run / "log.txt", {"work": work, "run": run, "seed": name.rpartition("/")[2]}
-    for line in (words, *grid["then"]):
+    for line in commands:
         call(line, places, log, threads)
     values = {
         measure: read_measure(where, log.read_text(), places)
@@ -231,7 +232,10 @@ def read_measure(where, log, places):
     """The value that a measure describes; log: the text that the run printed."""
     if "steps_below" in where:
         return steps_below(log, where["steps_below"])
-    value = load_json(filled_in(where["file"], places))
+    path = Path(filled_in(where["file"], places))
+    if not path.exists():
+        return None
+    value = load_json(path)
     for key in where["key"].split("."):
         if isinstance(value, dict) and key not in value:
             return None
@@ -262,9 +266,10 @@ def tables(results):
 def table(results, wanted):
     """One table: a row for each combination of `rows` that has values."""
     axes, rows, measures = results["grid"]["axes"], wanted["rows"], wanted["measures"]
-    columns = wanted.get(wanted["columns"], list(axes[wanted["columns"]]))
+    axis = wanted.get("columns")
+    columns = [{axis: value} for value in wanted.get(axis, list(axes[axis]))] if axis else [{}]
     heads = [
-        f"{column}: {measure}" if len(measures) > 1 else column
+        ": ".join([*column.values(), *[measure] * (len(measures) > 1 or not column)])
         for measure in measures
         for column in columns
     ]
@@ -273,7 +278,7 @@ def table(results, wanted):
     for chosen in itertools.product(*(wanted.get(axis, list(axes[axis])) for axis in rows)):
         at = dict(zip(rows, chosen, strict=True))
         cells = [
-            in_words(values_at(results, at | {wanted["columns"]: column}, measure), measure)
+            in_words(values_at(results, at | column, measure), measure)
             for measure in measures
             for column in columns
         ]

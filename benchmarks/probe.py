@@ -3,7 +3,7 @@
     python benchmarks/probe.py
 
 Probes a model of the default size on synthetic audio, with features kept and with features
-computed anew in every epoch, one after the other, `--repeat` times; medians are compared. The
+computed again in every epoch, one after the other, `--repeat` times; medians are compared. The
 claim to be checked: over ten epochs the former takes at most a sixth of the time.
 """
 
@@ -56,18 +56,18 @@ def compare(name, model, corpus, labels, options, args):
     task = name.split()[0]
     sets = [make_set(corpus, labels if task == "phone" else None, last) for last in (False, True)]
     n_classes = labels.n_phones if task == "phone" else len(corpus.speakers)
-    seconds = {"kept": [], "anew": []}
+    seconds = {"kept": [], "recomputed": []}
     for _ in range(args.repeat):
-        for way, limit in (("anew", 0), ("kept", None)):
+        for way, limit in (("recomputed", 0), ("kept", None)):
             probe = Probe(
                 task, model, *sets, n_classes, replace(options, max_stored_bytes=limit), args.device
             )
             seconds[way].append(time_of(probe))
-    kept, anew = (statistics.median(seconds[way]) for way in ("kept", "anew"))
+    kept, again = (statistics.median(seconds[way]) for way in ("kept", "recomputed"))
     n_windows = sum(part.n_windows for part in sets)
     print(
-        f"{name:13} {n_windows} windows: features kept {kept:6.2f} s, anew {anew:6.2f} s, "
-        f"1/{anew / kept:.1f} of the time"
+        f"{name:13} {n_windows} windows: features kept {kept:6.2f} s, recomputed {again:6.2f} s, "
+        f"1/{again / kept:.1f} of the time"
     )
 
 

@@ -8,7 +8,7 @@ each), and measures what averaging the gradients takes alone. The second says wh
 corpus takes on 1 to 64 processes, eight on each machine, from five costs: those of a step, of the
 gradients' size and transport, and of decoding. Costs that aren't given are measured here.
 
-What the calculation assumes: averaging goes on during the backward pass, two thirds of a step,
+What the calculation assumes: gradients are averaged during the backward pass, two thirds of a step,
 but for its last 25 MB; each machine decodes the whole corpus once an epoch, in the background
 (the first pack of all, before the first step, isn't counted).
 """
@@ -101,7 +101,7 @@ def measure(args, root):
 
 
 def trained(args, root, processes, threads):
-    """Figures of a training with so many processes."""
+    """Figures of training with a number of processes."""
     result = os.path.join(root, "result.json")
     words = [args.configuration, root, result, args.device, args.precision, threads, args.steps]
     status = launch(processes, train, [str(word) for word in words])

@@ -1,8 +1,8 @@
-"""What training makes of kills, stop signals, full disks and damaged files.
+"""How training survives kills, stop signals, full disks and damaged files.
 
     python benchmarks/torture.py [kill stop disk corpora checkpoints leaks] [--seed 0] [--json FILE]
 
-kill         kill -9 at random moments of a run, which the same command goes on with: at the end,
+kill         kill -9 at random moments of a run, which the same command resumes: at the end,
              all that it has written is what the undisturbed run wrote, bit for bit
 stop         the same with SIGTERM, SIGINT and SIGUSR1, and their exit statuses
 disk         a full disk for a while: no checkpoint is lost, and the run ends as it would have
@@ -91,7 +91,7 @@ def print_table(parts):
 
 
 def leaks(part):
-    """What a long run holds after a tenth of its epochs, and at its end."""
+    """The resources of a long run after a tenth of its epochs, and at its end."""
     corpus, epochs = write_tiny_corpus(part.place / "corpus", seconds=(0.3, 0.6)), part.args.epochs
     words = [
         *on(corpus), *TINY, "--pathCheckpoint", part.place / "run", "--nEpoch", epochs,
@@ -118,7 +118,7 @@ def leaks(part):
 
 
 def holdings(pid):
-    """What a process holds: memory in MB, open files, threads, processes; None where it is gone."""
+    """The resources of a process: memory in MB, open files, threads, processes; None if gone."""
     process = Path(f"/proc/{pid}")
     try:
         status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())

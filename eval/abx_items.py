@@ -11,7 +11,7 @@ from utils.misc import UserError, first_few, percent
 from utils.run.console import progress
 
 COLUMNS = "file onset offset phone previous-phone next-phone speaker"
-SUSPICIOUS_FACTOR = 1.5  # by which features go on after the last item in most files
+SUSPICIOUS_FACTOR = 1.5  # by which features outlast the last item in most files
 FILES_TO_COMPARE = 3  # at least, for that
 SLICINGS = {
     "librilight": "frames whose centre is within the item, without the last of them",
@@ -70,7 +70,7 @@ def read_items(path, any_context=False):
 
 
 def item_row(where, line):
-    """Parse a line of an item file: (file, onset, offset, phone, context, speaker)."""
+    """Parse one line of an item file: (file, onset, offset, phone, context, speaker)."""
     try:
         file, onset, offset, phone, previous_phone, next_phone, speaker = line.split()
         onset, offset = float(onset), float(offset)

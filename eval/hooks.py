@@ -1,4 +1,4 @@
-"""What happens between epochs of training, or once on a checkpoint: captures and probes."""
+"""Hooks run between epochs of training, or once on a checkpoint: captures, probes, units."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ from utils.run.console import Listener
 MIN_IMPROVEMENT = 0.02  # of the loss before training: below this a run has not learned yet
 FEWEST_STEPS = 100  # before a start is called dead
 DEAD_BELOW = 0.1  # varying energy: 0.05 to 0.08 in dead runs, 0.3 and more in those that learn
-FEWEST_EPOCHS = 3  # of a run whose last loss says something
+FEWEST_EPOCHS = 3  # of a run whose last loss is judged
 EPOCHS_BETWEEN_NOTES = 10  # on a loss that stays where it was
 COLLAPSED = 1, 20  # boundaries per second: hardly any, and nearly as many as may be (25)
 

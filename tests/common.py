@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: a tiny corpus, and a comparison. It needs no pytest."""
+"""Shared by tests and benchmarks: a tiny corpus, and a comparison. It needs no pytest."""
 
 from pathlib import Path
 

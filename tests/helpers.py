@@ -1,4 +1,4 @@
-"""What tests share: golden values of the original program, real speech, and tests/common.py."""
+"""Shared by tests: golden values of the original program, real speech, and tests/common.py."""
 
 import contextlib
 import json

@@ -196,7 +196,7 @@ def test_phone_symbols_are_listed_and_the_language_uses_them_all(demo):
 
 
 def test_words_follow_zipf():
-    """The commonest tenth of the words make up about a third of what is said."""
+    """The most frequent tenth of the words makes up about a third of what is said."""
     lexicon = [[str(word)] for word in range(300)]
     rng = np.random.default_rng(0)
     said = [

@@ -135,9 +135,9 @@ def test_without_a_gpu_the_plain_twin_scores():
 def test_a_criterion_passes_on_how_to_score(fused, monkeypatch):
     asked = []
 
-    def record(*args, fused, original=sampling.score_candidates):
+    def record(*args, fused, original=sampling.score_candidates, **options):
         asked.append(fused)
-        return original(*args, fused=fused)
+        return original(*args, fused=fused, **options)
 
     monkeypatch.setattr(sampling, "score_candidates", record)
     criterion = CPCCriterion(2, dim_context=8, dim_encoded=8, n_frames=10, rnn_mode="linear")

@@ -105,6 +105,8 @@ def test_a_gpu_computes_what_the_cpu_does(words, precision, tolerance, tiny_corp
         ["--rnnMode", "LSTM"],
         ["--rnnMode", "ffd"],
         ["--rnnMode", "conv4", "--cpc_mode", "reverse"],
+        ["--rnnMode", "none", "--nPredicts", "1", "--linearOutput", "--normalizeCPCScore"],
+        ["--rnnMode", "transformer", "--multihead_rnn", "--scoreTemperature", "0.5", *WIDE],
         ["--encoder_type", "lfb"],
         ["--encoder_type", "mfcc"],
         ["--normMode", "batchNorm"],

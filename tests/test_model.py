@@ -296,6 +296,7 @@ def architecture(**changes):
         "encoder_type": "cpc",
         "normMode": "layerNorm",
         "initialisation": "lecun",
+        "linearOutput": False,
         "arMode": "LSTM",
         "nLevelsGRU": 1,
         "samplingType": "samespeaker",

@@ -1,4 +1,4 @@
-"""What every part of the program needs; imported first, to refuse systems that it can't run on."""
+"""Shared by every part of the program; imported first, to refuse systems that it can't run on."""
 
 import sys
 

@@ -62,7 +62,7 @@ def seed_from(*parts):
 
 
 def generator_from(*parts, device="cpu"):
-    """A `torch.Generator` of its own, seeded by `seed_from(*parts)`."""
+    """A new `torch.Generator`, seeded by `seed_from(*parts)`."""
     return torch.Generator(device=device).manual_seed(seed_from(*parts))
 
 

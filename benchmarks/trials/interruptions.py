@@ -177,7 +177,7 @@ def check_kept(part, done, paths):
 
 
 def end_of_filled(part, done, trial, run):
-    """It has gone on and come to the same end, or refused to go on without space in one line."""
+    """It resumed and came to the same end, or refused in one line to resume without space."""
     warned = trial.printed().count("no checkpoint written")
     part.counts.update({"saves put off": warned, "runs": 1})
     finding = trial.finding()

@@ -148,7 +148,7 @@ class Run:
 
     @property
     def phase(self):
-        """What it is doing; of a process of its own, that isn't known."""
+        """The current activity; unknown for a separate process."""
         return list(PHASES)[self._phase[0]] if self.forked else "own process"
 
     def ended(self):
@@ -230,7 +230,7 @@ def _marked(function, number, shown):
 
 
 def warm_up(directory):
-    """Do once what every forked run would do anew: one thread, and fonts for the pictures."""
+    """Do once what every forked run would repeat: one thread, and fonts for the pictures."""
     torch.set_num_threads(1)
     draw_curves({"epoch": [0]}, directory / "warm_up.png")
 
@@ -257,7 +257,7 @@ def differences(one, other, names=None):
 
 
 def content(path):
-    """What a run has written into a file; None where the time of day is in it."""
+    """The contents of a file that a run wrote; None where the time of day is in it."""
     if path.name in NOT_COMPARED:
         return None
     if path.suffix == ".pt":

@@ -1,4 +1,4 @@
-"""Whether audio, phones and speakers that training sees are those in the files, read anew here.
+"""Whether audio, phones and speakers in training are those of the files, read here independently.
 
 Both functions take the command line of a run that succeeded and raise AssertionError otherwise.
 """
@@ -37,7 +37,7 @@ def check_training_sets(words):
 
 
 def check_capture(words):
-    """What the last epoch captured of phones and speakers."""
+    """Phones and speakers as the last epoch captured them."""
     args = parse_arguments(words)[0]
     truth = Truth(args)
     reader = CaptureReader(Path(args.pathCaptureSave, str(args.nEpoch - 1)))
@@ -49,7 +49,7 @@ def check_capture(words):
 
 
 class Truth:
-    """What the files say, read in the plainest way."""
+    """Phones and speakers of the files, read in the plainest way."""
 
     def __init__(self, args):
         self.root, self.labels = Path(args.pathDB), read_labels(args.path_phone_data)

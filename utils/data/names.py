@@ -13,7 +13,7 @@ def name_of(path, extension):
 
 
 def keys_of(path, name):
-    """What lists and labels may call a file: its name, also after the first folders of its path.
+    """The names of a file in lists and labels: its own, also after the first folders of its path.
 
     s1/day/a.wav is a, s1/a and s1/day/a.
     """

@@ -1,4 +1,4 @@
-"""What makes a function a program: its command line, one line for an error, the exit status."""
+"""Turns a function into a program: its command line, one line for an error, the exit status."""
 
 import argparse
 import contextlib

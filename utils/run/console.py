@@ -1,4 +1,4 @@
-"""What people see while a program runs: where output goes, progress, the lines of an epoch."""
+"""Output for people while a program runs: where output goes, progress, the lines of an epoch."""
 
 import contextlib
 import errno

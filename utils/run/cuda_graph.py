@@ -27,7 +27,7 @@ class RecordedPasses:
         device's default one, and never wait for the device.
 
     Call it like `passes`. The first batches, and all of another size, are not replayed. If the
-    device refuses to record, a note says so once and nothing is replayed.
+    device refuses to record, a note is printed once and nothing is replayed.
     """
 
     def __init__(self, passes, parameters, batch_size):

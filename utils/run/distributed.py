@@ -314,7 +314,7 @@ def _how_to_choose_interface():
 
 def _take_gpu(local_rank):
     n_gpus = torch.cuda.device_count()
-    if n_gpus == 1 and is_task_of_srun():  # which may show each task a GPU of its own
+    if n_gpus == 1 and is_task_of_srun():  # which may show each task its own GPU
         local_rank = 0
     if local_rank >= n_gpus:
         raise UserError(

@@ -47,8 +47,8 @@ def launch(size, main, argv):
     """Run `main(argv)` in `size` processes; returns the exit status.
 
     Stop signals are passed on. When a process dies, the others are ended at once, since they
-    couldn't go on; after an error they have a moment to end by themselves. Raises UserError if one
-    was killed, naming it and the signal.
+    couldn't continue; after an error they have a moment to end by themselves. Raises UserError if
+    one was killed, naming it and the signal.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -112,7 +112,7 @@ def _wait_for(processes):
                 raise UserError(
                     f"process {processes.index(process)} of {len(processes)} was ended by "
                     f"{signal.Signals(-process.exitcode).name}, and the run with it (SIGKILL is "
-                    "how the system ends what takes too much memory); the same command goes on "
+                    "how the system ends what takes too much memory); the same command resumes "
                     "from the last save"
                 )
             if process.exitcode == EXIT_USER_ERROR:
@@ -130,7 +130,7 @@ def _let_end(processes):
 
 
 def _run(main, argv, rank, size, port):
-    """What each process does: `main`, in an environment such as torchrun makes."""
+    """Run `main` in each process, in an environment such as torchrun makes."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),

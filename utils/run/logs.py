@@ -47,7 +47,7 @@ class RunningMeans:
         return _per_window(self._marked - before)
 
     def state(self):
-        """What a checkpoint keeps of an epoch in progress."""
+        """The part that a checkpoint keeps of an epoch in progress."""
         state = {"sums": 0.0, "norms": self.norms, "windows": 0, "batches": self.batches}
         if self.batches:
             totals = self._totals()
@@ -128,7 +128,7 @@ class Clock:
         return self._waited
 
     def state(self):
-        """What a checkpoint keeps of an epoch in progress."""
+        """The part that a checkpoint keeps of an epoch in progress."""
         return {"seconds": self.seconds, "waited": self.waited, "windows": self.windows}
 
     def __str__(self):
