@@ -6,6 +6,7 @@ from criterion.networks import Networks
 from criterion.prediction import CriterionOutput
 from criterion.soft_align import CPCCTCCriterion, parse_mask_rules
 from utils.misc import SAMPLES_PER_FRAME, UserError
+from utils.run.level_flags import learns_more
 
 __all__ = [
     "CPCCTCCriterion",
@@ -32,7 +33,7 @@ def build_criterion(args, n_speakers, n_phones=0):
     if args.cpc_mode == "none":
         return NoneCriterion()
     if args.multiLevel:
-        from criterion.levels import LevelCriteria, learns_more  # one level spends no time on it
+        from criterion.levels import LevelCriteria  # one level spends no time on it
 
         frames_train = not args.segmentLevel and not args.freezeFrameModel
         levels = _of_frames(args, n_speakers) if frames_train else None, _of_segments(args)
@@ -126,6 +127,11 @@ def join_networks(criterion, model, args):
     """The Networks of a criterion and a model, or LevelNetworks if they have two levels."""
     if not args.multiLevel:
         return Networks(criterion, model)
-    from criterion.levels import join_levels
+    from criterion.levels import LevelNetworks, freeze_unreached
 
-    return join_levels(criterion, model, args)
+    freeze_unreached(criterion, model, args)
+    if not learns_more(args):
+        return LevelNetworks(criterion, model, args.headWeights)
+    from criterion.learned_levels import LearnedNetworks
+
+    return LearnedNetworks(criterion, model, args)

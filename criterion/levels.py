@@ -5,7 +5,6 @@ from torch import nn
 
 from criterion.networks import Networks
 from utils.misc import OF_SEGMENTS
-from utils.run.level_flags import learns_boundaries
 
 
 class LevelCriteria(nn.Module):
@@ -96,19 +95,9 @@ class LevelNetworks(Networks):
         return {"": row[:n], OF_SEGMENTS: row[n:]} if row[n:] else {"": row}
 
 
-def join_levels(criterion, model, args):
-    """The LevelNetworks that the flags describe; what no loss reaches isn't trained."""
+def freeze_unreached(criterion, model, args):
+    """Leave out of training what no loss reaches."""
     if args.freezeFrameModel:
         model.freeze_frames()
     elif criterion.frameLevelCriterion is None and not args.segmentOnContext:
         model.frameLevelModel.gAR.requires_grad_(False)
-    if not learns_more(args):
-        return LevelNetworks(criterion, model, args.headWeights)
-    from criterion.learned_levels import LearnedNetworks
-
-    return LearnedNetworks(criterion, model, args)
-
-
-def learns_more(args):
-    """Whether boundaries are learned, or codes for segments."""
-    return learns_boundaries(args) or args.targetQuantizerSegment != "none"

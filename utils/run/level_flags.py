@@ -132,6 +132,11 @@ def learns_boundaries(args):
     return args.multiLevel and args.segmentationMode == LEARNED and not args.noSegmentation
 
 
+def learns_more(args):
+    """Whether boundaries are learned, or codes for segments."""
+    return learns_boundaries(args) or (args.multiLevel and args.targetQuantizerSegment != "none")
+
+
 def complete_levels(args, explicit):
     """Set what follows from other flags."""
     if args.adjacentNegatives and "CPCCTCNumMatchedSegment" not in explicit:
