@@ -113,13 +113,15 @@ def are_logs(logs):
 def are_training_logs(logs):
     """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
     series = {key: value for key, value in logs.items() if isinstance(value, list)}
-    before = logs.get("before_training", {"locLoss_val": [0], "locAcc_val": [0]})
+    before = logs.get("before_training", {})
+    if not isinstance(before, dict):
+        return False
     settings = {k: v for k, v in logs.items() if k not in {*series, "before_training"}}
     levels = LEVELS[: 1 + any(key.endswith(OF_SEGMENTS) for key in (*series, *before))]
     names = {f"{key}{level}" for key in ROW_SERIES for level in levels}
+    of_validation = {name for name in names if "_val" in name}
     return (
-        isinstance(before, dict)
-        and before.keys() == {name for name in names if "_val" in name}
+        ("before_training" not in logs or before.keys() == of_validation)
         and all(map(_is_plain, settings.values()))
         and not settings.keys() & {*names, *NUMBER_SERIES}
         and (not series.get("epoch") or series.keys() >= names)
