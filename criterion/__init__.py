@@ -6,7 +6,7 @@ from criterion.networks import Networks
 from criterion.prediction import CriterionOutput
 from criterion.soft_align import CPCCTCCriterion, parse_mask_rules
 from utils.misc import SAMPLES_PER_FRAME, UserError
-from utils.run.level_flags import learns_more
+from utils.run.level_flags import further_losses
 
 __all__ = [
     "CPCCTCCriterion",
@@ -37,7 +37,7 @@ def build_criterion(args, n_speakers, n_phones=0):
 
         frames_train = not args.segmentLevel and not args.freezeFrameModel
         levels = _of_frames(args, n_speakers) if frames_train else None, _of_segments(args)
-        if learns_more(args):
+        if further_losses(args):
             from criterion.learned_levels import add_parts
 
             add_parts(levels[1], args)
@@ -130,7 +130,7 @@ def join_networks(criterion, model, args):
     from criterion.levels import LevelNetworks, freeze_unreached
 
     freeze_unreached(criterion, model, args)
-    if not learns_more(args):
+    if not further_losses(args):
         return LevelNetworks(criterion, model, args.headWeights)
     from criterion.learned_levels import LearnedNetworks
 

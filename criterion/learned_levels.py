@@ -6,11 +6,9 @@ from criterion import reinforce
 from criterion.levels import LevelNetworks
 from criterion.quantised_targets import RobustKmeans
 from utils.misc import BOUNDARY_RATE, generator_from
-from utils.run.level_flags import learns_boundaries
+from utils.run.level_flags import further_losses, learns_boundaries
 
 FRAMES_PER_SECOND = 100
-OF_POLICY = ("piGradLoss", "SegmenterEntropyLoss", "PhoneDensityPriorLoss", BOUNDARY_RATE)
-OF_CODES = ("targetQuantizerLoss",)
 
 
 def add_parts(criterion, args):
@@ -27,10 +25,9 @@ class LearnedNetworks(LevelNetworks):
 
     def __init__(self, criterion, model, args):
         super().__init__(criterion, model, args.headWeights)
-        self.args, of_segments = args, criterion.segmentLevelCriterion
+        self.args, self.more = args, further_losses(args)
         self.learns_boundaries = learns_boundaries(args)
-        self.learns_codes = hasattr(of_segments, "targetQuantizer")
-        self.more = OF_POLICY * self.learns_boundaries + OF_CODES * self.learns_codes
+        self.learns_codes = hasattr(criterion.segmentLevelCriterion, "targetQuantizer")
         weights = [[float(name != BOUNDARY_RATE) for name in self.more]]
         self.loss_weights = torch.cat([self.loss_weights, torch.tensor(weights)], dim=1)
 

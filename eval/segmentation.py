@@ -66,6 +66,7 @@ from utils.run.machine import device_from, keep_freed_memory, set_threads
 from utils.run.shared_flags import LEVEL, add_device, add_extension
 
 UNTUNED = 0.05  # the prominence in hCPC
+OWN = "the model's own segments"
 N_RESAMPLED = 1000  # sets of utterances, for the intervals
 DRAWN = 4, 3 * FRAMES_PER_SECOND  # utterances, and frames of each
 HEADINGS = {
@@ -274,7 +275,7 @@ def choose_prominence(tuning, unit, args):
     tuning: the curves to choose it on, None without --pathTune
     """
     if args.level == "segments":
-        return UNTUNED, "of the model's own segments"
+        return UNTUNED, OWN  # below that of `find_curve`
     if tuning is None:
         given = args.prominence is not None
         return args.prominence or UNTUNED, "as given" if given else "not tuned (--pathTune LIST)"
@@ -340,7 +341,12 @@ def intervals(counts, matching):
 
 def write_results(args, curves, results, symbols):
     measured_on = {**vars(args), "utterances": len(curves)}
-    figure = draw_utterances(curves, results["phone"]["prominence"], symbols, args.tolerance)
+    prominence = results["phone"]["prominence"]
+    found = (
+        "segments" if args.level == "segments" else f"peaks of prominence {prominence:.3g} or more"
+    )
+    title = f"Change between frames, and its {found}"
+    figure = draw_utterances(curves, prominence, symbols, args.tolerance, title)
     with writing_to(args.out, "--out"):
         save_json(Path(args.out, "segmentation.json"), {**results, "measured_on": measured_on})
         for unit, result in results.items():
@@ -356,9 +362,11 @@ def boundary_line(curve, prominence):
 
 
 def show(unit, result, tolerance):
+    found = f"prominence {result['prominence']:.3g}, {result['prominence_chosen']}"
+    is_own = result["prominence_chosen"] == OWN
     print(
         f"{unit} boundaries: {result['predicted']:,} found, {result['true']:,} in the labels; "
-        f"prominence {result['prominence']:.3g}, {result['prominence_chosen']}"
+        f"{OWN if is_own else found}"
     )
     show_row(f"%, within {10 * tolerance} ms", HEADINGS.values())
     titles = {
@@ -376,8 +384,9 @@ def show(unit, result, tolerance):
     if result["strict"]["r_value"] <= best:
         print(
             f"warning: the strict R-value is no better than that of evenly spaced {unit} "
-            "boundaries: do the labels belong to this audio, and is the model trained? --pathTune "
-            "LIST or --get_encoded may help"
+            "boundaries: do the labels belong to this audio, and is the model trained?"
+            + " --pathTune LIST or --get_encoded may help"
+            * (not is_own)
         )
 
 
@@ -385,12 +394,12 @@ def show_row(title, cells):
     print(f"{title:26}", *(f"{cell:>12}" for cell in cells))
 
 
-def draw_utterances(curves, prominence, symbols, tolerance):
+def draw_utterances(curves, prominence, symbols, tolerance, title):
     """A figure of some utterances: the change, the phones, and which boundaries are found."""
     n_drawn, n_frames = DRAWN
     chosen = [curves[i * len(curves) // n_drawn] for i in range(min(n_drawn, len(curves)))]
     figure = Figure(figsize=(13, 2.4 * len(chosen) + 0.6), layout="constrained")
-    figure.suptitle(f"Change between frames, and its peaks of prominence {prominence:.3g} or more")
+    figure.suptitle(title)
     for axes, curve in zip(figure.subplots(len(chosen), squeeze=False)[:, 0], chosen, strict=True):
         draw_curve(axes, curve, prominence, symbols, tolerance)
         axes.set(xlim=(0, min(len(curve.phones), n_frames) / FRAMES_PER_SECOND), ylim=(0, 1.3))

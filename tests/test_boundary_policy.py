@@ -10,7 +10,6 @@ import boundary_policy
 import train
 from boundary_policy import POSITIONS, LearnedSegmenter, keep_apart
 from criterion import build_criterion, join_networks, quantised_targets, reinforce
-from criterion.learned_levels import OF_POLICY
 from criterion.quantised_targets import Reservoir, RobustKmeans
 from eval.starts import StartWatch
 from model import build_model
@@ -29,6 +28,7 @@ from utils.misc import UserError, generator_from
 from utils.run.adam import load_optimizer, parameter_groups
 from utils.run.flags import build_parser
 from utils.run.hcpc import take_over
+from utils.run.level_flags import OF_POLICY
 
 needs_manifest = pytest.mark.skipif(
     not (GOLDEN_HCPC / "manifest.json").is_file(), reason="no list of hCPC's keys here"

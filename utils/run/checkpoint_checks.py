@@ -9,6 +9,8 @@ import math
 import torch
 
 from utils.misc import OF_SEGMENTS, UserError
+from utils.run.flags import stored_arguments
+from utils.run.level_flags import further_losses
 
 ROW_SERIES = ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")  # by prediction step
 LEVELS = ("", OF_SEGMENTS)  # endings of their names; one level has the first alone
@@ -46,6 +48,7 @@ def check_resumable(checkpoint, weights):
         "best": best is None or _same_shapes(best, weights),
     }
     if not checkpoint.of_original:
+        further = len(further_losses(stored_arguments(state["args"], checkpoint.path)))
         machine, logs_are_sound = state.get("machine"), are_training_logs(state["logs"])
         sound |= {
             "logs": logs_are_sound,
@@ -55,7 +58,7 @@ def check_resumable(checkpoint, weights):
             "machine": isinstance(machine, dict) and all(map(_is_plain, machine.values())),
             "clock": "clock" not in state or _is_clock(state["clock"]),
             "running": logs_are_sound
-            and _are_epoch_means(state.get("running"), state["position"], state["logs"]),
+            and _are_epoch_means(state.get("running"), state["position"], state["logs"], further),
         }
     if damaged := _unsound(sound):
         raise UserError(
@@ -113,13 +116,15 @@ def are_logs(logs):
 def are_training_logs(logs):
     """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
     series = {key: value for key, value in logs.items() if isinstance(value, list)}
-    before = logs.get("before_training", {"locLoss_val": [0], "locAcc_val": [0]})
+    before = logs.get("before_training", {})
+    if not isinstance(before, dict):
+        return False
     settings = {k: v for k, v in logs.items() if k not in {*series, "before_training"}}
     levels = LEVELS[: 1 + any(key.endswith(OF_SEGMENTS) for key in (*series, *before))]
     names = {f"{key}{level}" for key in ROW_SERIES for level in levels}
+    of_validation = {name for name in names if "_val" in name}
     return (
-        isinstance(before, dict)
-        and before.keys() >= {name for name in names if "_val" in name}
+        ("before_training" not in logs or before.keys() >= of_validation)
         and all(_can_be_logged(key, value) for key, value in before.items())
         and all(map(_is_plain, settings.values()))
         and not settings.keys() & {*names, *NUMBER_SERIES}
@@ -138,12 +143,6 @@ def _rows(logs, level):
     return first + [row for key in ROW_SERIES for row in logs.get(f"{key}{level}", [])]
 
 
-def _n_more(logs):
-    """The number of losses beside those of the levels, such as those of learned boundaries."""
-    names = {key for key in {*logs, *logs.get("before_training", ())} if key.endswith("_val")}
-    return len(names - {key + level for key in ROW_SERIES for level in LEVELS})
-
-
 def _is_row(value):
     """Whether this can be an epoch's values of each prediction step, or of each probe."""
     return _is_list(value, NUMBER) and bool(value)
@@ -155,8 +154,11 @@ def _can_be_logged(key, value):
     return is_number or (_is_row(value) and key not in NUMBER_SERIES)
 
 
-def _are_epoch_means(running, position, logs):
-    """Whether these can be the RunningMeans (utils/run/logs.py) of an epoch at `position`."""
+def _are_epoch_means(running, position, logs, n_further):
+    """Whether these can be the RunningMeans (utils/run/logs.py) of an epoch at `position`.
+
+    n_further: number of losses beside those of the levels
+    """
     if not isinstance(running, dict) or not running.keys() >= {"sums", "norms"}:
         return False
     counts = [running.get("windows"), running.get("batches")]
@@ -170,7 +172,7 @@ def _are_epoch_means(running, position, logs):
         windows >= batches > 0
         and torch.is_tensor(sums)
         and torch.is_tensor(norms)
-        and tuple(sums.shape) == (2, sum(map(len, of_levels)) + _n_more(logs))
+        and tuple(sums.shape) == (2, sum(map(len, of_levels)) + n_further)
         and norms.ndim == 0
         and sums.is_floating_point()
         and norms.is_floating_point()

@@ -6,13 +6,15 @@ Names and defaults are those of hCPC, the program of Cuervo et al. (2021, 2022).
 import argparse
 from functools import partial
 
-from utils.misc import SAMPLES_PER_FRAME, UserError
+from utils.misc import BOUNDARY_RATE, SAMPLES_PER_FRAME, UserError
 from utils.run.command import above, at_least, refuse_any
 
 HEADING = "two levels"
 LEARNED = "boundaryPredictor"
 SEGMENTATION_MODES = ("cosineDissimilarity", "scpc", LEARNED)
 RL_SETUPS = ("reinforceWBaseline", "vanillaReinforce", "reinforceWAdvantage")
+OF_POLICY = ("piGradLoss", "SegmenterEntropyLoss", "PhoneDensityPriorLoss", BOUNDARY_RATE)
+OF_CODES = ("targetQuantizerLoss",)
 MEAN_PHONE = 7.580728  # frames, in LibriSpeech
 ONE_COPY = "segments have one copy of the audio: use --past_equal_future, or leave it out"
 REFUSED_MODES = {  # those of hCPC
@@ -132,9 +134,11 @@ def learns_boundaries(args):
     return args.multiLevel and args.segmentationMode == LEARNED and not args.noSegmentation
 
 
-def learns_more(args):
-    """Whether boundaries are learned, or codes for segments."""
-    return learns_boundaries(args) or (args.multiLevel and args.targetQuantizerSegment != "none")
+def further_losses(args):
+    """Names, in the logs, of the losses of learned boundaries and of codes for segments; among them
+    is the number of boundaries per second, which isn't minimised."""
+    learns_codes = args.multiLevel and args.targetQuantizerSegment != "none"
+    return OF_POLICY * learns_boundaries(args) + OF_CODES * learns_codes
 
 
 def complete_levels(args, explicit):
