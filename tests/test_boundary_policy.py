@@ -23,10 +23,11 @@ from tests.helpers import (
 from tests.test_levels import segment_step
 from tests.test_train import SMALL, assert_same, checkpoint, on, run
 from transformers import two_sided_scores
+from utils.capture import CaptureReader
 from utils.kmeans import assign
 from utils.misc import UserError, generator_from
 from utils.run.adam import load_optimizer, parameter_groups
-from utils.run.flags import build_parser
+from utils.run.flags import build_parser, stored_arguments
 from utils.run.hcpc import take_over
 from utils.run.level_flags import OF_POLICY
 
@@ -322,6 +323,56 @@ def test_a_run_with_learned_boundaries_resumes_exactly(tiny_corpus, tmp_path, mo
     assert (codes["lr"], weights["lr"]) == (2e-3, 2e-4)
     criterion = whole["cpcCriterion"]
     assert criterion["segmentLevelCriterion.baseline"] > 0
+
+
+def as_hcpc_writes(directory):
+    """The checkpoint of epoch 0 as a file of hCPC: its groups of parameters, a baseline a level."""
+    path = directory / "checkpoint_0.pt"
+    state = torch.load(path, weights_only=True)
+    group, codes = state["optimizer"]["param_groups"]
+    args = stored_arguments(state["args"], path)
+    n_of_criterion = len([*build_criterion(args, 1).parameters()]) - 1
+    numbers = (
+        [],
+        group["params"][n_of_criterion:],
+        codes["params"],
+        group["params"][:n_of_criterion],
+    )
+    groups = [group | {"params": part} for part in numbers]
+    baselines = {f"{n}LevelCriterion.baseline": torch.tensor([5.0]) for n in ("frame", "segment")}
+    theirs = {
+        "gEncoder": state["gEncoder"],
+        "best": state["best"],
+        "cpcCriterion": state["cpcCriterion"] | baselines,
+        "optimizer": {"state": state["optimizer"]["state"], "param_groups": groups},
+    }
+    torch.save(theirs, path)
+    return state
+
+
+def test_a_checkpoint_of_hcpc_with_learned_boundaries_resumes(tiny_corpus, tmp_path):
+    run_path, captures = tmp_path / "run", tmp_path / "captures"
+    trained(tiny_corpus, run_path, epochs=1)
+    before = as_hcpc_writes(run_path)
+    words = ["--pathDB", tiny_corpus / "audio", "--nEpoch", 2, "--captureSegBoundaries"]
+    words += [
+        "--pathCaptureDS",
+        tiny_corpus / "test.txt",
+        "--pathCaptureSave",
+        captures,
+        "--captureEachEpochs",
+        1,
+    ]
+    assert run("--pathCheckpoint", run_path, *words) == 0
+    after = checkpoint(run_path, 1)
+    n_steps = after["logs"]["iter"][-1]
+    baseline = float(after["cpcCriterion"]["segmentLevelCriterion.baseline"])
+    assert 5 * 0.99**n_steps < baseline < 5 * 0.99**n_steps + n_steps * 0.01 * 2
+    moments = before["optimizer"]["state"], after["optimizer"]["state"]
+    assert moments[0].keys() == moments[1].keys()
+    assert float(moments[1][0]["step"]) == float(moments[0][0]["step"]) + n_steps
+    (batch, *_) = CaptureReader(captures / "1")
+    assert batch["seg_boundaries"][:, 0].all()
 
 
 @pytest.mark.parametrize(
