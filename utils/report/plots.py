@@ -48,7 +48,8 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True, chance=N
         rate.set_title("learning rate, boundaries per second in validation (right)")
         beside = rate.twinx()
         _draw_series(beside, epochs, boundaries, color="C2")
-        beside.set_ylim(bottom=0)
+        beside.tick_params(labelcolor="C2")
+        beside.set_ylim(0, 26)  # 25 is the most
     for axes in (losses, accuracies, probe, rate):
         axes.set_xlabel("epoch")
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
