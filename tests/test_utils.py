@@ -317,7 +317,7 @@ def paths(tmp_path):
         ("--multiLevel --rnnModeSegment none --nPredictsSegment 2", "must be 1, not 2"),
         ("--multiLevel --headWeights 1", "--headWeights needs two values"),
         ("--multiLevel --segmentationMode groundTruthWError", "of labels (groundTruth...) aren't"),
-        ("--multiLevel --segmentationMode other", "there are cosineDissimilarity, scpc, boundaryPredictor"),
+        ("--multiLevel --segmentationMode other", "cosineDissimilarity, scpc, boundaryPredictor"),
         *((f"--multiLevel --{name} 1", f"--{name}: ") for name in REFUSED),
         ("--pathCaptureDS LIST --pathCaptureSave X --captureSegCtx", "--captureSegCtx needs"),
         ("--multiLevel --segmentLevel --pathCaptureDS LIST --pathCaptureSave X --capturePred",
