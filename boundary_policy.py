@@ -30,13 +30,20 @@ class Choice(NamedTuple):
 
 
 class LearnedSegmenter(nn.Module):
-    """A segmenter (see segments.py) with a policy: it returns a `Choice`."""
+    """A segmenter (see segments.py) whose boundaries are those of a policy."""
 
     def __init__(self, dim, n_layers):
         super().__init__()
         self.boundaryPredictor = BiDiBoundaryPredictor(dim, n_layers)
 
+    @torch.no_grad()
     def forward(self, frames):
+        """The boundaries, (B, S), in frames (B, S, dim), which may be on another device."""
+        device = self.boundaryPredictor.baseline.device
+        return self.choose(frames.to(device)).boundaries.to(frames.device)
+
+    def choose(self, frames):
+        """The `Choice` for frames (B, S, dim): drawn in training, the likelier one otherwise."""
         log_probs = self.boundaryPredictor(frames)
         actions = draw(log_probs) if self.training else log_probs.argmax(dim=2)
         boundaries = F.pad(actions[:, 1:], (1, 0), value=1)

@@ -25,8 +25,7 @@ FRAMES, SEGMENTS = LEVELS = ("frames", "segments")
 
 # -------------------------------------------------------------------------------- boundaries
 # A segmenter finds boundaries in frames (B, S, D), each row by itself: (B, S) int64, 1 at the first
-# frame of each segment. A row's first frame is one. A learned one (boundary_policy.py) returns
-# them with its choices.
+# frame of each segment. A row's first frame is one.
 
 
 class CosineSegmenter(nn.Module):
@@ -185,6 +184,7 @@ class MultiLevelModel(nn.Module):
         )
         self.sAR = SegmentAR(dim_encoded, dim_context, keep_hidden)
         self.on_context = on_context
+        self.learns_boundaries = hasattr(segmenter, "choose")  # a boundary_policy.LearnedSegmenter
         self.level = FRAMES
         self.frames_are_frozen = False
 
@@ -208,8 +208,8 @@ class MultiLevelModel(nn.Module):
         frames = context if self.on_context else encoded
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.to(self.sEncoder[0].weight.dtype)
-            found = self.segmenter(frames)
-            boundaries, choice = (found, None) if torch.is_tensor(found) else (found[0], found)
+            choice = self.segmenter.choose(frames) if self.learns_boundaries else None
+            boundaries = choice.boundaries if choice else self.segmenter(frames)
             vectors, lengths = means_of_segments(frames, boundaries), boundaries.sum(1)
             if least > 1:
                 vectors, lengths = repeat_last(vectors, lengths, least)

@@ -56,7 +56,7 @@ def golden_segmenter(params, golden, mode):
     segmenter = LearnedSegmenter(golden["x"].shape[2], params["layers"]).eval()
     load_golden(segmenter.boundaryPredictor, golden, "sd.")
     segmenter.boundaryPredictor.anneal(params["numUpdates"])
-    choice = segmenter(torch.from_numpy(golden["x"]))
+    choice = segmenter.choose(torch.from_numpy(golden["x"]))
     if mode == "train":
         choice = choice._replace(actions=torch.from_numpy(golden["train.boundaries"]).long())
     return segmenter, choice
@@ -192,7 +192,7 @@ def test_a_long_file_in_blocks_has_the_log_probabilities_of_one_pass(monkeypatch
 
 def test_log_probabilities_of_segments_are_sums_over_their_frames():
     segmenter = LearnedSegmenter(8, 1).train()
-    choice = segmenter(torch.randn(3, 40, 8))
+    choice = segmenter.choose(torch.randn(3, 40, 8))
     assert choice.actions.sum() > choice.boundaries.size(0)
     found = reinforce.log_probs_of_segments(choice)
     chosen = choice.log_probs.gather(2, choice.actions.unsqueeze(2)).squeeze(2)
