@@ -60,12 +60,9 @@ class BiDiBoundaryPredictor(nn.Module):
     def __init__(self, dim, n_layers):
         super().__init__()
         check_heads(dim)
-        self.transformer = nn.Sequential(
-            *(
-                TransformerLayer(dim, POSITIONS, relative=True, causal=False)
-                for _ in range(n_layers)
-            )
-        )
+        kind = {"relative": True, "causal": False}
+        layers = (TransformerLayer(dim, POSITIONS, **kind) for _ in range(n_layers))
+        self.transformer = nn.Sequential(*layers)
         self.policy = nn.Sequential(nn.Linear(dim, 2))
         # Unused but part of the checkpoint format.
         self.register_buffer("baseline", torch.zeros(1))

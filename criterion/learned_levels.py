@@ -5,10 +5,10 @@ import torch
 from criterion import reinforce
 from criterion.levels import LevelNetworks
 from criterion.quantised_targets import RobustKmeans
-from utils.misc import BOUNDARY_RATE, generator_from
+from utils.misc import BOUNDARY_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, generator_from
 from utils.run.level_flags import further_losses, learns_boundaries
 
-FRAMES_PER_SECOND = 100
+FRAMES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_FRAME
 
 
 def add_parts(criterion, args):
