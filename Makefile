@@ -1,16 +1,27 @@
-# Two commands, each doing everything on a fresh machine with Python 3.11 (or later) and make:
-#   make demo    synthesise the embedded corpus, train CPC-CTC on it, show what was learned
-#   make test    the linter and all tests
+# Each command does everything on a fresh machine with Python 3.11 (or later) and make:
+#   make demo           synthesise the embedded corpus, train CPC-CTC on it, show what was learned
+#   make test           the linter and all tests; those of optional libraries are skipped
+#   make test-extras    tests of the optional libraries in requirements-extras.txt
 PYTHON ?= python3
 DEMO ?= demo
 RUN = .venv/bin/python
+EXTRAS = .venv-extras/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-extras clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
+
+# A second environment, in which .venv is visible: PyTorch isn't installed twice.
+.venv-extras/installed: requirements-extras.txt .venv/installed
+	$(RUN) -m venv --clear --without-pip .venv-extras
+	$(RUN) -c "$(SITE)" > `$(EXTRAS) -c "$(SITE)"`/venv.pth
+	$(EXTRAS) -m pip install --quiet --disable-pip-version-check \
+		--constraint requirements.txt --requirement requirements-extras.txt
+	touch $@
+SITE = import sysconfig; print(sysconfig.get_path('purelib'))
 
 # The demo's model is small, so that it learns in minutes on two cores; its CPC-CTC flags are those
 # of the README's example.
@@ -46,5 +57,8 @@ test: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 
+test-extras: .venv-extras/installed
+	$(EXTRAS) -m pytest tests/extras
+
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv .venv-extras $(DEMO)

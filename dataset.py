@@ -48,6 +48,7 @@ class AudioDataset:
 
     utterances: the usable ones, sorted by speaker and name
     samples, speakers: (n,) int64 arrays, the usable length and the speaker id of each
+    speaker_names: the name of each speaker id
     n_unlabelled: number of utterances left out because they have no phone labels
     """
 
@@ -80,7 +81,7 @@ class AudioDataset:
         """
         self.root, self.size_window, self.title = corpus.root, size_window, title
         self.max_size_loaded, self.n_threads = max_size_loaded, n_threads
-        self.phone_labels = phone_labels
+        self.phone_labels, self.speaker_names = phone_labels, corpus.speakers
         self._problems, self._n_files, self._silent = {}, len(utterances), set()
         self._n_allowed = allowed_bad_files(self._n_files, max_bad_files)
         self._only_pack = None
@@ -464,17 +465,28 @@ class BatchLoader:
         same_file = layout.file_at(before) == layout.file_at(starts)
         return same_file & (before + self.dataset.size_window == starts)
 
-    def locate(self, window):
-        """The (path, start in that file in samples) of a window of the current epoch."""
+    def _plan_at(self, window):
+        """The first window of the pack of a window, that pack's plan and its layout."""
         p = bisect_right(self._first_windows, int(window)) - 1
         if p != self._planned[0]:  # plans aren't kept: those of 60,000 hours take 1.4 GB
             layout = self._layouts.get(p) or Layout.of(self._packs[p], self.dataset.samples)
             self._planned = p, self._planner(plan_pack, self._epoch, p)(layout), layout
-        _, plan, layout = self._planned
-        start = plan.starts[int(window) - self._first_windows[p]]
+        return self._first_windows[p], *self._planned[1:]
+
+    def locate(self, window):
+        """The (path, start in that file in samples) of a window of the current epoch."""
+        first, plan, layout = self._plan_at(window)
+        start = plan.starts[int(window) - first]
         i = layout.file_at(start)
         path = self.dataset.utterances[layout.files[i]].path
         return path, int(start - layout.boundaries[i])
+
+    def utterance_of_frames(self, windows):
+        """Indices in `dataset.utterances` for each frame of the windows (B,) of a batch, (B, S)."""
+        first, plan, layout = self._plan_at(windows[0])
+        frames = np.arange(0, self.dataset.size_window, SAMPLES_PER_FRAME)
+        starts = plan.starts[windows.cpu().numpy() - first, None] + frames
+        return torch.from_numpy(layout.files[layout.file_at(starts)])
 
 
 def build_loaders(args, sets, world, augmentation=None):

@@ -35,6 +35,7 @@ from transformers import CausalAttention
 from utils.data.audio import SILENT, Extremes, open_audio, reason, warn_of_loudness
 from utils.hidden_state import KeepsHidden
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.normalisation import seq_normalization
 from utils.run.checkpoint import (
     NULLSPACE,
     open_checkpoint,
@@ -142,7 +143,8 @@ def load_phone_classifier(path):
         criterion = CTCPhoneCriterion(n_features, n_outputs - 1, n_layers=len(weights))
     else:
         on_encoder = bool(flags.get("onEncoder") or flags.get("get_encoded"))
-        criterion = PhoneCriterion(n_features, n_outputs, on_encoder, len(weights))
+        n_hidden = weights[0].size(0)  # without a hidden layer, it has no effect
+        criterion = PhoneCriterion(n_features, n_outputs, on_encoder, len(weights), n_hidden)
     load_state(criterion, state, path)
     return criterion
 
@@ -196,13 +198,6 @@ class ModelPhoneCombined(nn.Module):
 def to_one_hot(labels, n_classes):
     """labels: (B, S) int64 -> (B, S, n_classes) int64, 1 at the label and 0 elsewhere."""
     return F.one_hot(labels, n_classes)
-
-
-def seq_normalization(features):
-    """(B, S, D) -> (B, S, D), each feature normalised to zero mean and unit variance over time."""
-    correction = int(features.size(1) > 1)  # the unbiased variance of a single frame is undefined
-    variance, mean = torch.var_mean(features, dim=1, correction=correction, keepdim=True)
-    return (features - mean) / torch.sqrt(variance + 1e-8)
 
 
 # ------------------------------------------------------------------------- features of audio files

@@ -44,6 +44,7 @@ from utils.data.batches import on_device
 from utils.data.corpus import open_corpus, split_corpus
 from utils.data.labels import read_phone_labels
 from utils.misc import UserError, generator_from, seed_from
+from utils.report.event_files import event_writers
 from utils.report.run_files import RunFiles
 from utils.report.run_record import epoch_speed, is_finished
 from utils.run import console, machine
@@ -161,7 +162,7 @@ def train(state, train_loader, val_loader, hooks, files):
     if state.position.epoch >= args.nEpoch:
         console.print_finished(state.position.epoch)
         return
-    listeners = [screen, state, StartWatch(state, val_loader)]
+    listeners = [screen, state, StartWatch(state, val_loader), *event_writers(state, files)]
     forward_backward = console.note_if_starved(build_forward_backward(state), state)
     val_loader.prepare()
     try:

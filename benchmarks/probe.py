@@ -24,7 +24,8 @@ import utils.run.before_torch  # noqa: F401
 import torch
 
 from dataset import AudioDataset
-from eval.probe import Probe, ProbeOptions
+from eval.probe import Probe
+from eval.probe_options import ProbeOptions
 from model import build_model
 from tests.common import write_tiny_corpus
 from utils.data.corpus import scan_corpus

@@ -16,12 +16,12 @@ from criterion.seq_alignment import collapse_label_chain
 from utils.misc import NO_CHANCE, Chance
 
 
-def build_classifier(n_features, n_classes, n_layers=1, n_outputs=None):
+def build_classifier(n_features, n_classes, n_layers=1, n_outputs=None, n_hidden=None):
     """`n_layers` linear layers with ReLU between them.
 
-    Each layer has `n_classes` outputs, the last one `n_outputs` (default: `n_classes`).
+    Each layer has `n_hidden` outputs, the last one `n_outputs` (default of both: `n_classes`).
     """
-    widths = [n_features] + [n_classes] * (n_layers - 1) + [n_outputs or n_classes]
+    widths = [n_features] + [n_hidden or n_classes] * (n_layers - 1) + [n_outputs or n_classes]
     layers = []
     for n_in, n_out in pairwise(widths):
         layers += [nn.ReLU(), nn.Linear(n_in, n_out)]
@@ -58,9 +58,11 @@ class SpeakerCriterion(_Classifier):
 
     target = "speaker"
 
-    def __init__(self, n_features, n_speakers, n_layers=1):
+    def __init__(self, n_features, n_speakers, n_layers=1, n_hidden=None):
         super().__init__()
-        self.linearSpeakerClassifier = build_classifier(n_features, n_speakers, n_layers)
+        self.linearSpeakerClassifier = build_classifier(
+            n_features, n_speakers, n_layers, n_hidden=n_hidden
+        )
 
     def logits(self, context, encoded=None):
         """(B, S, C) -> (B, n_speakers)"""
@@ -88,9 +90,11 @@ class SpeakerDoubleCriterion(SpeakerCriterion):
 class PhoneCriterion(_Classifier):
     """Classify the phone of each frame, from contexts or, with `on_encoder`, encoded frames."""
 
-    def __init__(self, n_features, n_phones, on_encoder=False, n_layers=1):
+    def __init__(self, n_features, n_phones, on_encoder=False, n_layers=1, n_hidden=None):
         super().__init__()
-        self.PhoneCriterionClassifier = build_classifier(n_features, n_phones, n_layers)
+        self.PhoneCriterionClassifier = build_classifier(
+            n_features, n_phones, n_layers, n_hidden=n_hidden
+        )
         self.on_encoder = on_encoder
 
     def logits(self, context, encoded=None):
@@ -113,12 +117,12 @@ class CTCPhoneCriterion(_Classifier):
 
     has_accuracy = False
 
-    def __init__(self, n_features, n_phones, on_encoder=False, n_layers=1):
+    def __init__(self, n_features, n_phones, on_encoder=False, n_layers=1, n_hidden=None):
         super().__init__()
         if on_encoder:
             raise ValueError("the CTC phone classifier works on contexts, not on encoded frames")
         self.PhoneCriterionClassifier = build_classifier(
-            n_features, n_phones, n_layers, n_outputs=n_phones + 1
+            n_features, n_phones, n_layers, n_outputs=n_phones + 1, n_hidden=n_hidden
         )
         self.blank = n_phones
         self.register_load_state_dict_pre_hook(_take_stored_widths)

@@ -45,10 +45,11 @@ from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
 from utils.hidden_state import KeepsHidden
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
+from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension, add_level
+from utils.run.shared_flags import add_device, add_extension, add_feature_norm, add_level
 
 NO_TRIPLET = {
     "within": "it takes two examples of a phone by one speaker, and another phone in the context",
@@ -73,7 +74,11 @@ def main(argv=None):
         items = items.of_files(DEBUG_FILES)
     paths = find_paths(args, items)
     features_of = features_of_checkpoint if args.load == "from_checkpoint" else stored_features
-    kept, frames = cut_items(items, features_of(args, paths), 1 / args.feature_size, args.slicing)
+    features = features_of(args, paths)
+    if args.feature_norm != "none":
+        speakers = speakers_of(items) if args.feature_norm == "speaker" else {}
+        features = NormalisedFeatures(features, args.feature_norm, speakers)
+    kept, frames = cut_items(items, features, 1 / args.feature_size, args.slicing)
     measured_on = {
         **source(args),
         "item_file": args.path_item_file,
@@ -81,6 +86,7 @@ def main(argv=None):
         "items_with_frames": len(kept),
         "slicing": f"{args.slicing}: {SLICINGS[args.slicing]}",
         "seconds_per_frame": args.feature_size,
+        "feature_norm": args.feature_norm,
         "metric": args.distance_mode,
         "context": f"{args.context}: {CONTEXTS[args.context]}",
         "max_size_group": args.max_size_group,
@@ -156,6 +162,10 @@ def parse_arguments(argv=None):
     if args.load == "from_checkpoint":
         args.path_checkpoint = os.path.abspath(open_checkpoint(args.path_checkpoint).path)
         folder = os.path.dirname(args.path_checkpoint)
+        if args.seq_norm and args.feature_norm != "none":
+            raise UserError(
+                f"--seq_norm and --feature_norm {args.feature_norm}: choose one of them"
+            )
     args.out = os.path.abspath(args.out or folder)
     device_from(args.device)
     return args
@@ -216,6 +226,7 @@ def add_task_flags(add):
     add("--slicing", default="librilight", choices=list(SLICINGS),
         help="; ".join(f"{name}: {rule}" for name, rule in SLICINGS.items())
         + " (default: librilight, as in the original program)")
+    add_feature_norm(add, " of the item file")
     add("--context", default="within", choices=list(CONTEXTS),
         help="; ".join(f"{name}: {rule}" for name, rule in CONTEXTS.items()))
 
@@ -263,7 +274,7 @@ def features_of_checkpoint(args, paths):
     It also returns None for files that can't be used, and names them. Raises UserError
     if they are more than training tolerates.
     """
-    problems = []
+    problems, n_files = [], len(paths)
     model, *_ = load_model([args.path_checkpoint], level=args.level)
     model.to(device_from(args.device))
     for part in model.modules():
@@ -284,11 +295,21 @@ def features_of_checkpoint(args, paths):
             )[0]
         except UserError as error:
             problems.append(str(error))
-            refuse_too_many(problems, len(paths))
+            refuse_too_many(problems, n_files)
+            del paths[name]
             print(f"{error}; its items are left out")
             return None
 
     return features
+
+
+def speakers_of(items):
+    """Name -> speaker of the files of `items`. Raises UserError if one has several."""
+    speakers = {}
+    for name, speaker in zip(items.files, items.speaker.tolist(), strict=True):
+        if speakers.setdefault(name, speaker) != speaker:
+            raise UserError(f"--feature_norm speaker: {name} has items of several speakers")
+    return speakers
 
 
 def stored_features(args, paths):

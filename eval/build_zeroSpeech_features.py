@@ -18,6 +18,7 @@ resumes it.
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -47,16 +48,23 @@ from utils.files import (
 )
 from utils.kmeans import squared_distances
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
+from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension, add_level, check_same_flags
+from utils.run.shared_flags import (
+    add_device,
+    add_extension,
+    add_feature_norm,
+    add_level,
+    check_same_flags,
+)
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that the features depend on
     "pathCheckpoint", "addCriterion", "oneHot", "maxSizeSeq", "format", "strict", "getEncoded",
-    "clusters", "seqNorm", "level",
+    "clusters", "seqNorm", "feature_norm", "speaker_level", "level",
 )  # fmt: skip
 
 
@@ -73,7 +81,7 @@ def main(argv=None):
         print(
             f"{len(outputs) - len(remaining)} of {len(outputs)} files already have their features"
         )
-    failures = write_features(module, remaining, args)
+    failures = write_features(module, outputs, remaining, args)
     if failures:
         raise UserError(
             f"{len(failures)} of {len(outputs)} files have no features: {first_few(failures, 3)}"
@@ -101,6 +109,8 @@ def parse_arguments(argv=None):
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
     args.pathOut = os.path.abspath(args.pathOut)
     args.clusters = args.clusters and os.path.abspath(args.clusters)
+    if args.feature_norm != "none" and (args.addCriterion or args.clusters or args.seqNorm):
+        raise UserError("--feature_norm: leave out --addCriterion, --clusters and --seqNorm")
     args.strict = args.strict or args.seqNorm  # a short chunk can't be normalised well
     return args
 
@@ -154,6 +164,9 @@ def add_feature_flags(add):
         help="squared distances to these centers: .npy, .txt, or .pt of a clustering")
     add("--seqNorm", action="store_true",
         help="each file, or chunk, of zero mean and unit variance (implies --strict)")
+    add_feature_norm(add, " (of speakers: in a second pass)")
+    add("--speaker_level", type=at_least(1), default=1, metavar="N",
+        help="number of folders below pathDB that name the speaker of a file")
     add("--strict", action="store_true",
         help="start the last chunk of a file earlier instead of making it shorter")
     add("--maxSizeSeq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
@@ -200,24 +213,42 @@ def build_module(args):
     return module
 
 
-def write_features(module, outputs, args):
+def write_features(module, outputs, remaining, args):
     """Write the features of each file. Returns a message for each that can't be used."""
-    failures = []
-    for path, output in progress(outputs.items(), what="features", unit=" files"):
+    failures, features_of = [], partial(features_of_file, module, args)
+    if args.feature_norm != "none":
+        named = args.feature_norm == "speaker"
+        speakers = speakers_of(outputs, args.speaker_level) if named else {}
+        features_of = NormalisedFeatures(features_of, args.feature_norm, speakers)
+    for path, output in progress(remaining.items(), what="features", unit=" files"):
         try:
-            features = build_feature(
-                module,
-                os.path.join(args.pathDB, path),
-                strict=args.strict,
-                max_size=args.maxSizeSeq,
-                seq_norm=args.seqNorm,
-            )
+            features = features_of(path)
         except UserError as error:
             failures.append(str(error))
             continue
         with writing_to(output):
-            WRITERS[args.format](output, features[0])
+            WRITERS[args.format](output, features)
     return failures
+
+
+def features_of_file(module, args, path):
+    """The features of an audio file, (T, D)."""
+    return build_feature(
+        module,
+        os.path.join(args.pathDB, path),
+        strict=args.strict,
+        max_size=args.maxSizeSeq,
+        seq_norm=args.seqNorm,
+    )[0]
+
+
+def speakers_of(paths, level):
+    """Path -> speaker, the first `level` folders. Raises UserError for a path without any."""
+    speakers = {path: "/".join(path.split("/")[:-1][:level]) for path in paths}
+    for path, speaker in speakers.items():
+        if not speaker:
+            raise UserError(f"--feature_norm speaker: {path} is in no folder of a speaker")
+    return speakers
 
 
 # ---------------------------------------------------------------------------------- the files
@@ -242,6 +273,7 @@ def open_folder(args):
     record = record_of(args)
     stored = load_json(record) if record.is_file() else {}
     if stored and os.path.isdir(args.pathOut) and os.listdir(args.pathOut):
+        stored = {"feature_norm": "none", "speaker_level": 1} | stored  # older ones don't have them
         check_same_flags(args.pathOut, stored, args, DECISIVE, "features")
     with writing_to(args.pathOut):
         os.makedirs(args.pathOut, exist_ok=True)

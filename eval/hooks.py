@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from dataset import AudioDataset, BatchLoader, set_options
-from eval.probe import ProbeOptions, run_probe
+from eval.probe import run_probe
+from eval.probe_options import ProbeOptions
 from segments import at_level
 from utils.capture import CaptureWriter, refuse_to_lose
 from utils.data.corpus import (
@@ -16,6 +17,7 @@ from utils.data.corpus import (
 )
 from utils.misc import counted, generator_from
 from utils.run.captured import captured_names
+from utils.run.command import numbers_in
 from utils.run.console import progress
 from utils.run.resolve import works_on_checkpoint
 
@@ -161,9 +163,14 @@ class ModelHook(Hook):
 
 
 class ProbeHook(ModelHook):
-    """Trains a probe."""
+    """Trains a probe; `every` may also be a list of epochs, as text."""
 
     flag = "linsep_classif_each_epochs"
+
+    def due(self, epoch):
+        return (
+            super().due(epoch) if isinstance(self.every, int) else epoch in numbers_in(self.every)
+        )
 
 
 class UnitHook(ModelHook):

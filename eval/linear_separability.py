@@ -27,7 +27,8 @@ import torch
 
 from dataset import build_sets
 from eval.center_push import push_to_nearest, read_centers
-from eval.probe import Probe, ProbeOptions
+from eval.probe import Probe
+from eval.probe_options import ProbeOptions, further_options
 from feature_loader import load_model
 from model import CPCModelNullspace
 from utils.data.corpus import cut_for_debugging, open_corpus, split_utterances
@@ -43,14 +44,16 @@ from utils.run.shared_flags import (
     add_device,
     add_extension,
     add_level,
+    add_probe_flags,
     add_reading,
+    check_probe_flags,
     check_same_flags,
 )
 
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
 DECISIVE = (  # flags that define what is measured; the others define the training
     "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
-    "pathVal", "speaker_level", "level",
+    "pathVal", "speaker_level", "feature_norm", "level",
 )  # fmt: skip
 
 
@@ -118,6 +121,12 @@ def check_task(args):
         raise UserError("--CTC needs --pathPhone FILE")
     if args.CTC and args.get_encoded:
         raise UserError("--get_encoded can't be used with --CTC, which reads phones from contexts")
+    check_probe_flags(args, "--CTC" if args.CTC else None)
+    normed = args.feature_norm != "none"
+    if args.unfrozen and (normed or args.linsep_times > 1 or args.knn):
+        raise UserError("--unfrozen: leave out --feature_norm, --linsep_times and --knn")
+    if args.centerpushFile and normed:
+        raise UserError("--centerpushFile: its centers are of features without --feature_norm")
     if bool(args.centerpushFile) != (args.centerpushDeg is not None):
         raise UserError("--centerpushFile and --centerpushDeg need each other")
 
@@ -141,10 +150,9 @@ def check_mode(args):
         raise UserError(
             "--path_speakers_factorized needs --mode phonemes_nullspace or speakers_nullspace"
         )
-    if args.mode == "speakers_factorized" and args.linsep_net_layers > 1:
-        raise UserError(
-            "--mode speakers_factorized always has two layers: leave out --linsep_net_layers"
-        )
+    for name, without in (("linsep_net_layers", 1), ("linsep_hidden", 0)):
+        if args.mode == "speakers_factorized" and getattr(args, name) > without:
+            raise UserError(f"--mode speakers_factorized always has two layers: leave out --{name}")
 
 
 def find_device(args):
@@ -210,6 +218,7 @@ def add_training_flags(add):
     add("--batchSizeGPU", type=at_least(1), default=8, metavar="WINDOWS", help="windows per batch")
     add("--linsep_net_layers", type=at_least(1), default=1, metavar="N",
         help="layers of the classifier")
+    add_probe_flags(add)
     add_adam(add, epsilon=2e-8)
     add("--unfrozen", action="store_true", help="train the model as well")
     add("--no_pretraining", action="store_true", help="random weights, for comparison")
@@ -344,11 +353,11 @@ def options_of(args):
         n_layers=args.linsep_net_layers,
         ctc=args.CTC,
         get_encoded=args.get_encoded,
-        level=args.level,
         n_inner=args.dim_inter if args.mode == "speakers_factorized" else 0,
         unfrozen=args.unfrozen,
         logging_step=args.save_step,
         seed=args.random_seed,
+        **further_options(args),
     )
 
 
@@ -357,7 +366,9 @@ def check_directory(directory, args):
     record = directory / "checkpoint_args.json"
     if not record.is_file() and not saved_checkpoints(directory):
         return
-    stored = {"speaker_level": 1} | load_json(record)  # older ones don't have it
+    stored = {"speaker_level": 1, "feature_norm": "none"} | load_json(
+        record
+    )  # older ones don't have it
     if "dim_inter" not in stored:
         raise UserError(
             f"--pathCheckpoint {directory}: holds the checkpoints of a training run; name another "

@@ -5,9 +5,10 @@ features of a frozen model are computed once and stored if they fit in memory.
 """
 
 import copy
+import dataclasses
 import functools
 import itertools
-from dataclasses import dataclass
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,68 +20,29 @@ from criterion.classification import (
     SpeakerCriterion,
     SpeakerDoubleCriterion,
 )
-from criterion.seq_alignment import best_label_sequences, collapse_label_chain, phone_error_rate
+from criterion.seq_alignment import phone_error_rate
+from eval.knn import knn_accuracies
 from eval.probe_features import StoredWindowFeatures, WindowFeatures, storage_for
+from eval.probe_summary import PassSummary, ValidationSummary, accuracies
 from segments import layer_name
 from utils.data.labels import symbols_beside
 from utils.files import remove_leftovers, save_json, save_tensors, writing_to
-from utils.misc import SAMPLES_PER_FRAME, counted, percent, seed_from
+from utils.misc import SAMPLES_PER_FRAME, counted, generator_from, percent, seed_from
 from utils.report.plot_confusion import draw_confusion
 from utils.run.console import progress
-from utils.run.logs import RunningMeans, append_epoch
+from utils.run.logs import append_epoch
 
-BEAM = 20  # label sequences kept in CTC decoding; 100 would take four times as long
 MAX_CONFUSION_CLASSES = 1000  # with more classes, confusions aren't counted
 NEAR_MAJORITY = 0.02  # of the frames: a probe no better than its majority class by more than this
 VALIDATION_BATCH = 64  # windows in a batch of stored features
 
 
-@dataclass(frozen=True)
-class ProbeOptions:
-    """How a probe is trained, and on which features of the model."""
-
-    n_epochs: int = 10
-    batch_size: int = 8  # windows
-    learning_rate: float = 2e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 2e-8
-    n_layers: int = 1
-    ctc: bool = False  # phones: recognise their sequence instead of labelling frames
-    get_encoded: bool = False  # features: encoded frames instead of contexts
-    level: str = "frames"  # of the model, that gives them
-    n_inner: int = 0  # speakers: dimensions of a bottleneck (0: none)
-    unfrozen: bool = False  # train the model as well
-    logging_step: int = 1  # epochs between writes of the log
-    seed: int = 0
-    cpc_epoch: int | None = None  # the epoch of the training run, if the model is of one
-    max_stored_bytes: int | None = None  # of features; None: as memory allows
-
-    @classmethod
-    def of_training_run(cls, args, task, cpc_epoch):
-        """The options set by the --linsep_... flags of train.py."""
-        phone = task == "phone"
-        return cls(
-            n_epochs=args.linsep_n_epoch,
-            batch_size=args.linsepBatchSizeGPU,
-            learning_rate=args.linsep_lr,
-            beta1=args.linsep_beta1,
-            beta2=args.linsep_beta2,
-            epsilon=args.linsep_epsilon,
-            n_layers=args.linsep_net_layers,
-            ctc=phone and args.CTCphones,
-            get_encoded=phone and args.phone_get_encoded,
-            level=args.level,
-            logging_step=args.linsep_task_logging_step,
-            seed=args.random_seed,
-            cpc_epoch=cpc_epoch,
-        )
-
-
 class ProbeResult(NamedTuple):
     """The result of a probe. `metric` is the validation accuracy of its best epoch, or with CTC the
-    phone error rate (`metric_name` is "acc" or "per"); `train_accuracy` is None with CTC.
-    `baseline` is the metric of always predicting the majority class of the training set."""
+    phone error rate (`metric_name` is "acc" or "per"); `train_accuracy` is None with CTC. Of
+    several classifiers these are means, and `spread` is the standard deviation of the metric.
+    `baseline` is the metric of always predicting the majority class of the training set; `knn` the
+    accuracy by k nearest neighbours, for each k."""
 
     task: str
     metric_name: str
@@ -90,6 +52,8 @@ class ProbeResult(NamedTuple):
     train_accuracy: float | None
     baseline: float
     measured_on: dict
+    spread: float | None = None
+    knn: dict = {}
 
     def logged(self):
         """The values for the log of a training run."""
@@ -100,6 +64,9 @@ class ProbeResult(NamedTuple):
         }
         if self.train_accuracy is not None:
             values["best_train_acc"] = [self.train_accuracy]
+        if self.spread is not None:
+            values[f"best_val_{self.metric_name}_std"] = [self.spread]
+        values |= {f"knn_{k}_val_acc": [accuracy] for k, accuracy in self.knn.items()}
         return {f"{self.task}_{name}": value for name, value in values.items()}
 
 
@@ -161,67 +128,20 @@ def save_best_classifier(probe, directory):
 # ----------------------------------------------------------------------------------- training
 
 
-class PassSummary:
-    """Sums over one pass through a set; they stay on the device until they are read."""
-
-    def __init__(self, n_classes):
-        self.n_classes = n_classes
-        self.means, self.n_batches, self.class_counts = RunningMeans(), 0, 0
-
-    def add(self, loss, accuracy, label):
-        self.means.add(loss, accuracy, len(label))
-        self.class_counts += label.flatten().bincount(minlength=self.n_classes)
-        self.n_batches += 1
-
-    @property
-    def n_frames(self):
-        return int(self.class_counts.sum())
-
-    @property
-    def loss(self):
-        return self.means.means()[0][0]
-
-    @property
-    def accuracy(self):
-        return self.means.means()[1][0]
-
-
-class ValidationSummary(PassSummary):
-    """Also collects the confusions of phones, or with CTC the phone sequences."""
-
-    def __init__(self, n_classes):
-        super().__init__(n_classes)
-        self.confusion = None  # [true, predicted]
-        self.hypotheses, self.references = [], []
-
-    def add_confusion(self, logits, label):
-        n = self.n_classes
-        pairs = label.flatten() * n + logits.argmax(dim=-1).flatten()
-        counts = pairs.bincount(minlength=n * n).view(n, n)
-        self.confusion = counts if self.confusion is None else self.confusion + counts
-
-    def add_sequences(self, logits, label, blank):
-        self.hypotheses += best_label_sequences(logits.softmax(dim=-1), blank, BEAM)
-        sequences, lengths = collapse_label_chain(label)
-        self.references += [
-            row[:length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)
-        ]
-
-    @property
-    def error_rate(self):
-        return phone_error_rate(self.hypotheses, self.references)
-
-
 class BestEpoch(NamedTuple):
     """The metric and all states after the best epoch of a probe."""
 
     epoch: int
     metric: float
     train_accuracy: float | None  # None with CTC
-    confusion: torch.Tensor | None
+    validation: ValidationSummary
     classifier: dict
     optimizer: dict
     model: dict
+
+    @property
+    def confusion(self):
+        return self.validation.confusion
 
 
 class Probe:
@@ -249,8 +169,13 @@ class Probe:
         in_run = "" if options.cpc_epoch is None else f" of CPC epoch {options.cpc_epoch}"
         self.name = f"{task} probe{in_run}"
         self.metric_name = "per" if options.ctc else "acc"
+        self._begin()
+
+    def _begin(self):
+        """A new classifier, as `options` say, and empty logs."""
+        options = self.options
         self.criterion = self._build_classifier().to(self.device)
-        trained = [self.criterion, model] if options.unfrozen else [self.criterion]
+        trained = [self.criterion, self.model] if options.unfrozen else [self.criterion]
         self.optimizer = torch.optim.Adam(
             itertools.chain.from_iterable(module.parameters() for module in trained),
             lr=options.learning_rate,
@@ -261,35 +186,60 @@ class Probe:
         self.best = None
 
     def seed(self, purpose):
-        return self.options.seed, self.options.cpc_epoch, f"{self.task} probe", purpose
+        again = (self.options.repetition,) if self.options.repetition else ()
+        return self.options.seed, self.options.cpc_epoch, f"{self.task} probe", purpose, *again
 
     def _build_classifier(self):
         """A new classifier, initialised without touching the global random generators."""
-        options = self.options
+        options, n_features = self.options, self.n_features
+        n_layers, n_hidden = (2, options.n_hidden) if options.n_hidden else (options.n_layers, None)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_from(*self.seed("initialisation")))
             if self.task == "speaker" and options.n_inner:
-                return SpeakerDoubleCriterion(self.n_features, options.n_inner, self.n_classes)
+                return SpeakerDoubleCriterion(n_features, options.n_inner, self.n_classes)
             if self.task == "speaker":
-                return SpeakerCriterion(self.n_features, self.n_classes, options.n_layers)
+                return SpeakerCriterion(n_features, self.n_classes, n_layers, n_hidden)
             kind = CTCPhoneCriterion if options.ctc else PhoneCriterion
-            return kind(self.n_features, self.n_classes, options.get_encoded, options.n_layers)
+            return kind(n_features, self.n_classes, options.get_encoded, n_layers, n_hidden)
 
     def run(self, after_epoch=lambda epoch: None):
-        """Train for all epochs, calling `after_epoch(epoch)` after each. Returns a ProbeResult."""
-        train_source = self._feature_source(self.train_set, training=True)
-        validation_source = self._feature_source(self.validation_set, training=False)
-        with progress(what=self.name, unit=" epochs", total=self.options.n_epochs) as bar:
-            for epoch in range(self.options.n_epochs):
-                training = self._train(train_source.batches(epoch))
+        """Train for all epochs, calling `after_epoch(epoch)` after each. Returns a ProbeResult.
+
+        Further classifiers are trained where `options` ask for several; logs and `best` are those
+        of the first.
+        """
+        training = self._feature_source(self.train_set, training=True)
+        validation = self._feature_source(self.validation_set, training=False)
+        self._fit(training, validation, after_epoch)
+        others = [self._repeat(i, training, validation) for i in range(1, self.options.n_times)]
+        if self.options.knn:
+            generator = generator_from(*self.seed("nearest neighbours"))
+            names = self.train_set.speaker_names
+            knn = knn_accuracies(training, validation, self.options.knn, names, generator)
+            self.logs["knn"] = knn | {"majority_class": self.baseline}
+        return self._conclude([self.best, *others])
+
+    def _fit(self, train_source, validation_source, after_epoch=lambda epoch: None):
+        options = self.options
+        with progress(what=self.name, unit=" epochs", total=options.n_epochs) as bar:
+            for epoch in range(options.n_epochs):
+                order = options.repetition * options.n_epochs + epoch
+                training = self._train(train_source.batches(order))
                 validation = self._validate(validation_source.batches(epoch))
-                if epoch == 0:
+                if epoch == 0 and not options.repetition:
                     self._describe_sets(training, validation)
                 self._log(epoch, training, validation)
                 bar.set_postfix_str(self._metric_text(self.best.metric))
                 bar.update()
                 after_epoch(epoch)
-        return self._conclude()
+
+    def _repeat(self, repetition, *sources):
+        """The best epoch of another classifier on the same features."""
+        other = copy.copy(self)
+        other.options = dataclasses.replace(self.options, repetition=repetition)
+        other._begin()
+        other._fit(*sources)
+        return other.best
 
     def _feature_source(self, dataset, *, training):
         """The features of a set: stored if the model is frozen and they fit in memory."""
@@ -312,7 +262,7 @@ class Probe:
 
     def _train(self, batches):
         summary = PassSummary(self.n_classes)
-        for features, label in batches:
+        for features, label, _ in batches:
             loss, accuracy = self.criterion.loss_and_accuracy(
                 self.criterion.logits(features, features), label
             )
@@ -324,13 +274,16 @@ class Probe:
 
     @torch.no_grad()
     def _validate(self, batches):
-        summary = ValidationSummary(self.n_classes)
-        for features, label in batches:
+        n_speakers = len(self.validation_set.speaker_names) if self.task == "phone" else 1
+        summary = ValidationSummary(self.n_classes, n_speakers)
+        for features, label, speaker in batches:
             logits = self.criterion.logits(features, features)
             summary.add(*self.criterion.loss_and_accuracy(logits, label), label)
             if self.options.ctc:
                 summary.add_sequences(logits, label, self.criterion.blank)
-            elif self.task == "phone" and self.n_classes <= MAX_CONFUSION_CLASSES:
+                continue
+            summary.add_right(logits, label, speaker)
+            if self.task == "phone" and self.n_classes <= MAX_CONFUSION_CLASSES:
                 summary.add_confusion(logits, label)
         return summary
 
@@ -355,7 +308,7 @@ class Probe:
                 epoch,
                 metric,
                 train_accuracy,
-                validation.confusion,
+                validation,
                 copy.deepcopy(self.criterion.state_dict()),
                 copy.deepcopy(self.optimizer.state_dict()),
                 self._model_state(),
@@ -372,7 +325,7 @@ class Probe:
         """Record and print the sets of the probe, and find its majority-class baseline."""
         seen_in_training = training.class_counts > 0
         unseen = validation.class_counts[~seen_in_training]
-        majority_class = int(training.class_counts.argmax())
+        self.majority = majority_class = int(training.class_counts.argmax())
         if self.options.ctc:
             guesses = [[majority_class]] * len(validation.references)
             self.baseline = phone_error_rate(guesses, validation.references)
@@ -387,6 +340,8 @@ class Probe:
             "share_only_in_validation": int(unseen.sum()) / validation.n_frames,
             "files_without_labels": self.train_set.n_unlabelled + self.validation_set.n_unlabelled,
         }
+        if self.options.feature_norm != "none":
+            self.measured_on["feature_norm"] = self.options.feature_norm
         print("\n".join(self._description()), flush=True)
 
     def _set_sizes(self, dataset, summary):
@@ -398,16 +353,18 @@ class Probe:
         }
 
     def _description(self):
-        options, measured_on = self.options, self.measured_on
+        options, measured_on, norm = self.options, self.measured_on, self.options.feature_norm
         n_unseen = measured_on["classes_only_in_validation"]
         yield (
             f"{self.name}: {measured_on['layer']} features, {measured_on['dimensions']} dimensions"
             + (", the last frame of each window" if self.task == "speaker" else "")
             + (", by CTC" if options.ctc else "")
+            + (f", each {norm} of mean 0, variance 1" if norm != "none" else "")
         )
-        n_layers = 2 if options.n_inner else options.n_layers
+        hidden = f" ({counted(options.n_hidden, 'hidden unit')})" if options.n_hidden else ""
+        n_layers = 2 if options.n_inner or options.n_hidden else options.n_layers
         yield (
-            f"  classifier: {counted(n_layers, 'layer')}, trained for "
+            f"  classifier: {counted(n_layers, 'layer')}{hidden}, trained for "
             f"{counted(options.n_epochs, 'epoch')} on batches of "
             f"{counted(options.batch_size, 'window')}, learning rate {options.learning_rate:g}"
         )
@@ -430,38 +387,59 @@ class Probe:
     def _metric_text(self, metric):
         return f"{'phone error rate' if self.options.ctc else 'accuracy'} {percent(metric)}"
 
-    def _conclude(self):
-        """Add the result to the logs, print it, and return it."""
-        best, n_epochs = self.best, self.options.n_epochs
-        training = "" if self.options.ctc else f" (training {percent(best.train_accuracy)})"
+    def _conclude(self, bests):
+        """Add the result to the logs, print it, and return it; bests: of each classifier."""
+        result = self._result(bests)
+        best, several = self.best, len(bests) > 1
+        spread = f" ± {percent(result.spread)} ({len(bests)} classifiers)" if several else ""
+        training = "" if self.options.ctc else f" (training {percent(result.train_accuracy)})"
+        when = f" in epoch {best.epoch} (of 0 to {self.options.n_epochs - 1})"
         print(
-            f"{self.name}: {self._metric_text(best.metric)}{training} in epoch {best.epoch} (of 0 "
-            f"to {n_epochs - 1}); majority {self.task} of the training set: "
+            f"{self.name}: {self._metric_text(result.metric)}{spread}{training}"
+            f"{'' if several else when}; majority {self.task} of the training set: "
             f"{percent(self.baseline)}",
             flush=True,
         )
+        for k, accuracy in result.knn.items():
+            print(f"  {counted(int(k), 'nearest neighbour')}: accuracy {percent(accuracy)}")
         self._warn_if_nothing_was_learned()
-        result = ProbeResult(
-            self.task,
-            self.metric_name,
-            n_epochs,
-            best.epoch,
-            best.metric,
-            best.train_accuracy,
-            self.baseline,
-            self.measured_on,
-        )
+        name = f"best_val_{self.metric_name}"
         self.logs |= {
             "best_epoch": best.epoch,
-            f"best_val_{self.metric_name}": best.metric,
+            name: result.metric,
             f"baseline_val_{self.metric_name}": self.baseline,
             "measured_on": self.measured_on,
         }
-        if best.train_accuracy is not None:
-            self.logs["best_train_acc"] = best.train_accuracy
-        if best.confusion is not None:
-            self.logs["class_accuracy"] = accuracy_by_class(best.confusion)
+        if several:
+            self.logs |= {f"{name}_std": result.spread, f"{name}_each": [b.metric for b in bests]}
+        if not self.options.ctc:
+            self.logs["best_train_acc"] = result.train_accuracy
+            self._log_accuracies(best.validation)
         return result
+
+    def _result(self, bests):
+        return ProbeResult(
+            self.task,
+            self.metric_name,
+            self.options.n_epochs,
+            self.best.epoch,
+            statistics.fmean(best.metric for best in bests),
+            None if self.options.ctc else statistics.fmean(best.train_accuracy for best in bests),
+            self.baseline,
+            self.measured_on,
+            statistics.stdev(best.metric for best in bests) if len(bests) > 1 else None,
+            self.logs.get("knn", {}).get("val_acc", {}),
+        )
+
+    def _log_accuracies(self, validation):
+        """Accuracies by class and, of phones, by speaker."""
+        frames, right = validation.frames, validation.right
+        names = self.validation_set.speaker_names
+        classes = [str(c) for c in range(self.n_classes)] if self.task == "phone" else names
+        self.logs["class_accuracy"] = accuracies(right.sum(dim=0), frames.sum(dim=0), classes)
+        if self.task == "phone":
+            sums = right.sum(dim=1), frames.sum(dim=1), names, frames[:, self.majority]
+            self.logs["speaker_accuracy"] = accuracies(*sums)
 
     def _warn_if_nothing_was_learned(self):
         """Warn of a result that is hardly better than always saying the majority class."""
@@ -488,13 +466,3 @@ class Probe:
         title = f"{self.name}: {self._metric_text(self.best.metric)}"
         symbols = symbols_beside(self.validation_set.phone_labels.path, self.n_classes)
         draw_confusion(self.best.confusion.cpu(), path, title, symbols)
-
-
-def accuracy_by_class(confusion):
-    """{class: {"accuracy", "frames"}} of the classes that occur; confusion: [true, predicted]."""
-    frames = confusion.sum(dim=1)
-    right = confusion.diag()
-    return {
-        str(c): {"accuracy": right[c].item() / frames[c].item(), "frames": frames[c].item()}
-        for c in frames.nonzero().flatten().tolist()
-    }

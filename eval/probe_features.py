@@ -1,21 +1,32 @@
 """Features of the windows that a probe is trained and tested on: computed on the fly, or stored."""
 
+from typing import NamedTuple
+
 import torch
 
 from dataset import BatchLoader
 from utils.misc import generator_from, seed_from
+from utils.normalisation import GroupStatistics
 from utils.run.console import progress
 from utils.run.machine import available_memory
 
 MEMORY_FRACTION = 0.5  # of the free memory may be filled with features
 
 
-class WindowFeatures:
-    """The windows of a set as batches (features, label), recomputed in every pass.
+class ProbeBatch(NamedTuple):
+    """Features (B, S, D), for speakers (B, 1, D); label (B, S) phones or (B,) speakers; speaker
+    (B,), in which each window begins."""
 
-    Features are (B, S, D); for speakers (B, 1, D), since only the last frame is needed. Labels are
-    (B, S) phones or (B,) speakers. In training the order is random, and gradients flow into the
-    model if the probe trains it as well.
+    features: torch.Tensor
+    label: torch.Tensor
+    speaker: torch.Tensor
+
+
+class WindowFeatures:
+    """The windows of a set as ProbeBatches, recomputed in every pass.
+
+    A speaker probe needs only the last frame of each. In training the order is random, and
+    gradients flow into the model if the probe trains it as well.
     """
 
     def __init__(self, probe, dataset, *, training):
@@ -29,23 +40,46 @@ class WindowFeatures:
             seed=seed_from(*probe.seed("windows")),
             training=training,
         )
+        is_normalised = probe.options.feature_norm != "none"
+        self.statistics = self._collect_statistics() if is_normalised else None
 
     def batches(self, epoch):
-        self.probe.model.train(self.trains_model)
-        for _, batch in self.loader.epoch(epoch):
-            with torch.set_grad_enabled(self.trains_model):
-                features, label = self._features(batch.to(self.probe.device))
-            yield features, label
-
-    def _features(self, batch):
         probe = self.probe
-        context, encoded = probe.model(batch.waveform, batch.continues)
-        features = encoded if probe.options.get_encoded else context
-        if probe.task == "speaker":
-            features = features[:, -1:]
-        if probe.transform:
-            features = probe.transform(features)
-        return features, batch.speaker if probe.task == "speaker" else batch.phone
+        for batch, features in self._computed(epoch):
+            if self.statistics:
+                features = self.statistics.normalise(features, self._groups(batch))
+            if probe.task == "speaker":
+                features = features[:, -1:]
+            if probe.transform:
+                features = probe.transform(features)
+            label = batch.speaker if probe.task == "speaker" else batch.phone
+            yield ProbeBatch(features, label, batch.speaker)
+
+    def _computed(self, epoch):
+        """Yield batches on the device and all their features, (B, S, D)."""
+        probe = self.probe
+        probe.model.train(self.trains_model)
+        for _, batch in self.loader.epoch(epoch):
+            batch = batch.to(probe.device)
+            with torch.set_grad_enabled(self.trains_model):
+                context, encoded = probe.model(batch.waveform, batch.continues)
+            yield batch, encoded if probe.options.get_encoded else context
+
+    def _groups(self, batch):
+        """The utterance or speaker of each frame, (B, S), by which features are normalised."""
+        utterances = self.loader.utterance_of_frames(batch.window)
+        if self.probe.options.feature_norm == "speaker":
+            utterances = torch.from_numpy(self.loader.dataset.speakers)[utterances]
+        return utterances.to(self.probe.device)
+
+    def _collect_statistics(self):
+        """GroupStatistics over all frames of a pass."""
+        dataset, probe = self.loader.dataset, self.probe
+        n_groups = max(len(dataset.utterances), len(dataset.speaker_names))
+        statistics = GroupStatistics(n_groups, probe.n_features, probe.device)
+        for batch, features in self._computed(0):
+            statistics.add(features, self._groups(batch))
+        return statistics
 
 
 class StoredWindowFeatures:
@@ -55,31 +89,32 @@ class StoredWindowFeatures:
     """
 
     def __init__(self, source, storage, batch_size, order_seed=None):
-        self.features, self.labels = collect(source, storage)
+        self.stored = collect(source, storage)
         self.device, self.batch_size, self.order_seed = source.probe.device, batch_size, order_seed
 
     def batches(self, epoch):
-        order = torch.arange(len(self.features))
+        features = self.stored.features
+        order = torch.arange(len(features))
         if self.order_seed:
             generator = generator_from(*self.order_seed, epoch)
             order = torch.randperm(len(order), generator=generator)
-        for chosen in order.to(self.features.device).split(self.batch_size):
-            yield self.features[chosen].to(self.device), self.labels[chosen].to(self.device)
+        for chosen in order.to(features.device).split(self.batch_size):
+            yield ProbeBatch(*(part[chosen].to(self.device) for part in self.stored))
 
 
 def collect(source, storage):
-    """The features and labels of one pass through `source`: two tensors on `storage`."""
+    """One pass through `source` as a single ProbeBatch on `storage`."""
     stored, filled, n_windows = None, 0, source.n_windows
     with progress(what=f"{source.probe.name}: features", unit=" windows", total=n_windows) as bar:
         for batch in source.batches(0):
-            n_rows = len(batch[0])
+            n_rows = len(batch.label)
             if stored is None:  # allocated at once: growing would need twice the memory
                 stored = [x.new_empty((n_windows, *x.shape[1:]), device=storage) for x in batch]
             for whole, part in zip(stored, batch, strict=True):
                 whole[filled : filled + n_rows] = part
             filled += n_rows
             bar.update(n_rows)
-    return [whole[:filled] for whole in stored]
+    return ProbeBatch(*(whole[:filled] for whole in stored))
 
 
 def storage_for(n_bytes, device, limit=None):

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 from dataset import refuse_too_many
 from eval.center_push import read_centers
-from feature_loader import FeatureModule, features_in_parts, load_model, seq_normalization
+from feature_loader import FeatureModule, features_in_parts, load_model
 from utils.files import lines_of, load_json, load_tensors, save_array, save_json, save_tensors
 from utils.misc import UserError, first_few
+from utils.normalisation import seq_normalization
 
 LAST = "checkpoint_last.pt"  # centers, in a folder
 FEATURES = {  # what centers are centers of, and the value where a file says nothing

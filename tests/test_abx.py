@@ -664,3 +664,42 @@ def test_command_runs_from_anywhere_and_as_a_module(stored, tmp_path):
     assert [run.wait() for run in runs] == [0, 0]
     results = [json.loads((tmp_path / out / "ABX_scores.json").read_text()) for out in "ab"]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kind", ["speaker", "utterance"])
+def test_features_are_normalised_by_speaker_or_file(
+    kind, tiny_corpus, corpus_items, abx_model, tmp_path
+):
+    model, *_ = load_model(abx_model)
+    files, parts = {}, {}
+    for path in sorted((tiny_corpus / "audio").rglob("*.flac")):
+        speaker = path.stem.partition("-")[0]
+        features = build_feature(model, path, get_encoded=True)[0]
+        files[path.stem] = features * (int(speaker) - 9) + int(speaker)
+        parts.setdefault(speaker if kind == "speaker" else path.stem, []).append(path.stem)
+    for names in parts.values():
+        frames = torch.cat([files[name] for name in names]).double()
+        for name in names:
+            normal = (files[name].double() - frames.mean(0)) / (frames.var(0) + 1e-8).sqrt()
+            for folder, content in (("plain", files[name]), ("normal", normal.float())):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                torch.save(content, tmp_path / folder / f"{name}.pt")
+
+    def scores(folder, *flags):
+        words = ["from_pre_computed", tmp_path / folder, corpus_items, "--context", "any", *flags]
+        ABX.main([str(word) for word in words])
+        return load_json(tmp_path / folder / "ABX_scores.json")
+
+    expected, found = scores("normal"), scores("plain", "--feature_norm", kind)
+    assert found["measured_on"]["feature_norm"] == kind
+    for mode in ("within", "across"):
+        assert found[mode] == pytest.approx(expected[mode], abs=1e-3)
+    assert scores("plain")["across"] != pytest.approx(expected["across"], abs=1e-2)
+
+
+def test_a_file_with_several_speakers_has_no_statistics_of_one(tmp_path, capsys):
+    torch.save(torch.ones(50, 3), tmp_path / "a.pt")
+    (tmp_path / "two.item").write_text(HEADER + "a 0.1 0.2 x y z s\na 0.3 0.4 x y z t\n")
+    with ends_refused(capsys, "--feature_norm speaker: a has items of several speakers"):
+        ABX.main(["from_pre_computed", str(tmp_path), str(tmp_path / "two.item"),
+                  "--feature_norm", "speaker"])  # fmt: skip

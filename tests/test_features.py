@@ -27,7 +27,6 @@ from feature_loader import (
     load_criterion_state,
     load_model,
     load_phone_classifier,
-    seq_normalization,
     to_one_hot,
 )
 from model import (
@@ -37,6 +36,7 @@ from model import (
 )
 from tests.helpers import REAL_SPEECH, ROOT, assert_close, golden_cases, needs_real_speech
 from utils.misc import SAMPLES_PER_FRAME, UserError
+from utils.normalisation import seq_normalization
 from utils.run.checkpoint import open_checkpoint, save_checkpoint, stored_architecture
 from utils.run.flags import build_parser
 

@@ -11,14 +11,19 @@ import pytest
 import torch
 from torch import nn
 
+import eval.knn
 import eval.probe
 import eval.probe_features
 from dataset import AudioDataset
 from eval.center_push import push_to_nearest, read_centers
+from eval.hooks import ProbeHook
+from eval.knn import choose_bank, even_shares, nearest_classes
 from eval.linear_separability import main, null_space, parse_arguments
-from eval.probe import Probe, ProbeOptions, accuracy_by_class, run_probe
+from eval.probe import Probe, run_probe
 from eval.probe_features import storage_for
-from feature_loader import load_model
+from eval.probe_options import ProbeOptions
+from eval.probe_summary import accuracies
+from feature_loader import load_model, load_phone_classifier
 from model import build_model
 from tests.helpers import ROOT, assert_close, ends_refused, golden_cases
 from utils.data.corpus import scan_corpus
@@ -156,7 +161,7 @@ def test_the_best_epoch_has_the_highest_accuracy(phone_probe):
 
 def windows_and_labels(probe, dataset):
     source = eval.probe_features.WindowFeatures(probe, dataset, training=False)
-    features, label = zip(*source.batches(0), strict=True)
+    features, label, _ = zip(*source.batches(0), strict=True)
     return torch.cat(features), torch.cat(label)
 
 
@@ -190,8 +195,7 @@ def test_accuracies_of_single_phones(phone_probe):
     right = sum(part["accuracy"] * part["frames"] for part in by_class.values())
     assert frames == probe.measured_on["validation"]["frames"]
     assert right / frames == pytest.approx(probe.best.metric)
-    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
-    assert accuracy_by_class(confusion) == {
+    assert accuracies(torch.tensor([3, 0, 2]), torch.tensor([4, 0, 4]), "012") == {
         "0": {"accuracy": 0.75, "frames": 4},
         "2": {"accuracy": 0.5, "frames": 4},
     }
@@ -254,7 +258,7 @@ def test_stored_features_are_the_fresh_ones(corpus, labels, task):
         fresh, fresh_label = windows_and_labels(probe, dataset)
         stored = probe._feature_source(dataset, training=training)
         assert isinstance(stored, eval.probe_features.StoredWindowFeatures)
-        features, label = map(torch.cat, zip(*stored.batches(3), strict=True))
+        features, label, _ = map(torch.cat, zip(*stored.batches(3), strict=True))
         if training:
             assert not torch.equal(features, fresh)
             order = torch.tensor(
@@ -268,7 +272,10 @@ def test_stored_features_are_the_fresh_ones(corpus, labels, task):
 
 def test_only_the_last_frame_is_kept_for_speakers(corpus):
     probe = Probe("speaker", SpectralModel(), *make_sets(corpus), 3, FAST)
-    assert probe._feature_source(probe.train_set, training=True).features.shape[1:] == (1, 81)
+    assert probe._feature_source(probe.train_set, training=True).stored.features.shape[1:] == (
+        1,
+        81,
+    )
 
 
 def test_features_go_where_there_is_room(monkeypatch):
@@ -311,6 +318,109 @@ def test_a_probe_depends_on_seed_and_cpc_epoch_alone(phone_probe):
     assert logs() == logs()
     assert logs()["locLoss_train"] != logs(seed=1)["locLoss_train"]
     assert logs()["locLoss_train"] != logs(cpc_epoch=5)["locLoss_train"]
+
+
+# ----------------------------------------------------- several classifiers, neighbours, normalising
+
+
+def test_several_classifiers_give_a_mean_and_its_spread(phone_probe):
+    slow = {"learning_rate": 0.002, "n_epochs": 2}
+    single, probe = phone_probe(**slow), phone_probe(n_times=3, **slow)
+    single.run()
+    result = probe.run()
+    each = probe.logs["best_val_acc_each"]
+    assert each[0] == single.logs["best_val_acc"]
+    assert probe.logs["locLoss_train"] == single.logs["locLoss_train"]  # the first one's
+    assert len(set(each)) == 3
+    assert result.metric == probe.logs["best_val_acc"] == pytest.approx(np.mean(each))
+    assert result.spread == probe.logs["best_val_acc_std"] == pytest.approx(np.std(each, ddof=1))
+    assert result.logged()["phone_best_val_acc_std"] == [result.spread]
+
+
+def test_accuracies_of_single_speakers(phone_probe):
+    probe = phone_probe()
+    result = probe.run()
+    by_speaker = probe.logs["speaker_accuracy"]
+    assert set(by_speaker) == {"10", "11", "12"}
+    n_frames = sum(part["frames"] for part in by_speaker.values())
+    for key, value in (("accuracy", result.metric), ("majority_class", result.baseline)):
+        total = sum(part[key] * part["frames"] for part in by_speaker.values())
+        assert total / n_frames == pytest.approx(value)
+
+
+def test_nearest_classes_are_those_of_a_naive_search(monkeypatch):
+    monkeypatch.setitem(eval.knn.TABLE_FLOATS, "cpu", 300)  # several parts
+    queries, bank = torch.randn(40, 5), torch.randn(70, 5)
+    classes = torch.randint(0, 4, (70,))
+    found = nearest_classes(queries, bank, classes, (1, 4, 10))
+    for i, query in enumerate(queries):
+        order = torch.cosine_similarity(query[None], bank).argsort(descending=True)
+        for k, guesses in found.items():
+            near = classes[order[:k]].tolist()
+            most = max(map(near.count, near))
+            assert guesses[i] == next(label for label in near if near.count(label) == most)
+
+
+def test_a_bank_is_even_over_classes_and_speakers():
+    assert even_shares(torch.tensor([9, 1, 5]), 11).tolist() == [5, 1, 5]
+    assert even_shares(torch.tensor([9, 1, 5]), 100).tolist() == [9, 1, 5]
+    classes = torch.tensor([0] * 900 + [1] * 60 + [2] * 5)
+    speakers = torch.arange(len(classes)) % 2
+    speakers[:800] = 0
+    mask = choose_bank(classes, speakers, 105, torch.Generator().manual_seed(0))
+    assert classes[mask].bincount().tolist() == [50, 50, 5]
+    assert speakers[mask & (classes == 0)].bincount().tolist() == [25, 25]
+    assert speakers[mask & (classes == 1)].bincount().tolist() == [25, 25]
+
+
+def test_neighbours_tell_phones_apart(phone_probe):
+    probe = phone_probe(knn=(1, 5), n_epochs=1)
+    result = probe.run()
+    assert result.knn == probe.logs["knn"]["val_acc"]
+    assert min(result.knn.values()) > 0.9 > result.baseline
+    assert result.logged()["phone_knn_5_val_acc"] == [result.knn["5"]]
+    bank = probe.logs["knn"]["bank"]
+    assert sum(bank["classes"].values()) == sum(bank["speakers"].values()) == bank["frames"]
+    assert bank["frames"] == bank["of"] == probe.measured_on["training"]["frames"]
+    with pytest.raises(UserError, match="--knn 10000: there are"):
+        phone_probe(knn=(10_000,), n_epochs=1).run()
+
+
+@pytest.mark.parametrize("kind", ["utterance", "speaker"])
+@pytest.mark.parametrize("max_stored_bytes", [None, 0])
+def test_features_are_normalised_over_each_utterance_or_speaker(
+    phone_probe, kind, max_stored_bytes
+):
+    changes = {"max_stored_bytes": max_stored_bytes}
+    frames, normalised = (
+        torch.cat([batch.features.flatten(0, 1) for batch in source.batches(0)])
+        for probe in (phone_probe(**changes), phone_probe(feature_norm=kind, **changes))
+        for source in [probe._feature_source(probe.validation_set, training=False)]
+    )
+    dataset = phone_probe().validation_set
+    group = torch.arange(len(dataset.utterances)) if kind == "utterance" else dataset.speakers
+    lengths = torch.from_numpy(dataset.samples // 160)
+    group = torch.as_tensor(group).repeat_interleave(lengths)[: len(frames)]
+    for which in group.unique():
+        own = frames[group == which].double()
+        expected = (own - own.mean(0)) / (own.var(0) + 1e-8).sqrt()
+        assert_close(normalised[group == which], expected.float(), 1e-4)
+
+
+def test_probes_are_due_at_the_epochs_of_a_list():
+    for every, epochs in ((3, [3, 6]), ("1,3", [1, 3])):
+        hook = ProbeHook("probe", None, every=every, world=None)
+        assert [epoch for epoch in range(8) if hook.due(epoch)] == epochs
+
+
+def test_command_with_all_of_them(probe_command, phones):
+    flags = "--linsep_hidden 7 --linsep_times 2 --knn 3 --feature_norm speaker".split()
+    out, logs = probe_command(*phones, *flags)
+    assert logs["measured_on"]["feature_norm"] == "speaker"
+    assert set(logs["knn"]["val_acc"]) == {"3"}
+    assert len(logs["best_val_acc_each"]) == 2
+    layers = load_phone_classifier(out / "checkpoint_1.pt").PhoneCriterionClassifier
+    assert [tuple(layers[i].weight.shape) for i in (0, 2)] == [(7, 16), (5, 7)]
 
 
 # ---------------------------------------------------------------------------------- what it writes
@@ -689,6 +799,12 @@ def test_command_never_overwrites_another_probe(probe_command, phones, tmp_path,
         ("--mode speakers_nullspace", "needs --path_speakers_factorized"),
         ("--path_speakers_factorized X", "_nullspace"),
         ("--mode speakers_factorized --linsep_net_layers 2", "two layers"),
+        ("--linsep_hidden 5 --linsep_net_layers 2", "choose one"),
+        ("--linsep_hidden 5 --mode speakers_factorized", "leave out --linsep_hidden"),
+        ("--knn 1 --CTC --pathPhone X", "--knn can't be used with --CTC"),
+        ("--knn 1,0", "--knn 0: must be at least 1"),
+        ("--unfrozen --linsep_times 2", "--unfrozen: leave out"),
+        ("--feature_norm speaker --centerpushFile X", "--centerpushFile: its centers"),
         ("--centerpushFile X", "--centerpushDeg"),
         ("--centerpushDeg 0.5", "--centerpushFile"),
         ("--size_window 100", "multiple of 160"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from eval import cluster, quantize, unit_quality
 from eval.unit_measures import chance, measure, usage
 from eval.units import read_clusters, read_units
-from feature_loader import build_feature, load_model, seq_normalization
+from feature_loader import build_feature, load_model
 from tests.helpers import assert_close, assert_equal_trees, ends_refused
 from tests.test_probes import save_model
 from tests.test_train import trained
@@ -22,6 +22,7 @@ from utils.data.labels import runs, write_labels
 from utils.files import load_json
 from utils.kmeans import assign, first_centers, kmeans, lloyd
 from utils.misc import UserError, generator_from
+from utils.normalisation import seq_normalization
 
 
 def blobs(n, k, offset=0.0, seed=0):

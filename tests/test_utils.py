@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -141,7 +142,7 @@ def test_sets_of_flags_follow_from_the_declarations():
     } == FILES  # fmt: skip
     directories = {
         "pathDB", "pathCaptureSave", "pathCheckpoint", "linsep_logs_dir", "linsep_checkpoint_dir",
-        "pathDBNoise", "pathImpulseResponses",
+        "pathDBNoise", "pathImpulseResponses", "tensorboard",
     }  # fmt: skip
     assert FILES | directories == PATHS
 
@@ -161,12 +162,12 @@ def test_choices_are_those_of_the_registries():
 LOWEST = {
     0: """CPCCTCSkipBeg CPCCTCSkipEnd limitNegsInBatch speakerEmbedding nEpoch learningRate epsilon
         linsep_lr linsep_epsilon resume_every keep threads max_bad_files beta1 beta2 linsep_beta1
-        linsep_beta2 random_seed""",
+        linsep_beta2 random_seed linsep_hidden""",
     1: """hiddenGar nPredicts CPCCTCNumMatched negativeSamplingExt sizeWindow batchSizeGPU
         max_size_loaded nLevelsGRU nLevelsPhone schedulerRamp save_step logging_step
         n_process_loader linsepBatchSizeGPU linsep_n_epoch linsep_net_layers
         linsep_task_logging_step linsep_classif_each_epochs captureDSfreq captureDStotNr
-        captureEachEpochs unit_quality_each_epochs""",
+        captureEachEpochs unit_quality_each_epochs linsep_times knn""",
     2: "hiddenEncoder nClusters",
 }
 
@@ -349,6 +350,11 @@ def paths(tmp_path):
          "--phone_get_encoded", "--CTCphones can't be used with --phone_get_encoded"),
         ("--supervised_classif_metric --linsep_logs_dir X --speaker_sep --CTCphones",
          "--CTCphones needs --path_phone_data"),
+        ("--supervised_classif_metric --linsep_logs_dir X --path_phone_data LIST --CTCphones "
+         "--knn 1,10", "--knn can't be used with --CTCphones"),
+        ("--supervised_classif_metric --linsep_logs_dir X --speaker_sep --linsep_hidden 9 "
+         "--linsep_net_layers 2", "choose one"),
+        ("--linsep_classif_each_epochs 10,x", "--linsep_classif_each_epochs 'x': must be a whole"),
         ("--CTC", "--CTC needs --supervised"),
         ("--supervised --CTC", "--CTC needs --path_phone_data"),
         ("--supervised --CTC --onEncoder --path_phone_data LIST", "--onEncoder can't be used with"),
@@ -361,6 +367,7 @@ def paths(tmp_path):
         ("--onlyCapture --only_classif_metric", "choose one"),
         ("--onlyCapture --restart", "leave out --restart"),
         ("--onlyCapture", "--onlyCapture needs --pathCaptureDS"),
+        ("--onlyCapture --tensorboard", "--tensorboard has no effect without training"),
         ("--pathTrain /no/such/list", "--pathTrain /no/such/list: no such file"),
         ("--load a.pt b.pt --loadCriterion", "--loadCriterion: a criterion fits the one model"),
         ("--device cpu --precision bf16", "--precision bf16 needs a CUDA device"),
@@ -418,6 +425,18 @@ def test_a_compiler_that_is_not_there_is_refused(paths, monkeypatch):
     checked(*paths)
     with pytest.raises(UserError, match="--compile on a CPU .*there is no /no/such/compiler here"):
         checked(*paths, "--compile")
+
+
+def test_a_library_that_is_not_there_is_refused(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--tensorboard needs .*pip install tensorboard"):
+        checked(*paths, "--tensorboard")
+    checked(*paths, "--tensorboard", "--no-tensorboard")
+    monkeypatch.undo()
+    (tmp_path / "tensorboard").mkdir()  # as of an earlier run
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="--tensorboard needs"):
+        checked(*paths, "--tensorboard", str(tmp_path / "tensorboard"))
 
 
 def test_without_heads_the_width_is_free(paths):

@@ -82,6 +82,24 @@ def test_flags_of_the_features(tmp_path, audio, model_file, words, options):
     assert_close(features, build_feature(model, audio / "b.wav", **options)[0])
 
 
+def test_features_normalised_by_speaker(tmp_path, audio, model_file, capsys):
+    words = "--format", "pt", "--feature_norm", "speaker"
+    assert build(audio, tmp_path / "out", model_file, *words) == 2
+    assert "--feature_norm speaker: a.wav is in no folder of a speaker" in capsys.readouterr().err
+    (audio / "s").mkdir()
+    for name in ("a.wav", "b.wav"):
+        (audio / name).rename(audio / "s" / name)
+    out = tmp_path / "normal"
+    assert build(audio, out, model_file, *words) == 0
+    (out / "b.pt").unlink()  # as if the call had been stopped
+    assert build(audio, out, model_file, *words) == 0
+    model, *_ = load_model([model_file])
+    a, b = (build_feature(model, audio / "s" / f"{name}.wav")[0].double() for name in "ab")
+    frames = torch.cat([a, b])
+    expected = (b - frames.mean(0)) / (frames.var(0) + 1e-8).sqrt()
+    assert_close(torch.load(out / "b.pt", weights_only=True), expected.float(), 1e-4)
+
+
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_phones_as_features(tmp_path, audio, one_hot):
     criterion = PhoneCriterion(8, 5)

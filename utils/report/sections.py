@@ -40,7 +40,9 @@ OF_TRAINING = frozenset(
     "learningRate", "saveStep", "logging_step", "before_training", BOUNDARY_RATE + "_train",
     BOUNDARY_RATE + "_val")
 )  # fmt: skip
-OF_PROBES = re.compile(r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|per))")
+OF_PROBES = re.compile(
+    r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|per)(_std)?|knn_\d+_val_acc)"
+)
 NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
@@ -107,7 +109,9 @@ def probe_section(logs, args, pictures):
     if not args.supervised_classif_metric:
         yield soft("This run has no probes (--supervised_classif_metric).")
     elif not found:
-        yield soft(f"None so far: probes run every {args.linsep_classif_each_epochs} epochs.")
+        every = args.linsep_classif_each_epochs
+        when = f"every {every} epochs" if isinstance(every, int) else f"at epochs {every}"
+        yield soft(f"None so far: probes run {when}.")
     yield charts(*(probe_chart(logs, *probe) for probe in found))
     if found:
         yield tag("div", *(probe_table(logs, *probe) for probe in found), class_="tables")
@@ -129,7 +133,10 @@ def probe_table(logs, task, metric, key):
         "validation": key,
         "training": f"{task}_best_train_{metric}",
         f"majority {task}": f"{task}_baseline_val_{metric}",
+        "standard deviation": f"{key}_std",
     }
+    matches = (re.fullmatch(f"{task}_knn_(\\d+)_val_acc", key) for key in logs)
+    names |= {f"{match[1]} nearest": match[0] for match in matches if match}
     columns = {name: dict(points(logs, other, 100)) for name, other in names.items()}
     validation = columns["validation"]
     best = (min if metric == "per" else max)(validation, key=validation.get)

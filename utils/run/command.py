@@ -103,6 +103,21 @@ def _number(kind, is_allowed, bound):
     return convert
 
 
+def each_at_least(lowest):
+    """A whole number, or several as 10,50,199, which stay text, as in checkpoints."""
+
+    def convert(text):
+        numbers = [at_least(lowest)(part) for part in text.split(",")]
+        return numbers[0] if len(numbers) == 1 else text
+
+    return convert
+
+
+def numbers_in(value):
+    """The numbers in a value of `each_at_least`, a list; [] for None."""
+    return [] if value is None else [int(part) for part in str(value).split(",")]
+
+
 decay_rate = _number(float, lambda n: 0 <= n < 1, "in [0, 1)")  # Adam's betas
 
 

@@ -16,10 +16,11 @@ from utils.run.command import (
     band,
     between,
     decay_rate,
+    each_at_least,
     extension,
 )
 from utils.run.level_flags import HEADING, add_refused, declare_levels
-from utils.run.shared_flags import LEVEL
+from utils.run.shared_flags import LEVEL, add_probe_flags
 
 # What happens to a flag when a run is resumed. Each flag is in exactly one of these sets:
 ARCHITECTURE = set()  # what the networks are: always the checkpoint's value
@@ -60,7 +61,7 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, effect=None, 
         FILES.add(name)
     if options.get("metavar") in ("FILE", "DIR"):
         PATHS.add(name)
-    if "nargs" in options:
+    if options.get("nargs") in ("+", "*"):
         LISTS.add(name)
     DECLARED.setdefault(heading, []).append((name, options))
 
@@ -176,6 +177,9 @@ add("--resume_every", type=at_least(0), on_resume=THIS_CALL, metavar="STEPS",
     "long as a save takes)")
 add("--logging_step", type=at_least(1), default=1000, on_resume=INHERITED, metavar="STEPS",
     help="training steps between printed running means")
+add("--tensorboard", nargs="?", const=True, on_resume=INHERITED, metavar="DIR",
+    help="write curves, pictures and flags for TensorBoard to DIR, one for each run (default: "
+    "the folder tensorboard in that of --pathCheckpoint)")
 add("--onlyCapture", action="store_true", on_resume=THIS_CALL, help="no training: capture once "
     "with the model of --pathCheckpoint (needs --pathCaptureDS)")
 add("--only_classif_metric", action="store_true", on_resume=THIS_CALL,
@@ -302,12 +306,14 @@ add("--speaker_sep", action="store_true", help="probe for speakers")
 add("--CTCphones", action="store_true", help="phone probe by CTC; reports phone error rate")
 add("--phone_get_encoded", action="store_true",
     help="phone probe on encoded frames instead of contexts")
-add("--linsep_classif_each_epochs", type=at_least(1), default=20, metavar="N",
-    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0)")
+add("--linsep_classif_each_epochs", type=each_at_least(1), default=20, metavar="N",
+    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0); or at those of a list, as "
+    "10,50,199")
 add("--linsep_n_epoch", type=at_least(1), default=10, metavar="N", help="epochs of a probe")
 add("--linsepBatchSizeGPU", type=at_least(1), default=8, metavar="WINDOWS",
     help="windows per batch of a probe")
 add("--linsep_net_layers", type=at_least(1), default=1, metavar="N", help="layers of a probe")
+add_probe_flags(add)
 add("--linsep_lr", type=at_least(0, float), default=2e-4, metavar="RATE",
     help="learning rate of a probe")
 add("--linsep_beta1", type=decay_rate, default=0.9, metavar="B", help="Adam's beta 1 in a probe")
@@ -416,7 +422,7 @@ def build_parser():
         group = parser.add_argument_group(heading)
         for name, options in flags:
             group.add_argument(f"--{name}", **options)
-            if options.get("action") == "store_true":
+            if options.get("action") == "store_true" or "const" in options:
                 off = {"action": "store_false", "default": False, "help": argparse.SUPPRESS}
                 group.add_argument(f"--no-{name}", dest=name, **off)
     return parser
@@ -435,7 +441,7 @@ def parse_arguments(argv):
         path = getattr(args, name)
         if isinstance(path, list):
             setattr(args, name, [absolute(part, f"--{name}") for part in path])
-        elif path is not None:
+        elif isinstance(path, str):
             setattr(args, name, absolute(path, f"--{name}"))
     explicit = {name for name, value in given.items() if value is not not_given}
     if "file_extension" not in explicit:

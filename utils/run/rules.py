@@ -28,6 +28,7 @@ from utils.run.flags import (
 )
 from utils.run.level_flags import check_levels, complete_levels
 from utils.run.machine import device_from
+from utils.run.shared_flags import check_probe_flags
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 RECORDINGS = ("pathDBNoise", "pathImpulseResponses")
@@ -87,8 +88,22 @@ def check_arguments(args, explicit, resumed=False, began_with_load=False):
     check_levels(args, explicit, TWO_LEVELS, resumed)
     check_supervised(args, explicit)
     check_probes(args, explicit)
+    check_tensorboard(args)
     check_capture(args, explicit)
     check_paths(args, resumed)
+
+
+def check_tensorboard(args):
+    if not args.tensorboard or args.onlyCapture or args.only_classif_metric:
+        return
+    found = importlib.util.find_spec("tensorboard")
+    if found is None or found.origin is None:  # not a folder of that name
+        raise UserError(
+            "--tensorboard needs a library: python -m pip install tensorboard; or leave out the "
+            "flag (--no-tensorboard in a resumed run)"
+        )
+    if args.tensorboard is not True:
+        check_writable(args.tensorboard, f"--tensorboard {args.tensorboard}: event files")
 
 
 # ------------------------------------------------------------------------------ mode and machine
@@ -103,6 +118,8 @@ def check_mode(args, explicit):
                 f"--{mode} takes its model from --pathCheckpoint DIR (a run) or FILE (a "
                 "checkpoint): leave out --restart, --load and --loadCriterion"
             )
+    if args.onlyCapture or args.only_classif_metric:
+        refuse_any(explicit & {"tensorboard"}, "has no effect without training")
     if args.onlyCapture:
         reason = "has no effect: --onlyCapture runs no probe; --only_classif_metric does"
         refuse_any(explicit & PROBE_GROUP, reason)
@@ -337,6 +354,7 @@ def check_probes(args, explicit):
             "--CTCphones can't be used with --phone_get_encoded: phones by CTC are read from the "
             "contexts"
         )
+    check_probe_flags(args, "--CTCphones" if args.CTCphones else None)
     if not args.linsep_logs_dir:
         raise UserError(f"{asked_by} needs --linsep_logs_dir DIR")
 

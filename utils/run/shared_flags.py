@@ -1,7 +1,15 @@
 """Flags, and a check of them, that several of the smaller commands share."""
 
 from utils.misc import UserError
-from utils.run.command import AUDIO_EXTENSION, above, at_least, decay_rate, extension
+from utils.normalisation import FEATURE_NORMS
+from utils.run.command import (
+    AUDIO_EXTENSION,
+    above,
+    at_least,
+    decay_rate,
+    each_at_least,
+    extension,
+)
 
 # A flag on two lines reads better than on seven, hence:
 # fmt: off
@@ -44,7 +52,32 @@ def add_adam(add, epsilon):
     add("--random_seed", type=int, default=0, metavar="SEED", help="random seed")
 
 
+def add_feature_norm(add, over):
+    add("--feature_norm", choices=FEATURE_NORMS, default="none",
+        help=f"features of zero mean and unit variance over each speaker or utterance{over}")
+
+
+def add_probe_flags(add):
+    """Flags of probes, in training and of a finished model."""
+    add("--linsep_hidden", type=at_least(0), default=0, metavar="D",
+        help="a hidden layer of D units with ReLU in each probe (0: none)")
+    add("--linsep_times", type=at_least(1), default=1, metavar="N",
+        help="train N classifiers, from other first weights and in other orders, and report mean "
+        "and standard deviation")
+    add("--knn", type=each_at_least(1), metavar="K", help="classify by the K nearest training "
+        "frames, too, of at most 200,000 (by cosine); 1,10 for several K")
+    add_feature_norm(add, " of the set")
+
+
 # fmt: on
+
+
+def check_probe_flags(args, ctc):
+    """Refuse what doesn't go together; ctc: the flag that asks for CTC, if it is given."""
+    if args.linsep_hidden and args.linsep_net_layers > 1:
+        raise UserError("--linsep_hidden and --linsep_net_layers: choose one of them")
+    if args.knn and ctc:
+        raise UserError(f"--knn can't be used with {ctc}: neighbours are of single frames")
 
 
 def check_same_flags(place, stored, args, names, what):
