@@ -21,12 +21,12 @@ from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
 from model import (
-    CPCAR,
     ConcatenatedModel,
     CPCModelNullspace,
     build_model,
     preserved_state,
 )
+from segments import SEGMENTS, MultiLevelModel, choose_level
 from streaming import (
     FRAMES_PER_PART,
     OverlappingParts,
@@ -37,6 +37,7 @@ from streaming import (
 )
 from transformers import CausalAttention
 from utils.data.audio import SILENT, Extremes, open_audio, reason, warn_of_loudness
+from utils.hidden_state import KeepsHidden
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.normalisation import seq_normalization
 from utils.run.checkpoint import (
@@ -54,7 +55,15 @@ PHONE_WEIGHT = re.compile(r"PhoneCriterionClassifier\.(\d+\.)?weight")
 
 
 def load_model(
-    checkpoints, *, load_best=False, gru_level=-1, nullspace=False, sampling=None, load_weights=True
+    checkpoints,
+    *,
+    load_best=False,
+    gru_level=-1,
+    nullspace=False,
+    only_frames=False,
+    level="frames",
+    sampling=None,
+    load_weights=True,
 ):
     """The model of a checkpoint, or those of several, their features side by side.
 
@@ -62,6 +71,8 @@ def load_model(
     load_best: the weights of the run's best epoch instead of its last
     gru_level: if above 0, keep only that many layers of the recurrent context network
     nullspace: insist on a null-space model, one whose features are projected
+    only_frames: of models with two levels only the lower one
+    level: "segments" for the features of the upper one, repeated over their frames
     sampling: a `--samplingType` instead of that of the run: `sequential` keeps hidden states
     load_weights: False: the same architecture with fresh weights
 
@@ -69,13 +80,14 @@ def load_model(
     model's attribute `arguments` holds a namespace of architecture flags for each single model in
     it: what `build_model` takes. Raises UserError, naming the file, if anything doesn't fit.
     """
-    stored = stored_models(
-        checkpoints, load_best=load_best, gru_level=gru_level, nullspace=nullspace
-    )
+    choice = {"load_best": load_best, "gru_level": gru_level, "nullspace": nullspace}
+    stored = stored_models(checkpoints, only_frames=only_frames, **choice)
     arguments = [flags for part in stored for flags in part.arguments]
     for flags in arguments if sampling else ():
         flags.samplingType = sampling
     models = [_build(part, load_weights) for part in stored]
+    for part in models if level != "frames" else ():
+        choose_level(part, level)
     model = models[0] if len(models) == 1 else ConcatenatedModel(models)
     model.arguments = arguments
     return model, model.dim_context, model.dim_encoded
@@ -228,10 +240,14 @@ def features_in_parts(model, path, *, get_encoded=False, waveform=None):
 
     Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
     the whole file at once. A transformer starts again where it has taken all frames it was made
-    for. waveform: (1, n), taken instead of the file's. Other parameters and errors as for
-    `build_feature`; between parts, the model is in eval mode.
+    for. Segments are those of the whole file: it takes memory for all frames. waveform: (1, n),
+    taken instead of the file's. Other parameters and errors as for `build_feature`; between parts,
+    the model is in eval mode.
     """
     module = _feature_module(model, get_encoded)
+    if _gives_segments(module.model):
+        yield _features_of_segments(module, path, waveform)
+        return
     shortest = shortest_input(module)
     with preserved_state(module.model, module), _kept_hidden_states(module):
         module.eval()
@@ -246,6 +262,46 @@ def features_in_parts(model, path, *, get_encoded=False, waveform=None):
                 )
             features = forward_part(module, audio, frames)
             yield features.view(-1, features.size(-1)).cpu()
+
+
+def _gives_segments(model):
+    return isinstance(model, MultiLevelModel) and model.level == SEGMENTS
+
+
+class _BothFeatures(FeatureModule):
+    """Contexts and encoded frames side by side."""
+
+    def forward(self, waveform, continues=None):
+        return torch.cat(self.model(waveform, continues), dim=2)
+
+
+class _Stored(nn.Module):
+    """A model whose contexts and encoded frames are known, whatever the waveform."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, waveform, continues=None):
+        return self.outputs
+
+
+@torch.no_grad()
+def _features_of_segments(module, path, waveform):
+    """The features of a whole file by the segments of all its frames, (T, D)."""
+    model = module.model
+    of_frames = model.frameLevelModel
+    frames = features_in_parts(_BothFeatures(of_frames, get_encoded=False), path, waveform=waveform)
+    frames = torch.cat(list(frames))[None].to(device_of(module))
+    with preserved_state(model, module):
+        module.eval()
+        both = frames.split([of_frames.dim_context, of_frames.dim_encoded], dim=2)
+        try:
+            module.model = _Stored(model.find_segments(*both).upsampled())
+            features = module(None)
+        finally:
+            module.model = model
+    return features.view(-1, features.size(-1)).cpu()
 
 
 def _frames_per_part(module):
@@ -269,7 +325,7 @@ def _parts(path, n_frames, waveform=None):
 @contextlib.contextmanager
 def _kept_hidden_states(module):
     """A block in which recurrent networks keep their hidden state from call to call."""
-    networks = [part for part in module.modules() if isinstance(part, CPCAR)]
+    networks = [part for part in module.modules() if isinstance(part, KeepsHidden)]
     before = [network.keep_hidden for network in networks]
     for network in networks:
         network.keep_hidden = True

@@ -16,6 +16,7 @@ from torch import nn
 
 from transformers import build_transformer
 from utils.half_overlap_conv import HalfOverlapConv
+from utils.hidden_state import KeepsHidden
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, recurrent
 
 # ------------------------------------------------------------------------------------ encoders
@@ -192,7 +193,7 @@ def build_encoder(args):
 # is the state kept from the last batch, or None.
 
 
-class CPCAR(nn.Module):
+class CPCAR(KeepsHidden, nn.Module):
     """A recurrent network; `mode` is LSTM, GRU or RNN.
 
     With `keep_hidden`, each row of a batch starts from the final state of the same row of the last
@@ -207,8 +208,11 @@ class CPCAR(nn.Module):
         self.output_dim = dim_context
         self.keep_hidden = keep_hidden
         self.reverse = reverse
-        self.hidden = None
         self.baseNet = self.NETWORKS[mode](dim_encoded, dim_context, n_layers, batch_first=True)
+
+    @property
+    def network(self):
+        return self.baseNet
 
     def forward(self, encoded, continues=None):
         """encoded: (B, S, E), continues: (B,) bool or None for all -> (B, S, A).
@@ -216,42 +220,11 @@ class CPCAR(nn.Module):
         With `keep_hidden`, rows where `continues` is False and rows that the last batch didn't
         have start from the zero state.
         """
-        start = self._start(len(encoded), encoded.device, continues)
+        start = self.start(len(encoded), encoded.device, continues)
         frames = encoded.flip(1) if self.reverse else encoded
         context, end = recurrent(self.baseNet, frames, start)
-        if self.keep_hidden:
-            self.hidden = _map_state(torch.Tensor.detach, end)
+        self.keep(end)
         return context.flip(1) if self.reverse else context
-
-    def _start(self, batch_size, device, continues):
-        """The initial hidden state of a batch; None is the zero state."""
-        if not self.keep_hidden or self.hidden is None:
-            return None
-
-        def resume(state):  # (layers, rows of the last batch, A) -> (layers, B, A)
-            state = state[:, :batch_size].to(device)
-            state = F.pad(state, (0, 0, 0, batch_size - state.size(1)))
-            if continues is not None:
-                state = torch.where(continues[:, None], state, 0)
-            return state.contiguous()
-
-        return _map_state(resume, self.hidden)
-
-    def is_hidden_state(self, state):
-        """Whether `state` can be the `hidden` of this network."""
-        is_lstm = isinstance(self.baseNet, nn.LSTM)
-        tensors = state if isinstance(state, tuple) else (state,)
-        if isinstance(state, tuple) != is_lstm or len(tensors) != 1 + is_lstm:
-            return False
-        if not all(torch.is_tensor(t) and t.is_floating_point() and t.ndim == 3 for t in tensors):
-            return False
-        shape = (self.baseNet.num_layers, tensors[0].size(1), self.output_dim)
-        return all(tensor.shape == shape for tensor in tensors)
-
-
-def _map_state(function, state):
-    """Apply `function` to a hidden state: two tensors for an LSTM, otherwise one."""
-    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
 
 
 class Stateless:
@@ -431,9 +404,17 @@ class ConcatenatedModel(nn.Module):
             model.reset_hidden()
 
 
-def build_model(args):
-    """The CPC model that the architecture flags describe, with random weights."""
-    return CPCModel(build_encoder(args), build_ar(args))
+def build_model(args, frame_model=None):
+    """The CPC model that the architecture flags describe, with random weights.
+
+    frame_model: one with weights, to begin the frame level with
+    """
+    frame_model = frame_model or CPCModel(build_encoder(args), build_ar(args))
+    if not args.multiLevel:
+        return frame_model
+    from segments import add_segments  # models of one level spend no time on it
+
+    return add_segments(frame_model, args)
 
 
 @contextlib.contextmanager

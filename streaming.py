@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from model import CPCAR, CPCModel, LFBEncoder, MFCCEncoder
+from segments import SEGMENTS, MultiLevelModel
 from transformers import CausalAttention
 from utils.half_overlap_conv import HalfOverlapConv
 from utils.misc import SAMPLES_PER_FRAME, UserError
@@ -154,6 +155,8 @@ def needs_whole_file(module):
                 return reason
         if getattr(part, "reverse", False):
             return "its contexts run backwards, from the end of the file"
+        if isinstance(part, MultiLevelModel) and part.level == SEGMENTS:
+            return "its segments are those of the whole file"
     return ""
 
 

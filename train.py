@@ -28,6 +28,7 @@ import torch
 from criterion import (
     NoneCriterion,
     build_criterion,
+    join_networks,
     mask_rules,
     tells_speakers_apart,
     trains_on_phones,
@@ -47,21 +48,21 @@ from utils.report.event_files import event_writers
 from utils.report.run_files import RunFiles
 from utils.report.run_record import epoch_speed, is_finished
 from utils.run import console, machine
+from utils.run.captured import captured_names
 from utils.run.checkpoint import load_criterion, open_checkpoint, remove_stale
 from utils.run.command import command
 from utils.run.cuda_graph import RecordedPasses, can_be_recorded
 from utils.run.distributed import joined_world
-from utils.run.flags import captured_names, parse_arguments
+from utils.run.flags import flags_of_levels, parse_arguments
 from utils.run.launch import launch, processes_to_start, run_program
 from utils.run.lock import lost_lock, training_lock
 from utils.run.logs import Clock, RunningMeans
 from utils.run.place import enter_slurm_step
 from utils.run.resolve import resolve, works_on_checkpoint
 from utils.run.rules import check_call
-from utils.run.state import RunState, learning_rate
+from utils.run.state import RunState
 from utils.run.stopping import Stopped, StopSignals
 
-TRAINING_MEANS = ("locLoss_train", "locAcc_train")  # as the logs call them
 STEPS_BETWEEN_STOP_CHECKS = 8  # of several ranks, which agree on stopping
 
 
@@ -196,9 +197,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
     """Train on the rest of the epoch; returns its training values for the logs."""
     args, world, means = state.args, state.world, state.epoch_means
     epoch = state.position.epoch
-    rate = learning_rate(epoch, args.learningRate, args.schedulerRamp, args.schedulerStep)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    rate = state.set_learning_rate()
     state.networks.train()
     if state.position == (epoch, 0, 0):
         state.networks.model.reset_hidden()
@@ -217,7 +216,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
                     state.save()
             bar.update()
             if means.batches % args.logging_step == 0:
-                values = dict(zip(TRAINING_MEANS, means.means_since_mark(), strict=True))
+                values = state.networks.named("train", *means.means_since_mark())
                 for listener in listeners:
                     listener.on_step(epoch, means.batches, n_batches, values, clock)
             if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0:
@@ -226,7 +225,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
     clock.stop()
     return {
         "iter": means.batches,
-        **dict(zip(TRAINING_MEANS, means.means(), strict=True)),
+        **state.networks.named("train", *means.means()),
         "gradNorm_train": means.mean_gradient_norm(),
         "learningRate": rate,
     }
@@ -273,7 +272,7 @@ def build_forward_backward(state):
     def forward_backward(batch):
         with machine.autocast(args, device), machine.compiled(args, batch):
             losses, accuracies = networks(batch)
-        loss = losses.sum()
+        loss = state.networks.total(losses)
         # A non-finite loss makes NaN gradients, so the all-reduce shows it to every rank.
         loss.backward(torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
         return losses.detach(), accuracies.detach()
@@ -309,7 +308,7 @@ def validate(state, loader, epoch, title):
                 "validation files, or lower --learningRate"
             )
         )
-    return {"locLoss_val": losses, "locAcc_val": accuracies}
+    return networks.named("val", losses, accuracies)
 
 
 def run_hooks(hooks, state, epoch, listeners):
@@ -380,18 +379,19 @@ def build_networks(args, corpus, labels, checkpoint, stats):
 
     Returns Networks and, where the model began with `--load`, the flags of each of its parts.
     """
-    weights, models = checkpoint, None
+    weights, model, models = checkpoint, None, None
     if checkpoint:
         model, *_ = load_model(checkpoint)
         models = checkpoint.state.get("models")
     elif args.load:
         choice = {"gru_level": args.gru_level, "nullspace": args.nullspace}
-        model, *_ = load_model(args.load, sampling=args.samplingType, **choice)
-        models = [vars(flags) for flags in model.arguments]
+        choice |= {"sampling": args.samplingType, "only_frames": args.loadOnlyFrameModel}
+        model, *_ = load_model(args.load, **choice)
+        models = [vars(flags) | flags_of_levels(args) for flags in model.arguments]
         weights = open_checkpoint(args.load[0]) if args.loadCriterion else None
     torch.manual_seed(seed_from(args.random_seed, "initial weights"))
-    if not checkpoint and not args.load:
-        model = build_model(args)
+    if not checkpoint and (not args.load or args.loadOnlyFrameModel):
+        model = build_model(args, frame_model=model)
 
     if works_on_checkpoint(args) and not PREDICTED & {*captured_names(args), *stats.needs}:
         return Networks(NoneCriterion(), model), models
@@ -401,7 +401,7 @@ def build_networks(args, corpus, labels, checkpoint, stats):
         load_criterion(criterion, weights, corpus)
     if args.compile and not works_on_checkpoint(args):
         compile_networks(criterion, model)
-    return Networks(criterion, model), models
+    return join_networks(criterion, model, args), models
 
 
 def compile_networks(criterion, model):

@@ -105,11 +105,11 @@ class SinusoidalPositions(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Causal self-attention and a feed-forward network, each added to its input and normalised."""
+    """Self-attention and a feed-forward network, each added to its input and normalised."""
 
-    def __init__(self, dim, size_sequence, relative, n_outputs=1):
+    def __init__(self, dim, size_sequence, relative, n_outputs=1, causal=True):
         super().__init__()
-        self.multihead = MultiHeadAttention(dim, size_sequence, relative)
+        self.multihead = MultiHeadAttention(dim, size_sequence, relative, causal)
         self.ln_multihead = nn.LayerNorm(dim)
         self.ffnetwork = FeedForward(dim, SIZE_FEED_FORWARD, n_outputs * dim)
         self.ln_ffnetwork = nn.LayerNorm(dim)
@@ -151,17 +151,18 @@ class FeedForward(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    def __init__(self, dim, size_sequence, relative):
+    def __init__(self, dim, size_sequence, relative, causal=True):
         super().__init__()
         # The order of registration is that of the optimiser states in existing checkpoints.
         self.Wo = nn.Linear(dim, dim, bias=False)
         self.Wk = nn.Linear(dim, dim, bias=False)
         self.Wq = nn.Linear(dim, dim, bias=False)
         self.Wv = nn.Linear(dim, dim, bias=False)
-        self.Att = CausalAttention(dim // N_HEADS, size_sequence, relative)
+        kind = CausalAttention if causal else TwoSidedAttention
+        self.Att = kind(dim // N_HEADS, size_sequence, relative)
 
     def forward(self, x):
-        """x: (B, S, dim) -> (B, S, dim), each frame attends to itself and those before it."""
+        """x: (B, S, dim) -> (B, S, dim); if causal, frames attend to none after themselves."""
         weight = torch.cat([self.Wq.weight, self.Wk.weight, self.Wv.weight])
         heads = F.linear(x, weight).unflatten(-1, (3, N_HEADS, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
@@ -197,13 +198,34 @@ class CausalAttention(nn.Module):
 
     def attend_with_dropout(self, query, key, value):
         """The same for training on a CPU, where PyTorch's dropout is as slow as the products."""
-        n_frames, dim_head = query.shape[2:]
-        if self.Krelpos is None:
-            position_scores = query.new_full((n_frames, n_frames), -math.inf).triu(1)
-        else:
-            position_scores = relative_scores(query, self.Krelpos)
-        weights = ((query * dim_head**-0.5) @ key.mT + position_scores).softmax(dim=-1)
+        scaled = query * query.size(3) ** -0.5
+        weights = (scaled @ key.mT + self.position_scores(query)).softmax(dim=-1)
         return dropout(weights, DROPOUT) @ value
+
+    def position_scores(self, query):
+        """What the positions add to the scores, -inf where a frame isn't attended to."""
+        if self.Krelpos is not None:
+            return relative_scores(query, self.Krelpos)
+        n_frames = query.size(2)
+        return query.new_full((n_frames, n_frames), -math.inf).triu(1)
+
+
+class TwoSidedAttention(CausalAttention):
+    """Attention to frames before and after, those fewer than `size_sequence` frames away."""
+
+    def __init__(self, dim_head, size_sequence, relative):
+        super().__init__(dim_head, size_sequence, relative)
+        self.mask.zero_()
+
+    def forward(self, query, key, value):
+        """Each (B, heads, S, dim_head) -> (B, heads, S, dim_head), for any S."""
+        if self.training and query.device.type == "cpu":
+            return self.attend_with_dropout(query, key, value)
+        mask, rate = self.position_scores(query), DROPOUT if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=rate)
+
+    def position_scores(self, query):
+        return two_sided_scores(query, self.Krelpos)
 
 
 def attend(query, key, value, krelpos, training):
@@ -239,3 +261,26 @@ def relative_scores(query, krelpos):
     beyond = query.new_full((n_frames, n_frames + 1), -math.inf).triu(1).flip(1)
     scores = (rows @ by_distance).view(*query.shape[:-1], n_frames + 1) + beyond
     return scores.flatten(2)[..., n_frames:].unflatten(2, (n_frames, n_frames))
+
+
+def two_sided_scores(query, krelpos):
+    """`relative_scores` of layers that aren't causal: query (B, heads, S, dim_head) -> (.., S, S).
+
+    Entry (i, j) is query_i . krelpos[distance i - j] for j <= i, 0 for j = i + 1, and beyond that
+    query_(i + 1) . krelpos[column j - i - 2]: what shifting rows by reading the same memory gives
+    where nothing is masked. Checkpoints of hCPC were trained with it. -inf where the distance is
+    that of no column.
+    """
+    n_frames, size = query.size(2), krelpos.size(1)
+    products = (query * query.size(3) ** -0.5) @ krelpos
+
+    def shifted(columns):
+        """(..., S, S): row i moved left by S - 1 - i, the first entries of the next row behind."""
+        rows = F.pad(columns, (1, 0)).flatten(2)[..., n_frames:]
+        return rows.unflatten(2, (n_frames, n_frames))
+
+    # A negative amount cuts: columns count from the last one backwards, from the first one forwards
+    before, after = (F.pad(products, p) for p in ((n_frames - size, 0), (0, n_frames - size)))
+    ones = torch.ones(n_frames, n_frames, dtype=torch.bool, device=query.device)
+    scores = torch.where(ones.tril(), shifted(before), shifted(after))
+    return scores.masked_fill(ones.tril(-size) | ones.triu(size), -math.inf)

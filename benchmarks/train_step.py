@@ -11,7 +11,8 @@ the model and the criterion, forward and backward, are one part, `passes`. `proc
 that all threads together were busy, which other work on the machine disturbs less.
 
 The floor is the time that the matrix products of a step take at the rate of one large product,
-measured in the same process and precision; see `floating_point_operations`. It depends on the
+measured in the same process and precision; see `floating_point_operations`. (Segments aren't
+counted in it.) It depends on the
 configuration and the machine, and on nothing in this program. A recurrent network, whose steps wait
 for each other, can't come near it: so `AR alone` is the time of its own forward and backward pass,
 and `the rest / its floor` compares what else the step takes with the floor without it. Memory is
@@ -79,13 +80,24 @@ CONFIGURATIONS = {  # the flags of train.py, beyond its defaults
     "demo": f"{EXAMPLE} --rnnMode linear --hiddenEncoder 64 --hiddenGar 96 --arMode GRU "
     "--sizeWindow 10240",
 }
+# Cuervo et al. (2021): cosine scores, and with them a level of segments
+CONFIGURATIONS["acpc"] = f"{CONFIGURATIONS['cpcctc-paper']} --normalizeCPCScore"
+CONFIGURATIONS["macpc"] = (
+    f"{CONFIGURATIONS['acpc']} --multiLevel --nPredictsSegment 2 --CPCCTCNumMatchedSegment 4"
+)
 CONFIGURATIONS |= {  # contexts of augmented copies of all windows, or of half of them
     f"{name}-{suffix}": f"{CONFIGURATIONS[name]} {AUGMENTED} {share}".strip()
     for name in ("cpc", "cpcctc")
     for suffix, share in (("aug", ""), ("aug0.5", "--augment_prob 0.5"))
 }
 # configurations that are measured if they are asked for
-ON_REQUEST = ("no-ar", "demo", *(name for name in CONFIGURATIONS if "-aug" in name))
+ON_REQUEST = (
+    "no-ar",
+    "demo",
+    "acpc",
+    "macpc",
+    *(name for name in CONFIGURATIONS if "-aug" in name),
+)
 PARTS = (
     "data",
     "augmentation",
@@ -94,6 +106,7 @@ PARTS = (
     "AR",
     "heads and negatives",
     "alignment",
+    "segments",
     "backward",
     "optimiser",
     "rest",
@@ -256,7 +269,7 @@ def all_batches(training):
 
 def time_ar(state, watch, repeat=5):
     """Milliseconds of forward and backward pass of the context network alone, the median."""
-    args, ar = state.args, state.networks.model.gAR
+    args, ar = state.args, frame_level(state.networks.model).gAR
     shape = args.batchSizeGPU, args.sizeWindow // SAMPLES_PER_FRAME, args.hiddenEncoder
     encoded = torch.randn(shape, device=state.device, requires_grad=True)
     times = []
@@ -266,6 +279,11 @@ def time_ar(state, watch, repeat=5):
         times.append(watch.read()["AR"])
     state.optimizer.zero_grad()
     return statistics.median(times)
+
+
+def frame_level(model):
+    """The frame level of a model of two levels; a model of one level as it is."""
+    return getattr(model, "frameLevelModel", model)
 
 
 def time_parts(training, watch):
@@ -278,8 +296,12 @@ def time_parts(training, watch):
     if state.args.compile:  # nothing may come between what is compiled and recorded
         watch.time("passes", training, "forward_backward")
     else:
-        watch.time("encoder", model.gEncoder, "forward")
-        watch.time("AR", model.gAR, "forward")
+        watch.time("encoder", frame_level(model).gEncoder, "forward")
+        watch.time("AR", frame_level(model).gAR, "forward")
+        if state.args.multiLevel:
+            watch.time("segments", model, "find_segments")
+            watch.time("segments", criterion.segmentLevelCriterion, "forward")
+            criterion = criterion.frameLevelCriterion
         watch.time("heads and negatives", criterion, "forward")
         watch.time("alignment", soft_align, "soft_align")
         watch.time("backward", torch.Tensor, "backward")

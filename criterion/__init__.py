@@ -2,9 +2,11 @@
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion, SpeakerCriterion
 from criterion.cpc import CPCCriterion, NoneCriterion
+from criterion.networks import Networks
 from criterion.prediction import CriterionOutput
 from criterion.soft_align import CPCCTCCriterion, parse_mask_rules
 from utils.misc import SAMPLES_PER_FRAME, UserError
+from utils.run.level_flags import further_losses
 
 __all__ = [
     "CPCCTCCriterion",
@@ -12,6 +14,7 @@ __all__ = [
     "CriterionOutput",
     "NoneCriterion",
     "build_criterion",
+    "join_networks",
     "mask_rules",
     "tells_speakers_apart",
     "trains_on_phones",
@@ -29,17 +32,28 @@ def build_criterion(args, n_speakers, n_phones=0):
         return _build_classifier(args, n_speakers, n_phones)
     if args.cpc_mode == "none":
         return NoneCriterion()
-    common = {
+    if args.multiLevel:
+        from criterion.levels import LevelCriteria  # one level spends no time on it
+
+        frames_train = not args.segmentLevel and not args.freezeFrameModel
+        levels = _of_frames(args, n_speakers) if frames_train else None, _of_segments(args)
+        if further_losses(args):
+            from criterion.learned_levels import add_parts
+
+            add_parts(levels[1], args)
+        return LevelCriteria(*levels)
+    return _of_frames(args, n_speakers)
+
+
+def _of_frames(args, n_speakers):
+    common = _common(args) | {
         "dim_context": args.hiddenGar,
         "dim_encoded": args.hiddenEncoder,
-        "n_frames": args.sizeWindow // SAMPLES_PER_FRAME,
         "n_negatives": args.negativeSamplingExt,
         "limit_negatives": args.limitNegsInBatch,
         "reverse": args.cpc_mode == "reverse",
         "speaker_embedding": args.speakerEmbedding,
         "n_speakers": n_speakers,
-        "cosine_scores": args.normalizeCPCScore,
-        "temperature": args.scoreTemperature,
         "rnn_mode": args.rnnMode,
         "shared_head": args.multihead_rnn,
         "dropout": args.dropout,
@@ -60,6 +74,28 @@ def build_criterion(args, n_speakers, n_phones=0):
         normalize_predictions=args.CPCCTCNormalizePreds,
         **common,
     )
+
+
+def _of_segments(args):
+    common = _common(args) | {
+        "dim_context": args.hiddenGarSegment,
+        "dim_encoded": args.hiddenEncoderSegment,
+        "n_negatives": args.negativeSamplingExtSegment,
+        "rnn_mode": args.rnnModeSegment,
+    }
+    if args.CPCCTC and not args.adjacentNegatives:
+        return CPCCTCCriterion(args.nPredictsSegment, args.CPCCTCNumMatchedSegment, **common)
+    # With adjacent negatives as many segments are matched as predicted: nothing to align.
+    adjacent = args.adjacentNegatives
+    return CPCCriterion(args.nPredictsSegment, adjacent_negatives=adjacent, **common)
+
+
+def _common(args):
+    return {
+        "n_frames": args.sizeWindow // SAMPLES_PER_FRAME,
+        "cosine_scores": args.normalizeCPCScore,
+        "temperature": args.scoreTemperature,
+    }
 
 
 def _build_classifier(args, n_speakers, n_phones):
@@ -85,3 +121,17 @@ def trains_on_phones(args):
 def tells_speakers_apart(args):
     """Whether the criterion has weights for each speaker."""
     return args.speakerEmbedding > 0 or (args.supervised and not trains_on_phones(args))
+
+
+def join_networks(criterion, model, args):
+    """The Networks of a criterion and a model, or LevelNetworks if they have two levels."""
+    if not args.multiLevel:
+        return Networks(criterion, model)
+    from criterion.levels import LevelNetworks, freeze_unreached
+
+    freeze_unreached(criterion, model, args)
+    if not further_losses(args):
+        return LevelNetworks(criterion, model, args.headWeights)
+    from criterion.learned_levels import LearnedNetworks
+
+    return LearnedNetworks(criterion, model, args)

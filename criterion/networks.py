@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from utils.misc import Progress
+
 
 class Networks(nn.Module):
     """The criterion and the model: what the optimiser, DistributedDataParallel and CUDA graphs see.
@@ -13,6 +15,7 @@ class Networks(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.model = model
+        self.progress = Progress  # called, it says how far training has come; see RunState
 
     def forward(self, batch, generator=None):
         """A `Batch` -> losses and accuracies, (1, n) each; see CriterionOutput.
@@ -23,6 +26,22 @@ class Networks(nn.Module):
         label = getattr(batch, self.criterion.target)
         output = self.criterion(context, encoded, label, generator=generator)
         return output.losses, output.accuracies
+
+    def total(self, losses):
+        """The loss that training minimises, of `losses`."""
+        return losses.sum()
+
+    def by_level(self, row):
+        """Ending of names in the logs -> its part of `row`, a list of n values."""
+        return {"": row}
+
+    def named(self, part, losses, accuracies):
+        """Means, two lists of n numbers, by their names in the logs; part: "train" or "val"."""
+        return {
+            f"{kind}_{part}{ending}": values
+            for kind, row in (("locLoss", losses), ("locAcc", accuracies))
+            for ending, values in self.by_level(row).items()
+        }
 
     @property
     def step_name(self):

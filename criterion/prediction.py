@@ -39,7 +39,8 @@ class ContrastiveCriterion(nn.Module):
     after its anchor and against n_negatives random frames.
 
     n_frames: S (a transformer head must know it)
-    limit_negatives: if > 0, negatives come from groups of this many windows of the batch
+    limit_negatives: if > 0, negatives come from groups of this many windows of the batch (not
+        where sequences have their own lengths)
     first_offset: a negative lies at least this many frames after its anchor
     reverse: predict the past from the future
     speaker_embedding: if > 0, the size of a learned embedding of the speaker (one of n_speakers),
@@ -99,6 +100,17 @@ class ContrastiveCriterion(nn.Module):
         else:
             self.wPrediction = PredictionNetwork(*sizes, rnn_mode=rnn_mode, dropout=dropout)
 
+    @property
+    def n_losses(self):
+        """The number of entries in its losses and accuracies."""
+        return self.n_predictions
+
+    def with_room(self, features, lengths):
+        """features (B, S, ...) with at least one anchor: longer where `lengths`, (B,), are given
+        and no sequence has one."""
+        missing = 0 if lengths is None else self.n_future + 1 - features.size(1)
+        return F.pad(features, (0, 0, 0, missing)) if missing > 0 else features
+
     def in_direction(self, *features):
         """Each tensor (B, S, ...), reversed in time if the criterion predicts the past."""
         return [frames.flip(1) for frames in features] if self.reverse else features
@@ -111,30 +123,44 @@ class ContrastiveCriterion(nn.Module):
             context = torch.cat([context, voice], dim=2)
         return self.wPrediction(context)
 
+    def draw_negatives(self, sizes, device, generator, lengths):
+        """sizes: B, S and W -> (B, W, N) int64, indices into the (B * S) frames of the batch."""
+        options = {"device": device, "generator": generator, "first_offset": self.first_offset}
+        if lengths is not None:
+            sizes = (lengths, *sizes[1:])
+            return sampling.draw_negatives_within(*sizes, self.n_negatives, **options)
+        group = self.limit_negatives
+        return sampling.draw_negatives(*sizes, self.n_negatives, group=group, **options)
+
     @torch.compiler.disable  # draws must not depend on --compile; nothing here to fuse
-    def score_candidates(self, predictions, encoded, generator):
-        """predictions (B, W, P, E), encoded (B, S, E) -> CandidateScores of X = B * W anchors."""
+    def score_candidates(self, predictions, encoded, generator, lengths=None):
+        """predictions (B, W, P, E), encoded (B, S, E) -> CandidateScores of X anchors.
+
+        X is B * W, or with `lengths`, (B,), the number of anchors with n_future frames after them.
+        """
         batch_size, n_frames = encoded.shape[:2]
         sizes, device = (batch_size, n_frames, predictions.size(1)), encoded.device
         positives = sampling.following_frames(*sizes, self.n_future, device)
-        negatives = sampling.draw_negatives(
-            *sizes,
-            self.n_negatives,
-            first_offset=self.first_offset,
-            group=self.limit_negatives,
-            device=device,
-            generator=generator,
-        )
+        negatives = self.draw_negatives(sizes, device, generator, lengths)
         candidates = torch.cat([positives, negatives], dim=2).flatten(0, 1)
+        predictions = predictions.flatten(0, 1)
+        if lengths is not None:
+            kept = sampling.complete_anchors(lengths, sizes[2], self.n_future)
+            candidates, predictions = candidates[kept], predictions[kept]
         return sampling.score_candidates(
             encoded.flatten(0, 1),
-            predictions.flatten(0, 1),
+            predictions,
             candidates,
             self.n_future,
             cosine=self.cosine_scores,
             temperature=self.temperature,
             fused=self.fused_scores,
         )
+
+
+def mean_over_anchors(values):
+    """values (X, ...) -> (1, ...), 0 where there is no anchor."""
+    return (values.mean if len(values) else values.sum)(dim=0, keepdim=True)
 
 
 class PredictionNetwork(nn.Module):

@@ -54,11 +54,50 @@ def draw_negatives(
     return (row * n_frames + frame).transpose(1, 2)
 
 
+def draw_negatives_within(
+    lengths, n_frames, n_anchors, n_negatives, *, first_offset=1, device, generator
+):
+    """`draw_negatives` where sequence b has only its first lengths[b] of n_frames frames.
+
+    Sequences are drawn first, then offsets within the length of the drawn one: of its frames, each
+    is as likely, but for the one at the anchor's place. lengths: (B,) int64. In a sequence of
+    `first_offset` frames or fewer, which can only be another than the anchor's, that one is drawn.
+    """
+    shape = (len(lengths), n_anchors, n_negatives)
+    draws_on = device if generator is None else generator.device
+    row = torch.randint(0, len(lengths), shape, generator=generator, device=draws_on).to(device)
+    fraction = torch.rand(shape, generator=generator, device=draws_on).to(device)
+    length = lengths[row]
+    offset = first_offset + (fraction * (length - first_offset).clamp(min=1)).long()
+    frame = (offset + torch.arange(n_anchors, device=device).unsqueeze(1)) % length
+    return row * n_frames + frame
+
+
+def draw_sides(shape, device, generator):
+    """-1 or 1, each as likely, int64 of this shape."""
+    draws_on = device if generator is None else generator.device
+    return 2 * torch.randint(0, 2, shape, generator=generator, device=draws_on).to(device) - 1
+
+
+def anchor_frames(batch_size, n_frames, n_anchors, device):
+    """The frame of each anchor, (B, W), indices as of `draw_negatives`."""
+    row = torch.arange(batch_size, device=device).unsqueeze(1)
+    return row * n_frames + torch.arange(n_anchors, device=device)
+
+
 def following_frames(batch_size, n_frames, n_anchors, n_following, device):
     """Frames 1 to n_following after each anchor, (B, W, n_following), as `draw_negatives` does."""
-    row = torch.arange(batch_size, device=device).view(-1, 1, 1)
-    anchor = torch.arange(n_anchors, device=device).view(-1, 1)
-    return row * n_frames + anchor + torch.arange(1, n_following + 1, device=device)
+    anchor = anchor_frames(batch_size, n_frames, n_anchors, device)
+    return anchor.unsqueeze(2) + torch.arange(1, n_following + 1, device=device)
+
+
+def complete_anchors(lengths, n_anchors, n_following):
+    """Which of W anchors of sequences of these lengths have all following frames.
+
+    lengths: (B,) int64 -> (X,) int64, indices into the (B * W) anchors of the batch, in order.
+    """
+    anchors = torch.arange(n_anchors, device=lengths.device)
+    return (anchors < (lengths - n_following).unsqueeze(1)).flatten().nonzero().squeeze(1)
 
 
 class CandidateScores(NamedTuple):

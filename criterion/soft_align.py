@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from criterion.prediction import ContrastiveCriterion, CriterionOutput
+from criterion.prediction import ContrastiveCriterion, CriterionOutput, mean_over_anchors
 from utils.misc import Chance, UserError
 
 FORBIDDEN = -1000.0  # log-probability of a masked match
@@ -84,33 +84,44 @@ class CPCCTCCriterion(ContrastiveCriterion):
         mask = build_mask(mask_rules, n_matched, n_predictions) if mask_rules else None
         self.register_buffer("masq_buffer", mask)
 
-    def forward(self, context, encoded, speaker, capture=frozenset(), generator=None):
+    @property
+    def n_losses(self):
+        return self.n_future
+
+    def forward(self, context, encoded, speaker, capture=frozenset(), generator=None, lengths=None):
         """context (B, S, C), encoded (B, S, E), speaker (B,) -> CriterionOutput with (1, M).
 
         The losses distribute the loss, their sum, over the matched frames. P is K plus the self
         loop and the blank. capture: any of "pred", the predictions (B, W, E, P); "cpcctc_align",
         the most likely prediction for each frame ahead (B, W, M) int64; "cpcctc_log_scores"
-        (B, W, M, P). generator: draws the negatives (None: the global generator).
+        (B, W, M, P); "anchor_costs", the mean cost of that alignment (X,). generator:
+        draws the negatives (None: the global generator).
+        lengths: (B,), the sequences' numbers of frames (None: S). With them X, the number of
+        anchors with M frames after them, stands for (B, W) in the last two.
         """
+        context, encoded = (self.with_room(x, lengths) for x in (context, encoded))
         context, encoded = self.in_direction(context, encoded)
         if self.normalize_encodings:
             encoded = F.layer_norm(encoded, encoded.shape[-1:])
         predictions = self.predict_all(context, encoded, speaker)
-        scores = self.score_candidates(predictions, encoded, generator)
+        scores = self.score_candidates(predictions, encoded, generator, lengths)
         positives = scores.positives.transpose(1, 2)  # (X, M, P), X = B * W
         log_scores = self.apply_mask(F.logsigmoid(positives - scores.negatives.unsqueeze(1)))
         cost, alignment = self.align(log_scores)
         # Unlike in plain CPC, a negative that is the true frame itself counts as a mistake: the
         # accuracies of the original stay.
         hits = scores.higher.transpose(1, 2)
-        loss = cost.mean() * self.loss_temperature
+        loss = mean_over_anchors(cost) * self.loss_temperature
         losses = loss * self.loss_fractions(log_scores.detach(), alignment)
-        accuracies = aligned_entries(hits, alignment).float().mean(dim=0, keepdim=True)
+        accuracies = mean_over_anchors(aligned_entries(hits, alignment).float())
+        anchors = predictions.shape[:2] if lengths is None else (len(alignment),)
         captured = {
             "pred": predictions.transpose(2, 3).float(),
-            "cpcctc_align": alignment.unflatten(0, predictions.shape[:2]),
-            "cpcctc_log_scores": log_scores.unflatten(0, predictions.shape[:2]),
+            "cpcctc_align": alignment.unflatten(0, anchors),
+            "cpcctc_log_scores": log_scores.unflatten(0, anchors),
         }
+        if "anchor_costs" in capture:
+            captured["anchor_costs"] = -aligned_entries(log_scores, alignment).mean(1)
         captured = {name: captured[name].detach() for name in capture}
         return CriterionOutput(losses, accuracies, captured)
 
@@ -160,7 +171,7 @@ class CPCCTCCriterion(ContrastiveCriterion):
     @staticmethod
     def loss_fractions(log_scores, alignment):
         """Each frame's fraction of the cost of the most likely alignment, (1, M); they sum to 1."""
-        costs = -aligned_entries(log_scores, alignment).mean(dim=0, keepdim=True)
+        costs = mean_over_anchors(-aligned_entries(log_scores, alignment))
         costs = costs + torch.finfo(costs.dtype).tiny  # equal fractions if all costs are 0
         return costs / costs.sum()
 

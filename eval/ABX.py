@@ -39,16 +39,17 @@ from eval.abx_groups import (
 from eval.abx_items import SLICINGS, cut_items, read_items
 from eval.dtw import FRAME_DISTANCES
 from feature_loader import build_feature, load_model
-from model import CPCAR
+from segments import layer_name
 from utils.data.listing import AUDIO, choose_extension
 from utils.data.names import files_by_key
 from utils.files import load_array, load_tensors, save_json, writing_to
+from utils.hidden_state import KeepsHidden
 from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension, add_feature_norm
+from utils.run.shared_flags import add_device, add_extension, add_feature_norm, add_level
 
 NO_TRIPLET = {
     "within": "it takes two examples of a phone by one speaker, and another phone in the context",
@@ -185,6 +186,7 @@ def build_parser():
     add("path_audio_data", help="folder of the audio files; subfolders are included")
     add_extension(add)
     add("--get_encoded", action="store_true", help="score encoded frames instead of contexts")
+    add_level(add)
     add("--seq_norm", action="store_true",
         help="normalise each file, or chunk, to zero mean and unit variance over time")
     add("--max_size_seq", type=at_least(SAMPLES_PER_FRAME), metavar="SAMPLES",
@@ -261,7 +263,7 @@ def source(args):
         return {"features": os.path.abspath(args.path_features), "layer": "as in these files"}
     return {
         "features": args.path_checkpoint,
-        "layer": "encoded" if args.get_encoded else "context",
+        "layer": layer_name(args.get_encoded, args.level),
         "chunks": {name: vars(args)[name] for name in ("max_size_seq", "strict", "seq_norm")},
     }
 
@@ -273,10 +275,10 @@ def features_of_checkpoint(args, paths):
     if they are more than training tolerates.
     """
     problems, n_files = [], len(paths)
-    model, *_ = load_model([args.path_checkpoint])
+    model, *_ = load_model([args.path_checkpoint], level=args.level)
     model.to(device_from(args.device))
     for part in model.modules():
-        if isinstance(part, CPCAR):
+        if isinstance(part, KeepsHidden):
             part.keep_hidden = True  # between chunks; every file begins in the zero state
 
     def features(name):

@@ -58,13 +58,14 @@ from utils.run.shared_flags import (
     add_device,
     add_extension,
     add_feature_norm,
+    add_level,
     check_same_flags,
 )
 
 STEP = SAMPLES_PER_FRAME / SAMPLE_RATE  # seconds between frames
 DECISIVE = (  # flags that the features depend on
     "pathCheckpoint", "addCriterion", "oneHot", "maxSizeSeq", "format", "strict", "getEncoded",
-    "clusters", "seqNorm", "feature_norm", "speaker_level",
+    "clusters", "seqNorm", "feature_norm", "speaker_level", "level",
 )  # fmt: skip
 
 
@@ -91,6 +92,8 @@ def complete(args):
     """Check and complete the flags of features, in place."""
     if args.oneHot and not (args.addCriterion or args.clusters):
         raise UserError("--oneHot needs --addCriterion or --clusters FILE")
+    if args.addCriterion and args.level == "segments":
+        raise UserError("--level segments: not with --addCriterion, whose classifier takes frames")
     for name in ("getEncoded", "clusters"):
         if args.addCriterion and getattr(args, name):
             raise UserError(f"--addCriterion writes phone probabilities: leave out --{name}")
@@ -146,6 +149,7 @@ def build_parser():
 
 def add_feature_flags(add):
     add("--getEncoded", action="store_true", help="encoded frames instead of contexts")
+    add_level(add)
     add("--addCriterion", action="store_true",
         help="phone probabilities, by the classifier in the checkpoint")
     add("--oneHot", action="store_true",
@@ -179,11 +183,13 @@ def build_module(args):
     """The module that computes features from waveforms, according to the flags."""
     if args.clusters:
         get_encoded = args.getEncoded
-        clusters = read_frame_clusters(args.clusters, args.pathCheckpoint, get_encoded=get_encoded)
+        clusters = read_frame_clusters(
+            args.clusters, args.pathCheckpoint, get_encoded=get_encoded, level=args.level
+        )
         module = feature_module(clusters.features, "cpu")
         check_width(clusters, module.dim_output)
         return ClusterFeatures(module.model, clusters, args.oneHot)
-    model, *_ = load_model([args.pathCheckpoint])
+    model, *_ = load_model([args.pathCheckpoint], level=args.level)
     if args.addCriterion:
         classifier = load_phone_classifier(args.pathCheckpoint)
         return ModelPhoneCombined(model, classifier, args.oneHot)

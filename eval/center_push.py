@@ -5,16 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from utils.files import load_array, load_tensors
+from utils.kmeans import squared_distances
 from utils.misc import UserError
-
-
-def squared_distances(points, centers, normalize=False):
-    """points (..., D), centers (k, D) -> (..., k); `normalize` scales both to unit length first."""
-    if normalize:
-        points, centers = F.normalize(points, dim=-1), F.normalize(centers, dim=-1)
-    products = points @ centers.T
-    norms = points.square().sum(dim=-1, keepdim=True) + centers.square().sum(dim=-1)
-    return norms - 2 * products
 
 
 def push_to_nearest(points, centers, degree, normalize=False, push_normalized=False):

@@ -21,7 +21,6 @@ import utils.run.before_torch  # noqa: F401
 
 import torch
 
-from eval.kmeans import kmeans
 from eval.units import (
     FEATURES,
     LAST,
@@ -34,12 +33,13 @@ from eval.units import (
 )
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.files import writing_to
+from utils.kmeans import kmeans
 from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, percent
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension
+from utils.run.shared_flags import add_device, add_extension, add_level
 
 FRAMES_PER_CLUSTER, FEWEST_FRAMES = 2000, 200_000  # more hardly move the centers
 LARGE_SHARE = 0.5  # of all frames in one unit: something is wrong
@@ -149,6 +149,7 @@ def add_feature_flags(add, default=False):
     """Flags that say which features are clustered; `default` of the switches."""
     add("--encoder_layer", action="store_true", default=default,
         help="encoded frames instead of contexts")
+    add_level(add, default="frames" if default is False else None)
     add("--level_gru", type=at_least(1), metavar="N",
         help="contexts of the N-th recurrent layer instead of the last")
     add("--seq_norm", action="store_true", default=default,

@@ -7,6 +7,7 @@ import torch
 from dataset import AudioDataset, BatchLoader, set_options
 from eval.probe import run_probe
 from eval.probe_options import ProbeOptions
+from segments import at_level
 from utils.capture import CaptureWriter, refuse_to_lose
 from utils.data.corpus import (
     keep_percentage,
@@ -15,11 +16,12 @@ from utils.data.corpus import (
     listed_utterances,
 )
 from utils.misc import UserError, counted, generator_from
+from utils.run.captured import captured_names
 from utils.run.command import numbers_in
 from utils.run.console import progress
-from utils.run.flags import captured_names
 from utils.run.resolve import works_on_checkpoint
 
+OF_SEGMENTS = frozenset(("seg_boundaries", "seg_conv", "seg_ctx"))  # captured of the upper level
 PREDICTED = frozenset(("pred", "cpcctc_align", "cpcctc_log_scores"))  # captured in the criterion
 
 
@@ -126,8 +128,14 @@ class CaptureHook(Hook):
         names = frozenset(self.what) | self.collector.needs
         # Every window starts from the zero state, so that its capture can't depend on how the list
         # of windows was cut into batches.
-        context, encoded = model(batch.waveform, torch.zeros_like(batch.continues))
-        tensors = {
+        inputs = batch.waveform, torch.zeros_like(batch.continues)
+        if names & OF_SEGMENTS:
+            (context, encoded), segments = model.both_levels(*inputs)
+            vectors = zip(("seg_ctx", "seg_conv"), segments.upsampled(), strict=True)
+            tensors = {"seg_boundaries": segments.boundaries, **dict(vectors)}
+        else:
+            (context, encoded), tensors = model(*inputs), {}
+        tensors |= {
             "conv_repr": encoded,
             "ctx_repr": context,
             "speaker_align": batch.speaker,
@@ -265,16 +273,17 @@ def probe_hook(args, task, sets, n_classes, *, device, world):
         dataset.require_windows()
 
     def probe(epoch, model):
-        result = run_probe(
-            task,
-            model,
-            *sets,
-            n_classes,
-            ProbeOptions.of_training_run(args, task, epoch),
-            logs_dir=args.linsep_logs_dir,
-            checkpoint_dir=args.linsep_checkpoint_dir,
-            device=device,
-        )
+        with at_level(model, args.level):
+            result = run_probe(
+                task,
+                model,
+                *sets,
+                n_classes,
+                ProbeOptions.of_training_run(args, task, epoch),
+                logs_dir=args.linsep_logs_dir,
+                checkpoint_dir=args.linsep_checkpoint_dir,
+                device=device,
+            )
         return result.logged()
 
     return ProbeHook(f"the {task} probe", probe, every=args.linsep_classif_each_epochs, world=world)
@@ -293,7 +302,8 @@ def unit_hook(args, corpus, labels, validation_set, *, world):
 
     def measure(epoch, model):
         generator = generator_from(args.random_seed, epoch, "units")
-        return measure_units(model, validation_set, phones, args.nClusters, generator)
+        with at_level(model, args.level):
+            return measure_units(model, validation_set, phones, args.nClusters, generator)
 
     every = args.unit_quality_each_epochs
     return UnitHook("the unit quality", measure, every=every, world=world)

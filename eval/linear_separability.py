@@ -46,6 +46,7 @@ from utils.run.shared_flags import (
     add_adam,
     add_device,
     add_extension,
+    add_level,
     add_probe_flags,
     add_reading,
     check_probe_flags,
@@ -55,7 +56,7 @@ from utils.run.shared_flags import (
 MODES = ("phonemes", "speakers", "speakers_factorized", "phonemes_nullspace", "speakers_nullspace")
 DECISIVE = (  # flags that define what is measured; the others define the training
     "load", "no_pretraining", "unfrozen", "gru_level", "get_encoded", "mode", "pathPhone", "CTC",
-    "pathVal", "speaker_level", "feature_norm", "clusters",
+    "pathVal", "speaker_level", "feature_norm", "clusters", "level",
 )  # fmt: skip
 
 
@@ -156,6 +157,8 @@ def check_mode(args):
             f"--mode {args.mode} needs --path_speakers_factorized FILE, a checkpoint written with "
             "--mode speakers_factorized"
         )
+    if nullspace and args.level == "segments":
+        raise UserError(f"--level segments isn't supported with --mode {args.mode}")
     if args.path_speakers_factorized and not nullspace:
         raise UserError(
             "--path_speakers_factorized needs --mode phonemes_nullspace or speakers_nullspace"
@@ -201,6 +204,7 @@ def add_task_flags(add):
     add("--pathPhone", metavar="FILE", help="phone labels, for the phone task (default: speakers)")
     add("--CTC", action="store_true", help="phones by CTC; reports the phone error rate")
     add("--get_encoded", action="store_true", help="encoded frames instead of contexts")
+    add_level(add)
     add("--gru_level", type=int, default=-1, metavar="N",
         help="only the first N layers of the AR network (default: all)")
     add("--mode", choices=MODES, default="phonemes",
@@ -296,7 +300,10 @@ def build_model(args, checkpoints):
     Returns it and the architecture flags (dicts) of each model concatenated in it.
     """
     model, *_ = load_model(
-        checkpoints, gru_level=args.gru_level, load_weights=not args.no_pretraining
+        checkpoints,
+        gru_level=args.gru_level,
+        level=args.level,
+        load_weights=not args.no_pretraining,
     )
     architectures = [vars(flags) for flags in model.arguments]
     if args.mode.endswith("_nullspace"):
@@ -338,9 +345,14 @@ def open_clusters(args):
     if not args.clusters:
         return None
     clusters = read_frame_clusters(
-        args.clusters, args.load[0], get_encoded=args.get_encoded, gru_level=args.gru_level
+        args.clusters,
+        args.load[0],
+        get_encoded=args.get_encoded,
+        level=args.level,
+        gru_level=args.gru_level,
     )
     args.get_encoded = clusters.features["encoder_layer"]
+    args.level = clusters.features["level"]
     args.gru_level = clusters.features["level_gru"] or -1
     return clusters
 
@@ -390,7 +402,7 @@ def check_directory(directory, args):
     record = directory / "checkpoint_args.json"
     if not record.is_file() and not saved_checkpoints(directory):
         return
-    older = {"speaker_level": 1, "feature_norm": "none", "clusters": None}
+    older = {"speaker_level": 1, "feature_norm": "none", "clusters": None, "level": "frames"}
     stored = older | load_json(record)
     if "dim_inter" not in stored:
         raise UserError(

@@ -24,6 +24,7 @@ from criterion.seq_alignment import phone_error_rate
 from eval.knn import knn_accuracies
 from eval.probe_features import StoredWindowFeatures, WindowFeatures, storage_for
 from eval.probe_summary import PassSummary, ValidationSummary, accuracies
+from segments import layer_name
 from utils.data.labels import symbols_beside
 from utils.files import remove_leftovers, save_json, save_tensors, writing_to
 from utils.misc import SAMPLES_PER_FRAME, counted, generator_from, percent, seed_from
@@ -334,7 +335,7 @@ class Probe:
         else:
             self.baseline = int(validation.class_counts[majority_class]) / validation.n_frames
         self.measured_on = {
-            "layer": "encoded" if self.options.get_encoded else "context",
+            "layer": layer_name(self.options.get_encoded, self.options.level),
             "dimensions": self.n_features,
             "training": self._set_sizes(self.train_set, training),
             "validation": self._set_sizes(self.validation_set, validation),

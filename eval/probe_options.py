@@ -18,6 +18,7 @@ class ProbeOptions:
     n_layers: int = 1
     ctc: bool = False  # phones: recognise their sequence instead of labelling frames
     get_encoded: bool = False  # features: encoded frames instead of contexts
+    level: str = "frames"  # of the model that gives them, or "segments"
     n_inner: int = 0  # speakers: dimensions of a bottleneck (0: none)
     unfrozen: bool = False  # train the model as well
     logging_step: int = 1  # epochs between writes of the log
@@ -56,6 +57,7 @@ def further_options(args):
     return {
         "n_hidden": args.linsep_hidden,
         "feature_norm": args.feature_norm,
+        "level": args.level,
         "n_times": args.linsep_times,
         "knn": tuple(numbers_in(args.knn)),
     }

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from eval.cluster import add_feature_flags, warn_of_large_unit
-from eval.kmeans import assign
 from eval.units import (
     FEATURES,
     check_width,
@@ -47,6 +46,7 @@ from utils.data.corpus import listed_utterances, scan_corpus
 from utils.data.listing import choose_extension
 from utils.data.names import files_by_shortest_key
 from utils.files import lines_of, load_json, save_array, save_json, write_lines, writing_to
+from utils.kmeans import assign
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress

@@ -35,15 +35,14 @@ from matplotlib.figure import Figure
 
 from dataset import refuse_too_many
 from feature_loader import build_feature, load_model
+from segments import choose_level
 from stats.boundaries import (
     MATCHINGS,
     PROMINENCES,
     TOLERANCE,
     count_boundaries,
     counts_by_prominence,
-    peak_prominence,
     prominent_pairs,
-    scaled_to_one,
     segmentation_metrics,
 )
 from stats.distances import METRICS, frame_distances
@@ -58,14 +57,16 @@ from utils.data.labels import (
 )
 from utils.files import check_writable, save_json, write_lines, writing_to
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few
+from utils.peaks import peak_prominence, scaled_to_one
 from utils.report.plots import save_figure
 from utils.run.checkpoint import open_checkpoint
-from utils.run.command import CommandLine, above, at_least, command
+from utils.run.command import CommandLine, above, at_least, command, refuse_any
 from utils.run.console import progress
 from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension
+from utils.run.shared_flags import LEVEL, add_device, add_extension
 
 UNTUNED = 0.05  # the prominence in hCPC
+OWN = "the model's own segments"
 N_RESAMPLED = 1000  # sets of utterances, for the intervals
 DRAWN = 4, 3 * FRAMES_PER_SECOND  # utterances, and frames of each
 HEADINGS = {
@@ -92,7 +93,8 @@ def main(argv=None):
     shared = sorted(set.intersection(*({u.path for u, _ in chosen} for chosen in sets)))
     if args.pathTune and shared:
         print(f"warning: tuned on utterances that are measured, too: {first_few(shared)}")
-    model, *_ = load_model([args.pathCheckpoint])
+    model, *_ = load_model([args.pathCheckpoint], level=args.level)
+    choose_level(model, "frames")  # in which segments are found
     model.to(device)
     curves, *tuning = [find_curves(model, chosen, silence, args) for chosen in sets]
     results = {}
@@ -115,6 +117,10 @@ def parse_arguments(argv=None):
     args = build_parser().parse_args(argv)
     if args.prominence is not None and args.pathTune:
         raise UserError("--pathTune chooses the prominence: leave it out, or --prominence")
+    if args.level == "segments":
+        own = ("get_encoded", "pathTune", "prominence")
+        reason = "has no effect with --level segments: the model finds its own boundaries"
+        refuse_any({name for name in own if getattr(args, name)}, reason)
     check_writable(args.out, f"--out {args.out}: results")
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
     return args
@@ -139,6 +145,8 @@ def build_parser():
     add_device(add)
     add = parser.add_argument_group("boundaries").add_argument
     add("--get_encoded", action="store_true", help="changes of encoded frames instead of contexts")
+    add("--level", choices=LEVEL["choices"], default="frames",
+        help="segments: the boundaries of the model's own segments (of --multiLevel) instead")
     add("--metric", default="cosine", choices=[name for name, grows in METRICS.items() if grows],
         help="distance between consecutive frames")
     add("--pathTune", metavar="LIST",
@@ -225,7 +233,9 @@ def find_curves(model, utterances, silence, args):
 
 def find_curve(model, utterance, labels, silence, args):
     path = os.path.join(args.pathDB, utterance.path)
-    features = build_feature(model, path, get_encoded=args.get_encoded)
+    on_segments = args.level == "segments"
+    encoded = not model.on_context if on_segments else args.get_encoded
+    features = build_feature(model, path, get_encoded=encoded)
     n_frames = min(features.size(1), *map(len, labels.values()))
     if n_frames < 2:
         raise UserError(f"{path}: too short for a boundary")
@@ -235,7 +245,10 @@ def find_curve(model, utterance, labels, silence, args):
     counts = counted_places(silent, args.tolerance) if silence else np.ones(n_frames - 1, bool)
     inside = counts & ~(silent[1:] & silent[:-1])
     true = {unit: np.flatnonzero((ids[1:] != ids[:-1]) & inside) for unit, ids in labels.items()}
-    prominence = peak_prominence(change)[0].numpy()
+    if on_segments:  # their boundaries are as prominent as can be
+        prominence = model.segmenter(features)[0, 1:n_frames].float().numpy()
+    else:
+        prominence = peak_prominence(change)[0].numpy()
     return Curve(utterance.name, change[0].numpy(), prominence, counts, true, labels["phone"])
 
 
@@ -261,6 +274,8 @@ def choose_prominence(tuning, unit, args):
 
     tuning: the curves to choose it on, None without --pathTune
     """
+    if args.level == "segments":
+        return UNTUNED, OWN  # below that of `find_curve`
     if tuning is None:
         given = args.prominence is not None
         return args.prominence or UNTUNED, "as given" if given else "not tuned (--pathTune LIST)"
@@ -326,7 +341,12 @@ def intervals(counts, matching):
 
 def write_results(args, curves, results, symbols):
     measured_on = {**vars(args), "utterances": len(curves)}
-    figure = draw_utterances(curves, results["phone"]["prominence"], symbols, args.tolerance)
+    prominence = results["phone"]["prominence"]
+    found = (
+        "segments" if args.level == "segments" else f"peaks of prominence {prominence:.3g} or more"
+    )
+    title = f"Change between frames, and its {found}"
+    figure = draw_utterances(curves, prominence, symbols, args.tolerance, title)
     with writing_to(args.out, "--out"):
         save_json(Path(args.out, "segmentation.json"), {**results, "measured_on": measured_on})
         for unit, result in results.items():
@@ -342,9 +362,11 @@ def boundary_line(curve, prominence):
 
 
 def show(unit, result, tolerance):
+    found = f"prominence {result['prominence']:.3g}, {result['prominence_chosen']}"
+    is_own = result["prominence_chosen"] == OWN
     print(
         f"{unit} boundaries: {result['predicted']:,} found, {result['true']:,} in the labels; "
-        f"prominence {result['prominence']:.3g}, {result['prominence_chosen']}"
+        f"{OWN if is_own else found}"
     )
     show_row(f"%, within {10 * tolerance} ms", HEADINGS.values())
     titles = {
@@ -362,8 +384,9 @@ def show(unit, result, tolerance):
     if result["strict"]["r_value"] <= best:
         print(
             f"warning: the strict R-value is no better than that of evenly spaced {unit} "
-            "boundaries: do the labels belong to this audio, and is the model trained? --pathTune "
-            "LIST or --get_encoded may help"
+            "boundaries: do the labels belong to this audio, and is the model trained?"
+            + " --pathTune LIST or --get_encoded may help"
+            * (not is_own)
         )
 
 
@@ -371,12 +394,12 @@ def show_row(title, cells):
     print(f"{title:26}", *(f"{cell:>12}" for cell in cells))
 
 
-def draw_utterances(curves, prominence, symbols, tolerance):
+def draw_utterances(curves, prominence, symbols, tolerance, title):
     """A figure of some utterances: the change, the phones, and which boundaries are found."""
     n_drawn, n_frames = DRAWN
     chosen = [curves[i * len(curves) // n_drawn] for i in range(min(n_drawn, len(curves)))]
     figure = Figure(figsize=(13, 2.4 * len(chosen) + 0.6), layout="constrained")
-    figure.suptitle(f"Change between frames, and its peaks of prominence {prominence:.3g} or more")
+    figure.suptitle(title)
     for axes, curve in zip(figure.subplots(len(chosen), squeeze=False)[:, 0], chosen, strict=True):
         draw_curve(axes, curve, prominence, symbols, tolerance)
         axes.set(xlim=(0, min(len(curve.phones), n_frames) / FRAMES_PER_SECOND), ylim=(0, 1.3))

@@ -1,5 +1,7 @@
 """Tells a run that starts dead from one that starts slowly, while its first epoch runs.
 
+Also names a boundary policy that has collapsed.
+
 At a learning rate that is too high, the first steps can make all encoded frames alike. Negatives
 then look like positives, gradients vanish, and the loss stays that of guessing.
 """
@@ -7,7 +9,7 @@ then look like positives, gradients vanish, and the loss stays that of guessing.
 import torch
 
 from model import preserved_state
-from utils.misc import mean, percent
+from utils.misc import BOUNDARY_RATE, mean, percent
 from utils.run.console import Listener
 
 MIN_IMPROVEMENT = 0.02  # of the loss before training: below this a run has not learned yet
@@ -15,6 +17,7 @@ FEWEST_STEPS = 100  # before a start is called dead
 DEAD_BELOW = 0.1  # varying energy: 0.05 to 0.08 in dead runs, 0.3 and more in those that learn
 FEWEST_EPOCHS = 3  # of a run whose last loss is judged
 EPOCHS_BETWEEN_NOTES = 10  # on a loss that stays where it was
+COLLAPSED = 1, 20  # boundaries per second: hardly any, and nearly as many as may be (25)
 
 
 def varying_energy(frames):
@@ -33,6 +36,7 @@ class StartWatch(Listener):
     def __init__(self, state, loader):
         self.state, self.loader = state, loader
         self.next_look, self.noted, self.batch = FEWEST_STEPS, False, None
+        self.collapsed = 0  # 1: no boundaries, -1: all
 
     def on_step(self, epoch, batch, n_batches, values, clock):
         """In the first epoch, now and then: note, once, that the start is dead."""
@@ -44,12 +48,28 @@ class StartWatch(Listener):
         """After the first epoch the same; after every tenth and the last, note slow starts, too."""
         if "locLoss_val" not in values:  # a hook's own
             return
+        self._note_collapse(epoch, values.get(f"{BOUNDARY_RATE}_val"))
         done, last, loss = epoch + 1, self.state.args.nEpoch, mean(values["locLoss_val"])
         if done % EPOCHS_BETWEEN_NOTES == 0 or done == last >= FEWEST_EPOCHS:
             self.noted = False
             self._look(f"in epoch {epoch}", loss)
         elif epoch == 0:
             self._look("after an epoch", loss, only_dead=True)
+
+    def _note_collapse(self, epoch, rate):
+        """Note, when it begins, that a policy finds hardly any boundaries or as many as it can."""
+        if rate is None:
+            return
+        fewest, most = COLLAPSED
+        before, self.collapsed = self.collapsed, (rate < fewest) - (rate > most)
+        if self.collapsed and self.collapsed != before:
+            what = "no boundaries" if self.collapsed > 0 else "a boundary wherever one may be"
+            print(
+                f"note: epoch {epoch}: the boundary policy has collapsed: it finds {what} "
+                f"({rate:.1f} per second in validation). Early in training that often passes; if "
+                "it stays, try a lower --learningRate, another --rlSetup or --clip_grad_norm 1",
+                flush=True,
+            )
 
     def _look(self, when, loss, only_dead=False):
         args, start = self.state.args, self.state.logs.get("before_training")

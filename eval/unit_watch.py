@@ -5,10 +5,10 @@ import os
 import numpy as np
 import torch
 
-from eval.kmeans import assign, kmeans
 from eval.unit_measures import agreement, chance, joint_counts, measure, usage
 from eval.units import FEATURES, features_to_cluster
 from feature_loader import FeatureModule
+from utils.kmeans import assign, kmeans
 from utils.misc import SAMPLES_PER_FRAME, UserError
 
 FRAMES = 20_000  # that are clustered: 200 s

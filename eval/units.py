@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from dataset import refuse_too_many
-from eval.center_push import read_centers, squared_distances
-from eval.kmeans import assign
+from eval.center_push import read_centers
 from feature_loader import FeatureModule, features_in_parts, load_model
 from utils.files import lines_of, load_json, load_tensors, save_array, save_json, save_tensors
+from utils.kmeans import assign, squared_distances
 from utils.misc import UserError, first_few
 from utils.normalisation import seq_normalization
 
 LAST = "checkpoint_last.pt"  # centers, in a folder
 FEATURES = {  # what centers are centers of, and the value where a file says nothing
-    "pathCheckpoint": None, "level_gru": None, "encoder_layer": False, "seq_norm": False,
-    "norm_vec_len": False, "mean_std": None,
+    "pathCheckpoint": None, "level_gru": None, "encoder_layer": False, "level": "frames",
+    "seq_norm": False, "norm_vec_len": False, "mean_std": None,
 }  # fmt: skip
 SUPPORTED = {"nGroups": (None, 1), "dimReduction": (None,), "train_mode": (None, False)}
 MOST_UNITS = 100_000
@@ -106,7 +106,8 @@ def _stored_features(path):
 
 def feature_module(features, device):
     """The FeatureModule that computes what the dict `features` describes."""
-    model, *_ = load_model([features["pathCheckpoint"]], gru_level=features["level_gru"] or -1)
+    choice = {"gru_level": features["level_gru"] or -1, "level": features["level"]}
+    model, *_ = load_model([features["pathCheckpoint"]], **choice)
     return FeatureModule(model, features["encoder_layer"]).to(device)
 
 
@@ -155,7 +156,7 @@ class ClusterFeatures(FeatureModule):
         return cluster_features(super().forward(waveform, continues), self.clusters, self.as_units)
 
 
-def read_frame_clusters(path, checkpoint, *, get_encoded, gru_level=-1, flag="--clusters"):
+def read_frame_clusters(path, checkpoint, *, get_encoded, level, gru_level=-1, flag="--clusters"):
     """The `Clusters` of a file for frames of `checkpoint`, whatever part of a file they are from.
 
     Raises UserError if they need whole files, or contradict the flags.
@@ -163,6 +164,7 @@ def read_frame_clusters(path, checkpoint, *, get_encoded, gru_level=-1, flag="--
     explicit = {
         "pathCheckpoint": checkpoint,
         "encoder_layer": get_encoded or None,
+        "level": level if level != "frames" else None,
         "level_gru": gru_level if gru_level > 0 else None,
     }
     clusters = read_clusters(path, explicit, flag)

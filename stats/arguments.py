@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.files import check_writable
 from utils.misc import UserError
 
-REPRESENTATIONS = ("conv_repr", "ctx_repr")
+REPRESENTATIONS = ("conv_repr", "ctx_repr", "seg_conv", "seg_ctx")
 
 
 def choice(value, choices, what):

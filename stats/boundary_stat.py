@@ -12,14 +12,13 @@ from stats.boundaries import (
     PROMINENCES,
     TOLERANCE,
     counts_by_prominence,
-    peak_prominence,
-    scaled_to_one,
     segmentation_metrics,
 )
 from stats.distances import METRICS, frame_distances
 from stats.empty_stat import Stat
 from stats.pictures import new_figure, save_picture
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME
+from utils.peaks import peak_prominence, scaled_to_one
 
 N_EDGE = 3  # changes at the beginning of a window, of frames that see the padding before it
 

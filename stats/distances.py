@@ -1,6 +1,6 @@
 """Distances between consecutive frames."""
 
-import torch
+from utils.peaks import neighbour_cosines
 
 # Name -> whether a larger value means a larger difference.
 METRICS = {"cosine": True, "euclid": True, "euclidsq": True, "coscorr": False}
@@ -17,11 +17,10 @@ def frame_distances(frames, metric):
     NaN where undefined: the cosine of a frame of zeros, the root of a negative number.
     """
     frames = frames.float()
-    product = (frames[:, 1:] * frames[:, :-1]).sum(-1)
     if metric in ("cosine", "coscorr"):
-        norms = torch.linalg.vector_norm(frames, dim=-1)
-        cosine = product / (norms[:, 1:] * norms[:, :-1])
+        cosine = neighbour_cosines(frames)
         return 1 - cosine if metric == "cosine" else cosine.abs()
+    product = (frames[:, 1:] * frames[:, :-1]).sum(-1)
     squares = frames.square().sum(-1)
     squared_distance = squares[:, 1:] + squares[:, :-1] - 2 * product
     return squared_distance if metric == "euclidsq" else squared_distance.sqrt()

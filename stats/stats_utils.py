@@ -9,7 +9,7 @@ from stats.phone_similarity_stat import PhoneSimilarityStat
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
 from utils.misc import UserError
-from utils.run.flags import capturable_names
+from utils.run.captured import capturable_names
 from utils.stat_specs import split_specs
 
 # A new stat is a class with the interface of `stats.empty_stat.Stat`, and an entry here.

@@ -1066,6 +1066,7 @@ def flags(**changes):
         "speakerEmbedding": 0,
         "rnnMode": "linear",
         "multihead_rnn": False,
+        "multiLevel": False,
         "normalizeCPCScore": False,
         "scoreTemperature": 1.0,
         "dropout": False,

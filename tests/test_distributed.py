@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import train
-from criterion import build_criterion
-from criterion.networks import Networks
+from criterion import build_criterion, join_networks
 from dataset import AudioDataset, Batch, BatchLoader
 from model import build_model
 from tests.helpers import ROOT, assert_close, ends_refused, write_tiny_corpus
@@ -45,7 +44,12 @@ from utils.run.launch import launch, processes_to_start
 from utils.run.place import Place, enter_slurm_step, find_place, first_host, tasks_per_node
 from utils.run.stopping import StopSignals
 
-CRITERIA = {"CPC": [], "CPC-CTC": EXAMPLE[2:], "heads": ["--rnnMode", "transformer"]}
+CRITERIA = {
+    "CPC": [],
+    "CPC-CTC": EXAMPLE[2:],
+    "heads": ["--rnnMode", "transformer"],
+    "two levels": ["--multiLevel", "--rnnModeSegment", "linear", "--nPredictsSegment", "2"],
+}
 PACKS = ["--max_size_loaded", "100000"]  # several packs an epoch
 
 
@@ -57,7 +61,7 @@ def tiny_step(flags):
     words = [*SMALL, "--hiddenEncoder", "16", "--hiddenGar", "16", "--nPredicts", "4", *flags]
     args = build_parser().parse_args(words)
     torch.manual_seed(0)
-    return Networks(build_criterion(args, 2), build_model(args))
+    return join_networks(build_criterion(args, 2), build_model(args), args)
 
 
 def tiny_batch(number):

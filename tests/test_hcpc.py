@@ -26,7 +26,8 @@ from tests.helpers import (
 from train import main
 from transformers import TransformerLayer
 from utils.misc import UserError, generator_from
-from utils.run.checkpoint import load_optimizer, open_checkpoint, read_checkpoint
+from utils.run.adam import load_optimizer
+from utils.run.checkpoint import open_checkpoint, read_checkpoint
 from utils.run.hcpc import NEUTRAL, in_one_group, refuse_unsupported
 
 needs_checkpoints = pytest.mark.skipif(

@@ -16,7 +16,9 @@ FLOORS = """
     utils.report
     utils.corpus
     transformers
+    boundary_policy
     criterion
+    segments
     model
     dataset
     augmentation

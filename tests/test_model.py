@@ -297,6 +297,7 @@ def architecture(**changes):
         "normMode": "layerNorm",
         "initialisation": "lecun",
         "linearOutput": False,
+        "multiLevel": False,
         "arMode": "LSTM",
         "nLevelsGRU": 1,
         "samplingType": "samespeaker",

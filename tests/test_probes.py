@@ -15,7 +15,7 @@ import eval.knn
 import eval.probe
 import eval.probe_features
 from dataset import AudioDataset
-from eval.center_push import push_to_nearest, read_centers, squared_distances
+from eval.center_push import push_to_nearest, read_centers
 from eval.hooks import ProbeHook
 from eval.knn import choose_bank, even_shares, nearest_classes
 from eval.linear_separability import main, null_space, parse_arguments
@@ -29,6 +29,7 @@ from tests.helpers import ROOT, assert_close, ends_refused, golden_cases
 from utils.data.corpus import scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import TEMPORARY_PREFIX, load_json, load_tensors, save_tensors
+from utils.kmeans import squared_distances
 from utils.misc import UserError
 from utils.report import plot_confusion
 from utils.report.plot_confusion import draw_confusion

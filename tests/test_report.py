@@ -52,6 +52,7 @@ def write_capture(directory, names=plot_capture.DRAWN, flags=FLAGS, pathDB=None)
         "ctx_repr": torch.eye(2)[phones] + 0.1,
         "speaker_align": torch.tensor([7, 7, 7, 8]),
         "phone_align": phones,
+        "seg_boundaries": torch.eye(N_FRAMES).long()[[0, 32]].sum(0).expand(4, -1),
         "pred": torch.zeros(4, N_POSITIONS, 2, N_PREDICTIONS),
         "cpcctc_align": align,
         "cpcctc_log_scores": -5.0 + 4 * chosen,

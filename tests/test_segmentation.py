@@ -1,4 +1,4 @@
-"""Tests of boundaries: peaks, matching, metrics (stats/boundaries.py), and eval/segmentation.py."""
+"""Tests of boundaries: peaks (utils/peaks.py), matching, metrics, and eval/segmentation.py."""
 
 import math
 from argparse import Namespace
@@ -19,9 +19,7 @@ from stats.boundaries import (
     count_boundaries,
     counts_by_prominence,
     match_one_to_one,
-    peak_prominence,
     prominent_pairs,
-    scaled_to_one,
     segmentation_metrics,
 )
 from stats.distances import frame_distances
@@ -29,6 +27,7 @@ from tests.helpers import ends_refused, hcpc_cases
 from utils.data.corpus import Utterance
 from utils.data.labels import read_phone_labels
 from utils.files import load_json
+from utils.peaks import peak_prominence, scaled_to_one
 from utils.run.checkpoint import save_checkpoint
 from utils.run.flags import build_parser
 
@@ -322,7 +321,7 @@ def test_tuning_sees_what_counts_and_how():
     counts = np.arange(40) < 25
     curve = curve_of({9: 0.4, 11: 0.2, 30: 0.5, 34: 0.5, 38: 0.5}, [10], counts)
     for matching, best in (("strict", 0.21), ("lenient", 0.01)):
-        args = Namespace(tune_for=matching, tolerance=2, pathTune="tune.txt")
+        args = Namespace(tune_for=matching, tolerance=2, pathTune="tune.txt", level="frames")
         chosen, source = segmentation.choose_prominence([curve], "phone", args)
         assert (chosen, source) == (best, f"best {matching} R-value on tune.txt")
 
@@ -364,7 +363,7 @@ def test_silence_rules():
 def test_a_boundary_between_two_silences_is_none(monkeypatch):
     ids = np.array([1] * 8 + [0, 4] + [2] * 8)
     monkeypatch.setattr(segmentation, "build_feature", lambda *_, **__: torch.eye(5)[ids][None])
-    args = Namespace(pathDB="", get_encoded=False, metric="euclid", tolerance=2)
+    args = Namespace(pathDB="", get_encoded=False, metric="euclid", tolerance=2, level="frames")
     utterance = Utterance(0, "x.flac", 0)
     labels = {"phone": ids, "word": ids}
     for silence, expected in (([], [7, 8, 9]), ([0, 4], [7, 9])):

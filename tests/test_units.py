@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import train
 from eval import cluster, quantize, unit_quality, unit_robustness
 from eval.hear_augmentation import open_augmentation
-from eval.kmeans import assign, first_centers, kmeans, lloyd
 from eval.unit_measures import chance, measure, usage
 from eval.units import read_clusters, read_units
 from feature_loader import build_feature, load_model, load_waveform
@@ -24,6 +23,7 @@ from tests.test_probes import save_model
 from tests.test_train import on, trained
 from utils.data.labels import runs, write_labels
 from utils.files import load_json
+from utils.kmeans import assign, first_centers, kmeans, lloyd
 from utils.misc import UserError, generator_from
 from utils.normalisation import seq_normalization
 

@@ -39,9 +39,9 @@ from utils.files import (
 )
 from utils.misc import Chance, UserError, seed_from
 from utils.report.plots import draw_curves
+from utils.run.adam import load_optimizer
 from utils.run.checkpoint import (
     Checkpoint,
-    load_optimizer,
     newest_checkpoint,
     permute_speakers,
     read_checkpoint,
@@ -66,6 +66,7 @@ from utils.run.flags import (
     parse_arguments,
     stored_arguments,
 )
+from utils.run.level_flags import REFUSED
 from utils.run.lock import LOCK_NAME, locked, lost_lock
 from utils.run.logs import Clock, RunningMeans, append_epoch
 from utils.run.resolve import inherit_args
@@ -124,7 +125,9 @@ def test_every_flag_is_in_exactly_one_class():
 def test_sets_of_flags_follow_from_the_declarations():
     assert ARCHITECTURE >= MODEL == {
         "hiddenEncoder", "hiddenGar", "encoder_type", "normMode", "arMode", "nLevelsGRU", "abspos",
-        "cpc_mode", "sizeWindow", "initialisation", "linearOutput",
+        "cpc_mode", "sizeWindow", "initialisation", "linearOutput", "multiLevel",
+        "segmentationMode", "segmentProminence", "segmentOnContext", "noSegmentation",
+        "hiddenEncoderSegment", "hiddenGarSegment", "nLayersBoundaryPredictor",
     }  # fmt: skip
     assert ARCHITECTURE >= CPCCTC_ONLY | CONTRASTIVE_ONLY | SUPERVISED_ONLY
     assert {
@@ -228,7 +231,7 @@ def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off()
     assert (args.normMode, args.nEpoch) == ("batchNorm", 3)
     with pytest.raises(
         UserError,
-        match="match --noise_band, --noise_extension, --normMode, --normalizeCPCScore .--help",
+        match="match --noise_band, .*, --normMode, .*--noSegmentation .--help",
     ):
         build_parser().parse_args(["--no", "batchNorm"])
 
@@ -297,6 +300,30 @@ def paths(tmp_path):
         ("--rnnMode none --nPredicts 1 --speakerEmbedding 8", "used with --rnnMode none"),
         ("--multihead_rnn --rnnMode linear", "--multihead_rnn needs --rnnMode transformer"),
         ("--linearOutput --encoder_type lfb", "--linearOutput needs --encoder_type cpc, not lfb"),
+        ("--nPredictsSegment 2", "--nPredictsSegment needs --multiLevel"),
+        ("--segmentProminence 0.1", "--segmentProminence needs --multiLevel"),
+        ("--freezeFrameModel", "--freezeFrameModel needs --multiLevel"),
+        ("--multiLevel --freezeFrameModel", "--freezeFrameModel needs --load"),
+        ("--loadOnlyFrameModel", "--loadOnlyFrameModel needs --load"),
+        ("--multiLevel --supervised", "--multiLevel can't be used with --supervised"),
+        ("--multiLevel --cpc_mode reverse", "--multiLevel can't be used with --cpc_mode"),
+        ("--multiLevel --rnnMode linear --speakerEmbedding 8", "isn't supported with --multiLevel"),
+        ("--multiLevel --augment_type pitch --augment_past", "use --past_equal_future"),
+        ("--multiLevel --CPCCTCNumMatchedSegment 2", "--CPCCTCNumMatchedSegment needs --CPCCTC"),
+        ("--multiLevel --CPCCTC --CPCCTCNumMatched 12 --nPredictsSegment 2", "can't be aligned to"),
+        ("--multiLevel --adjacentNegatives --negativeSamplingExtSegment 4", "has no effect with"),
+        ("--multiLevel --noSegmentation --segmentProminence 0.1", "has no effect with"),
+        ("--multiLevel --nPredictsSegment 128", "too few to look 128 segments ahead"),
+        ("--multiLevel --hiddenGarSegment 128", "--rnnModeSegment transformer needs"),
+        ("--multiLevel --rnnModeSegment none --nPredictsSegment 2", "must be 1, not 2"),
+        ("--multiLevel --headWeights 1", "--headWeights needs two values"),
+        ("--multiLevel --segmentationMode groundTruthWError", "of labels (groundTruth...) aren't"),
+        ("--multiLevel --segmentationMode other", "cosineDissimilarity, scpc, boundaryPredictor"),
+        *((f"--multiLevel --{name} 1", f"--{name}: ") for name in REFUSED),
+        ("--pathCaptureDS LIST --pathCaptureSave X --captureSegCtx", "--captureSegCtx needs"),
+        ("--multiLevel --segmentLevel --pathCaptureDS LIST --pathCaptureSave X --capturePred",
+         "no predictions of frames"),
+        ("--multiLevel --level segments", "--level needs --supervised_classif_metric or"),
         ("--arMode no_ar --hiddenGar 128", "--arMode no_ar"),
         ("--arMode transformer --nLevelsGRU 2", "--nLevelsGRU 2"),
         ("--abspos", "--abspos needs --arMode transformer"),

@@ -9,6 +9,9 @@ in a window, M matched frames, W = S - M anchors (the frames predicted from) and
 
     conv_repr          (B, S, E)     float32   output of the encoder
     ctx_repr           (B, S, A)     float32   output of the autoregressive network
+    seg_boundaries     (B, S)        int64     1 at the first frame of each segment, else 0
+    seg_conv           (B, S, D)     float32   encoded segments, each repeated over its frames
+    seg_ctx            (B, S, D)     float32   contexts of segments, the same
     speaker_align      (B,)          int64     speaker
     phone_align        (B, S)        int64     phone label of each frame, -1 in files without labels
     pred               (B, W, E, P)  float32   predictions, in the order of `prediction_names`

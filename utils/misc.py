@@ -8,6 +8,8 @@ import torch
 
 SAMPLE_RATE = 16_000  # Hz; the only sample rate that encoders accept
 SAMPLES_PER_FRAME = 160  # one frame (encoder output or phone label) is 10 ms
+BOUNDARY_RATE = "boundariesPerSecond"  # begins the names, in the logs, of that of a policy
+OF_SEGMENTS = "_segments"  # ends the names, in the logs, of the losses of the upper of two levels
 LONGEST_SHOWN = 200  # characters of one name, path or reason in a message
 
 
@@ -38,6 +40,14 @@ class Position(NamedTuple):
     epoch: int
     pack: int
     batch: int
+
+
+class Progress(NamedTuple):
+    """How far training has come: its epoch, and the optimiser's steps in that and in all epochs."""
+
+    epoch: int = 0
+    steps_in_epoch: int = 0
+    steps: int = 0
 
 
 def seed_from(*parts):

@@ -3,10 +3,11 @@
     python utils/report/plot_capture.py CAPTURE/10 --windows 0 5
 
 CAPTURE/10 is the directory of one epoch below `--pathCaptureSave`. A picture shows whatever was
-captured of: the spectrogram (if the audio is found), phone boundaries, the similarity of every pair
-of frames in encoding and context, the CPC-CTC prediction that each matched frame is aligned to, and
-the log-scores that the alignment follows, at some consecutive anchors, as in J. Chorowski et al.,
-"Aligned contrastive predictive coding", Interspeech 2021.
+captured of: the spectrogram (if the audio is found), boundaries of phones and of the model's
+segments, the similarity of every pair of frames in encoding and context, the CPC-CTC prediction
+that each matched frame is aligned to, and the log-scores that the alignment follows, at some
+consecutive anchors, as in J. Chorowski et al., "Aligned contrastive predictive coding", Interspeech
+2021.
 """
 
 import sys
@@ -36,6 +37,7 @@ DRAWN = (
     "ctx_repr",
     "speaker_align",
     "phone_align",
+    "seg_boundaries",
     "cpcctc_align",
     "cpcctc_log_scores",
 )
@@ -223,7 +225,8 @@ def draw_window(window, waveform, symbols, flags, title, position=None):
         length = len(waveform) / SAMPLE_RATE
     panels = []  # (height in inches, drawing function, its arguments)
     if waveform is not None:
-        panels.append((2.3, draw_spectrogram, (waveform, phones)))
+        starts = tensors["seg_boundaries"].nonzero() if "seg_boundaries" in tensors else []
+        panels.append((2.3, draw_spectrogram, (waveform, phones, starts)))
     elif phones:
         panels.append((1.2, draw_phones, (phones,)))
     features = {name: tensors[name] for name in TITLES if name in tensors}
@@ -289,8 +292,8 @@ def draw_phones(place, length, phones):
     _mark_phones(axes, phones, "0.3")
 
 
-def draw_spectrogram(place, length, waveform, phones):
-    """Power in dB, 25 ms windows, with the phones above it."""
+def draw_spectrogram(place, length, waveform, phones, segment_starts=()):
+    """Power in dB, 25 ms windows, with the phones above it and the model's segments at its foot."""
     size, hop = SAMPLE_RATE // 40, SAMPLES_PER_FRAME // 2
     signal = torch.from_numpy(waveform)
     signal = torch.nn.functional.pad(signal, (0, max(0, size - len(signal))))
@@ -306,6 +309,8 @@ def draw_spectrogram(place, length, waveform, phones):
         vmin=decibels.max() - 70,
     )
     axes.set(xlim=(0, length), ylabel="frequency (kHz)", xlabel="time (s)")
+    for start in segment_starts:
+        axes.axvline(float(start) * SECONDS_PER_FRAME, ymax=0.15, color="cyan", lw=2)
     _mark_phones(axes, phones, "white")
 
 

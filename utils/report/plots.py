@@ -4,7 +4,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.files import atomic_path
-from utils.misc import NO_CHANCE
+from utils.misc import BOUNDARY_RATE, NO_CHANCE, OF_SEGMENTS
 from utils.report.values import points, probe_metrics
 
 MAX_MARKERS = 40  # with more epochs, markers would merge and hide dashes
@@ -44,6 +44,12 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True, chance=N
     _draw_series(rate, epochs, logs.get("learningRate", []), color="C3")
     rate.set_title("learning rate")
     rate.set_ylim(bottom=0)
+    if boundaries := logs.get(f"{BOUNDARY_RATE}_val"):
+        rate.set_title("learning rate, boundaries per second in validation (right)")
+        beside = rate.twinx()
+        _draw_series(beside, epochs, boundaries, color="C2")
+        beside.tick_params(labelcolor="C2")
+        beside.set_ylim(0, 26)  # 25 is the most
     for axes in (losses, accuracies, probe, rate):
         axes.set_xlabel("epoch")
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
@@ -84,6 +90,11 @@ def _draw_steps(axes, epochs, logs, key, chance, scale=1):
         means = [row and scale * sum(row) / len(row) for row in rows]
         name = {"train": "training", "val": "validation"}[part]
         _draw_series(axes, epochs, means, color=color, linestyle=dashes, linewidth=2, label=name)
+    if segments := logs.get(f"{key}_val{OF_SEGMENTS}"):
+        means = [row and scale * sum(row) / len(row) for row in segments]
+        right = axes.twinx()  # their losses are much smaller
+        _draw_series(right, epochs, means, color="C2", linewidth=2)
+        right.set_ylabel("segments, validation", color="C2")
     if axes.lines and chance is not None:
         axes.axhline(scale * chance, color="0.4", linestyle=":", label="chance")
     if axes.lines:

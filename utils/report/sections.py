@@ -4,7 +4,7 @@ import re
 import shlex
 
 from utils.data.corpus import utterances_by_key
-from utils.misc import SAMPLE_RATE
+from utils.misc import BOUNDARY_RATE, OF_SEGMENTS, SAMPLE_RATE
 from utils.report.elements import (
     chart,
     charts,
@@ -35,10 +35,12 @@ from utils.report.values import (
 
 NOTHING_YET = "No epoch is finished yet."
 METRICS = {"acc": "accuracy", "per": "phone error rate"}
+LOSSES = ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")
 OF_TRAINING = frozenset(
-    """epoch iter locLoss_train locAcc_train locLoss_val locAcc_val gradNorm_train learningRate
-    saveStep logging_step before_training""".split()
-)
+    (*LOSSES, *(name + OF_SEGMENTS for name in LOSSES), "epoch", "iter", "gradNorm_train",
+    "learningRate", "saveStep", "logging_step", "before_training", BOUNDARY_RATE + "_train",
+    BOUNDARY_RATE + "_val")
+)  # fmt: skip
 OF_PROBES = re.compile(
     r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|per)(_std)?|knn_\d+_val_acc)"
 )
@@ -56,28 +58,35 @@ def training_section(logs, step, chance):
         compared(logs, "Loss", "locLoss", chance.loss),
         compared(logs, "Accuracy (%)", "locAcc", chance.accuracy, 100),
         *by_step(logs, step),
+        compared(logs, "Loss of segments", "locLoss", None, level=OF_SEGMENTS),
+        compared(logs, "Accuracy of segments (%)", "locAcc", None, 100, OF_SEGMENTS),
+        *by_step(logs, "step ahead of segments", OF_SEGMENTS),
+        compared(logs, "Boundaries per second", BOUNDARY_RATE, None),
         single("Learning rate", points(logs, "learningRate"), from_zero=True),
         single("Norm of the gradient", points(logs, "gradNorm_train"), from_zero=True),
     )
     yield from last_epoch_by_step(logs, step)
 
 
-def compared(logs, title, key, chance, scale=1.0):
-    """A chart with a training and a validation curve; chance: a level, or None."""
+def compared(logs, title, key, chance, scale=1.0, level=""):
+    """A chart with a training and a validation curve; chance: where to draw it, or None.
+
+    level: the ending of the names of its losses
+    """
     lines = [
-        Line("training", points(logs, f"{key}_train", scale), "training"),
-        Line("validation", points(logs, f"{key}_val", scale), "validation"),
+        Line("training", points(logs, f"{key}_train{level}", scale), "training"),
+        Line("validation", points(logs, f"{key}_val{level}", scale), "validation"),
     ]
-    before = before_training(logs, f"{key}_val", scale)
+    before = before_training(logs, f"{key}_val{level}", scale)
     levels = [before] if before else []
     levels += [] if chance is None else [Level("chance", scale * chance, "chance")]
     return chart(title, lines, levels)
 
 
-def by_step(logs, step):
+def by_step(logs, step, level=""):
     """Validation charts by prediction step or matched frame, if there are several."""
     for title, key, scale in (("Loss", "locLoss_val", 1), ("Accuracy (%)", "locAcc_val", 100)):
-        steps = step_points(logs, key, scale)
+        steps = step_points(logs, key + level, scale)
         if len(steps) > 1:
             yield step_chart(f"{title} by {step}, validation", steps, step)
 
@@ -279,6 +288,9 @@ def epochs_section(logs, speeds):
         "validation loss": ("locLoss_val", 1, three_decimals),
         "training accuracy": ("locAcc_train", 100, percentage),
         "validation accuracy": ("locAcc_val", 100, percentage),
+        "validation loss, segments": ("locLoss_val" + OF_SEGMENTS, 1, three_decimals),
+        "validation accuracy, segments": ("locAcc_val" + OF_SEGMENTS, 100, percentage),
+        "boundaries per second": (BOUNDARY_RATE + "_val", 1, shown),
         "learning rate": ("learningRate", 1, shown),
         "gradient norm": ("gradNorm_train", 1, shown),
         "batches": ("iter", 1, shown),

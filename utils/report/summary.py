@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import utils.run.before_torch  # noqa: F401
 
 from utils.files import load_json
-from utils.misc import UserError, first_few, mean, percent
+from utils.misc import OF_SEGMENTS, UserError, first_few, mean, percent
 from utils.report.run_record import RunRecord
 from utils.report.values import without_accuracies
 from utils.run.command import CommandLine, command
@@ -122,6 +122,8 @@ def validation_rows(logs):
     for name, key, form in (
         ("validation loss", "locLoss_val", "{:.3f}".format),
         ("validation accuracy", "locAcc_val", percent),
+        ("validation loss of segments", "locLoss_val" + OF_SEGMENTS, "{:.3f}".format),
+        ("validation accuracy of segments", "locAcc_val" + OF_SEGMENTS, percent),
     ):
         if key in logs:
             start = form(mean(before[key])) if key in before else "-"

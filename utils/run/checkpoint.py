@@ -38,6 +38,7 @@ FORMAT = 1  # of our additions to the original's keys
 RESUME_NAME = "checkpoint_resume.pt"
 MODEL_FLAGS = ARCHITECTURE | {"samplingType"}  # it decides whether hidden states are kept
 NULLSPACE = "nullspace.weight"
+FRAME_LEVEL = "frameLevelModel."  # begins the keys of the lower one of two levels
 PART = re.compile(r"((?:models\.\d+\.)+)(.*)")  # a key of one of several concatenated models
 NUMBERED_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
@@ -223,7 +224,9 @@ class StoredModel(NamedTuple):
         return self.arguments[0].hiddenGar, self.arguments[0].hiddenEncoder
 
 
-def stored_models(checkpoints, *, load_best=False, gru_level=-1, nullspace=False):
+def stored_models(
+    checkpoints, *, load_best=False, gru_level=-1, nullspace=False, only_frames=False
+):
     """The models of one checkpoint or several whose features are side by side: StoredModels.
 
     Takes what `feature_loader.load_model` takes, and raises UserError as it does.
@@ -236,6 +239,8 @@ def stored_models(checkpoints, *, load_best=False, gru_level=-1, nullspace=False
         for model in _models_of(checkpoint, load_best):
             if nullspace and NULLSPACE not in model.state:
                 raise UserError(f"{model.source}: isn't a checkpoint of a null-space model")
+            if only_frames and any(flags.multiLevel for flags in model.arguments):
+                model = _frame_level(model)
             found.append(_keep_layers(model, gru_level))
     return found
 
@@ -328,6 +333,21 @@ def _model_flags(stored, source):
     return args
 
 
+def _frame_level(model):
+    """The frame level of a model of two levels."""
+    if NULLSPACE in model.state:
+        raise UserError(f"{model.source}: the frame level of a null-space model can't be loaded")
+    arguments = [copy.copy(args) for args in model.arguments]
+    for args in arguments:
+        args.multiLevel = False
+    state = {
+        key.removeprefix(FRAME_LEVEL): value
+        for key, value in model.state.items()
+        if key.startswith(FRAME_LEVEL)
+    }
+    return model._replace(arguments=arguments, state=state)
+
+
 def _keep_layers(model, n_layers):
     """Only the first layers of the recurrent network, if `n_layers` is above 0."""
     if n_layers <= 0:
@@ -397,39 +417,6 @@ def load_weights(module, state, source):
         raise UserError(
             f"{source}: its weights don't fit this architecture: {' '.join(reasons)[:300]}"
         ) from error
-
-
-def load_optimizer(optimizer, state, source):
-    """Load Adam's state; settings such as `fused` stay as this program made them."""
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    try:
-        if not isinstance(state["param_groups"], list):
-            raise TypeError("its groups are no list")
-        optimizer.load_state_dict(state)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in optimizer.state:
-                    _check_moments(optimizer.state[parameter], parameter)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise UserError(f"{source}: its optimizer state doesn't fit ({error})") from error
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
-        for parameter in group["params"]:
-            if parameter in optimizer.state:  # the fused optimiser counts steps on the device
-                moments = optimizer.state[parameter]
-                moments["step"] = torch.as_tensor(moments["step"]).float().to(parameter.device)
-
-
-def _check_moments(moments, parameter):
-    """Raise one of several errors unless Adam can go on with these."""
-    shapes = {moments[key].shape for key in ("exp_avg", "exp_avg_sq")}
-    strided = all(moments[key].layout == torch.strided for key in ("exp_avg", "exp_avg_sq"))
-    if shapes != {parameter.shape} or not strided or torch.as_tensor(moments["step"]).numel() != 1:
-        raise ValueError("moments of another shape than the weights")
-    float(moments["step"])
 
 
 def load_criterion(criterion, checkpoint, corpus):

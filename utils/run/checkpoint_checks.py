@@ -8,9 +8,12 @@ import math
 
 import torch
 
-from utils.misc import UserError
+from utils.misc import OF_SEGMENTS, UserError
+from utils.run.flags import stored_arguments
+from utils.run.level_flags import further_losses
 
 ROW_SERIES = ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")  # by prediction step
+LEVELS = ("", OF_SEGMENTS)  # endings of their names; one level has the first alone
 NUMBER_SERIES = ("iter", "learningRate", "gradNorm_train")
 NUMBER = float | int
 
@@ -45,6 +48,7 @@ def check_resumable(checkpoint, weights):
         "best": best is None or _same_shapes(best, weights),
     }
     if not checkpoint.of_original:
+        further = len(further_losses(stored_arguments(state["args"], checkpoint.path)))
         machine, logs_are_sound = state.get("machine"), are_training_logs(state["logs"])
         sound |= {
             "logs": logs_are_sound,
@@ -54,7 +58,7 @@ def check_resumable(checkpoint, weights):
             "machine": isinstance(machine, dict) and all(map(_is_plain, machine.values())),
             "clock": "clock" not in state or _is_clock(state["clock"]),
             "running": logs_are_sound
-            and _are_epoch_means(state.get("running"), state["position"], state["logs"]),
+            and _are_epoch_means(state.get("running"), state["position"], state["logs"], further),
         }
     if damaged := _unsound(sound):
         raise UserError(
@@ -112,25 +116,31 @@ def are_logs(logs):
 def are_training_logs(logs):
     """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
     series = {key: value for key, value in logs.items() if isinstance(value, list)}
-    before = logs.get("before_training", {"locLoss_val": [0], "locAcc_val": [0]})
+    before = logs.get("before_training", {})
+    if not isinstance(before, dict):
+        return False
     settings = {k: v for k, v in logs.items() if k not in {*series, "before_training"}}
+    levels = LEVELS[: 1 + any(key.endswith(OF_SEGMENTS) for key in (*series, *before))]
+    names = {f"{key}{level}" for key in ROW_SERIES for level in levels}
+    of_validation = {name for name in names if "_val" in name}
     return (
-        isinstance(before, dict)
-        and before.keys() == {"locLoss_val", "locAcc_val"}
+        ("before_training" not in logs or before.keys() >= of_validation)
+        and all(_can_be_logged(key, value) for key, value in before.items())
         and all(map(_is_plain, settings.values()))
-        and not settings.keys() & {*ROW_SERIES, *NUMBER_SERIES}
-        and (not series.get("epoch") or series.keys() >= set(ROW_SERIES))
+        and not settings.keys() & {*names, *NUMBER_SERIES}
+        and (not series.get("epoch") or series.keys() >= names)
         and all(isinstance(epoch, int) for epoch in series.get("epoch", []))
         and all(_can_be_logged(key, value) for key, values in series.items() for value in values)
-        and all(map(_is_row, _rows(logs)))
-        and len(set(map(len, _rows(logs)))) <= 1
+        and all(_is_row(row) for level in levels for row in _rows(logs, level))
+        and all(len(set(map(len, _rows(logs, level)))) <= 1 for level in levels)
     )
 
 
-def _rows(logs):
-    """The losses and accuracies by prediction step in the logs of a training run."""
+def _rows(logs, level):
+    """The losses and accuracies by prediction step of a level, in the logs of a training run."""
     before = logs.get("before_training", {})
-    return [row for key in ROW_SERIES for row in logs.get(key, [])] + list(before.values())
+    first = [before[f"{key}{level}"] for key in ROW_SERIES if f"{key}{level}" in before]
+    return first + [row for key in ROW_SERIES for row in logs.get(f"{key}{level}", [])]
 
 
 def _is_row(value):
@@ -144,8 +154,11 @@ def _can_be_logged(key, value):
     return is_number or (_is_row(value) and key not in NUMBER_SERIES)
 
 
-def _are_epoch_means(running, position, logs):
-    """Whether these can be the RunningMeans (utils/run/logs.py) of an epoch at `position`."""
+def _are_epoch_means(running, position, logs, n_further):
+    """Whether these can be the RunningMeans (utils/run/logs.py) of an epoch at `position`.
+
+    n_further: number of losses beside those of the levels
+    """
     if not isinstance(running, dict) or not running.keys() >= {"sums", "norms"}:
         return False
     counts = [running.get("windows"), running.get("batches")]
@@ -154,11 +167,12 @@ def _are_epoch_means(running, position, logs):
     (windows, batches), sums, norms = counts, running["sums"], running["norms"]
     if position[1:] == [0, 0]:  # between epochs there are none
         return not batches and _is_number(sums) and _is_number(norms)
+    of_levels = [rows[0] for level in LEVELS if (rows := _rows(logs, level))]
     return (
         windows >= batches > 0
         and torch.is_tensor(sums)
         and torch.is_tensor(norms)
-        and {tuple(sums.shape)} == {(2, len(row)) for row in _rows(logs)}
+        and tuple(sums.shape) == (2, sum(map(len, of_levels)) + n_further)
         and norms.ndim == 0
         and sums.is_floating_point()
         and norms.is_floating_point()

@@ -64,6 +64,12 @@ class CommandLine(argparse.ArgumentParser):
         return [match for match in found if match[0].help != argparse.SUPPRESS]
 
 
+def refuse_any(flags, reason):
+    """Raise UserError, naming the first, if there are flags in this set."""
+    for name in sorted(flags):
+        raise UserError(f"--{name} {reason}")
+
+
 # Types of flags: finite numbers within bounds.
 
 

@@ -12,12 +12,13 @@ import time
 import torch
 from tqdm import tqdm
 
-from utils.misc import counted, mean, percent
+from utils.misc import BOUNDARY_RATE, OF_SEGMENTS, counted, mean, percent
 
 # Processes share no bar, and the lock that tqdm would make for that outlives `os._exit`.
 tqdm.set_lock(threading.RLock())
 
 SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
+LEVELS = {"": "", OF_SEGMENTS: "segments "}  # endings of names in the logs -> titles
 STEPS_WATCHED, STARVED = 10, 0.6  # the first steps of a call; of their time, what is too little
 
 # ----------------------------------------------------------------------------- where output goes
@@ -158,26 +159,29 @@ class Console(Listener):
     def __init__(self, networks):
         self.step_name, self.has_accuracy = networks.step_name, networks.has_accuracy
 
-    def means(self, losses, accuracies):
-        """The means of a row of losses and one of accuracies, as text."""
-        accuracy = f" acc {percent(mean(accuracies))}" if self.has_accuracy else ""
-        return f"loss {mean(losses):.4f}{accuracy}"
+    def means(self, values, part):
+        """The means of the losses and accuracies of each level, as text; part: "train" or "val"."""
+        return ", ".join(
+            f"{title}loss {mean(values[f'locLoss_{part}{level}']):.4f}"
+            + f" acc {percent(mean(values[f'locAcc_{part}{level}']))}" * self.has_accuracy
+            for level, title in LEVELS.items()
+            if f"locLoss_{part}{level}" in values
+        )
 
     def on_step(self, epoch, batch, n_batches, values, clock):
-        means = self.means(values["locLoss_train"], values["locAcc_train"])
+        means = self.means(values, "train")
         tqdm.write(f"epoch {epoch}  batch {batch} of {n_batches}  {means}  {clock}")
         sys.stdout.flush()
 
     def before_training(self, values):
         """Print the validation of the networks as they start."""
-        print(f"before training  validation {self.means(*values.values())}")
+        print(f"before training  validation {self.means(values, 'val')}")
 
     def on_epoch(self, epoch, values, clock):
         """Print the means of an epoch and, where there are several, each validation accuracy."""
         if "locLoss_val" not in values:  # a hook's own
             return
-        training = self.means(values["locLoss_train"], values["locAcc_train"])
-        validation = self.means(values["locLoss_val"], values["locAcc_val"])
+        training, validation = (self.means(values, part) for part in ("train", "val"))
         print(
             f"epoch {epoch}  training {training}  validation {validation}  "
             f"learning rate {values['learningRate']:.3g}  {clock}",
@@ -186,25 +190,35 @@ class Console(Listener):
         if self.step_name:
             accuracies = " ".join(f"{100 * accuracy:.0f}" for accuracy in values["locAcc_val"])
             print(f"    validation accuracy by {self.step_name} (%): {accuracies}", flush=True)
+        rates = [values.get(f"{BOUNDARY_RATE}_{part}") for part in ("train", "val")]
+        if None not in rates:
+            print("    boundaries per second: {:.1f} drawn, {:.1f} in validation".format(*rates))
 
     def summary(self, logs, best_row, clock, files):
         """Print the losses and accuracies of the run and where to look.
 
         best_row: place of the best epoch in the lists of `logs`; files: name -> path.
         """
-        epochs, losses, accuracies = (logs[key] for key in ("epoch", "locLoss_val", "locAcc_val"))
+        for level, title in LEVELS.items():
+            if f"locLoss_val{level}" in logs:
+                self.validation_table(logs, best_row, level, title or "validation")
+        print(f"{'speed, last epoch':<20}{clock}")
+        for name, path in files.items():
+            print(f"{name:<20}{path}")
+
+    def validation_table(self, logs, best_row, level, title):
+        """Print losses and accuracies of a level; level: the ending of their names."""
+        keys = f"locLoss_val{level}", f"locAcc_val{level}"
+        epochs, losses, accuracies = (logs[key] for key in ("epoch", *keys))
         rows = [
             (f"{name} ({epochs[row]})", mean(losses[row]), mean(accuracies[row]))
             for name, row in (("first epoch", 0), ("best epoch", best_row), ("last epoch", -1))
         ]
-        if "before_training" in logs:
-            rows.insert(0, ("before training", *map(mean, logs["before_training"].values())))
-        print(f"\n{'validation':<20}{'loss':>10}" + f"{'accuracy':>12}" * self.has_accuracy)
+        if before := logs.get("before_training"):
+            rows.insert(0, ("before training", *(mean(before[key]) for key in keys)))
+        print(f"\n{title:<20}{'loss':>10}" + f"{'accuracy':>12}" * self.has_accuracy)
         for name, loss, accuracy in rows:
             print(f"{name:<20}{loss:>10.4f}" + f"{percent(accuracy):>12}" * self.has_accuracy)
-        print(f"{'speed, last epoch':<20}{clock}")
-        for name, path in files.items():
-            print(f"{name:<20}{path}")
 
 
 def note_if_starved(forward_backward, state):

@@ -12,9 +12,10 @@ WARM_UP = 3  # steps before recording, in which libraries choose their kernels
 def can_be_recorded(args, device, world):
     """Whether --compile may record the passes: alone on a GPU, where every step is like the others.
 
-    Not where hidden state is kept, or where a loss (CTC) waits for the device.
+    Not where hidden state is kept, where a loss (CTC) waits for the device, or where the number of
+    segments changes from step to step.
     """
-    alike = args.samplingType != "sequential" and not args.supervised
+    alike = not (args.samplingType == "sequential" or args.supervised or args.multiLevel)
     return args.compile and device.type == "cuda" and world.size == 1 and alike
 
 

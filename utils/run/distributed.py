@@ -218,6 +218,22 @@ def _reserve(n_bytes):
 ALONE = World()
 
 
+# In a training step, between tensors on the ranks' devices. All ranks must call them.
+def mean_over_ranks(tensor):
+    """The mean of the ranks' tensors, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def from_rank_zero(tensor):
+    """The tensor of rank 0, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 @contextlib.contextmanager
 def joined_world(stop, device):
     """The World of this process, for the length of a block.

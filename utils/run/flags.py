@@ -19,7 +19,8 @@ from utils.run.command import (
     each_at_least,
     extension,
 )
-from utils.run.shared_flags import add_probe_flags
+from utils.run.level_flags import HEADING, add_refused, declare_levels
+from utils.run.shared_flags import LEVEL, add_probe_flags
 
 # What happens to a flag when a run is resumed. Each flag is in exactly one of these sets:
 ARCHITECTURE = set()  # what the networks are: always the checkpoint's value
@@ -159,6 +160,8 @@ add("--load", nargs="+", on_resume=THIS_CALL, metavar="FILE", help="start from t
     "newest checkpoint")
 add("--loadCriterion", action="store_true", on_resume=THIS_CALL,
     help="load the criterion's weights, too (needs --load with one checkpoint)")
+add("--loadOnlyFrameModel", action="store_true", on_resume=THIS_CALL,
+    help="load only the frame level; with --multiLevel, a new level of segments comes on top")
 add("--gru_level", type=int, default=-1, on_resume=THIS_CALL, metavar="N",
     help="keep only the first N layers of the loaded AR network; needs --load (default: all)")
 add("--nullspace", action="store_true", on_resume=THIS_CALL,
@@ -238,8 +241,8 @@ add("--negativeSamplingExt", type=at_least(1), default=128, metavar="N",
 add("--limitNegsInBatch", type=at_least(0), default=0, also=CONTRASTIVE_ONLY, metavar="ROWS",
     help="draw negatives only within groups of ROWS windows of the batch; harder, and the model "
     "learns less about speakers and more about phones (0: from the whole batch)")
-add("--rnnMode", default="transformer",
-    choices=("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12", "none"),
+HEADS = ("transformer", "RNN", "LSTM", "linear", "ffd", "conv4", "conv8", "conv12", "none")
+add("--rnnMode", default="transformer", choices=HEADS,
     help="prediction heads, one per prediction; linear is by far the fastest; with none, the "
     "context itself is the only prediction")
 add("--multihead_rnn", action="store_true", also=CONTRASTIVE_ONLY, help="one transformer head with "
@@ -277,6 +280,11 @@ add("--CPCCTCLossTemp", type=above(0), default=1.0, metavar="T",
     help="temperature of the alignment; above 1 it is softer")
 add("--CPCCTCNormalizeEncs", action="store_true", help="normalise the encoded frames")
 add("--CPCCTCNormalizePreds", action="store_true", help="normalise the predictions")
+
+# ------------------------------------------------------------------------------------ two levels
+
+declare_levels(declare, ARCHITECTURE, INHERITED, MODEL, CPCCTC_ONLY, HEADS)
+TWO_LEVELS = {name for name, _ in DECLARED[HEADING]}  # no effect without --multiLevel
 
 # ------------------------------------------------------------------------------------ supervised
 
@@ -322,6 +330,7 @@ add("--unit_quality_each_epochs", type=at_least(1), metavar="N",
     help="cluster contexts of the validation set at epochs N, 2N, ... and log what these units say "
     "of phones and speakers (eval/unit_quality.py)")
 add("--nClusters", type=at_least(2), default=50, metavar="K", help="units in that")
+add("--level", **LEVEL)
 
 # --------------------------------------------------------------------------------------- capture
 
@@ -338,6 +347,12 @@ add("--captureEachEpochs", type=at_least(1), default=10, metavar="N",
 add("--captureEverything", action="store_true", help="all of the following that apply")
 add("--captureConvRepr", captures="conv_repr", action="store_true", help="encoded frames (B, S, E)")
 add("--captureCtxRepr", captures="ctx_repr", action="store_true", help="contexts (B, S, C)")
+add("--captureSegBoundaries", captures="seg_boundaries", action="store_true",
+    help="first frames of segments (B, S) (needs --multiLevel)")
+add("--captureSegConv", captures="seg_conv", action="store_true",
+    help="encoded segments, repeated over their frames (B, S, E) (needs --multiLevel)")
+add("--captureSegCtx", captures="seg_ctx", action="store_true",
+    help="contexts of segments, the same (B, S, C) (needs --multiLevel)")
 add("--captureSpeakerAlign", captures="speaker_align", action="store_true", help="speaker ids (B,)")
 add("--capturePhoneAlign", captures="phone_align", action="store_true",
     help="phone labels (B, S) (needs --path_phone_data)")
@@ -349,7 +364,7 @@ add("--captureCPCCTClogScores", captures="cpcctc_log_scores", action="store_true
 add("--captureSetStats", metavar="SPEC", help="statistics over the captured set: "
     "reprDiff:METRIC,REPR,STEP,DIRECTORY, boundaries:METRIC,REPR,[lenient],DIRECTORY, "
     "alignOccupancy:DIRECTORY or phoneSim:REPR,DIRECTORY, or several joined by `_`. REPR is "
-    "conv_repr or ctx_repr, METRIC such as cosine; pictures go to DIRECTORY")
+    "conv_repr, ctx_repr, seg_conv or seg_ctx, METRIC such as cosine; pictures go to DIRECTORY")
 
 # --------------------------------------------------------------------------------------- machine
 
@@ -402,6 +417,7 @@ def build_parser():
         "flags; --no-FLAG turns off a switch that was on.",
         epilog=COMMANDS,
     )
+    add_refused(parser.add_argument)
     for heading, flags in DECLARED.items():
         group = parser.add_argument_group(heading)
         for name, options in flags:
@@ -431,6 +447,11 @@ def parse_arguments(argv):
     if "file_extension" not in explicit:
         args.file_extension = AUDIO_EXTENSION  # until the corpus is opened
     return args, explicit
+
+
+def flags_of_levels(args):
+    """The flags that describe the levels of a model, a dict."""
+    return {name: getattr(args, name) for name in sorted(TWO_LEVELS & MODEL)}
 
 
 def absolute(path, flag):
@@ -464,25 +485,3 @@ def stored_arguments(stored, source):
         return build_parser().parse_args(argv)
     except UserError as error:
         raise UserError(f"{source}: its stored arguments can't be used: {error}") from error
-
-
-# ------------------------------------------------------------------------------ what they ask for
-
-
-def capturable_names(args):
-    """Names of all that can be captured in such a run."""
-    available = ["conv_repr", "ctx_repr", "speaker_align"]
-    if args.path_phone_data:
-        available.append("phone_align")
-    if args.cpc_mode != "none" and not args.supervised:
-        available.append("pred")
-        if args.CPCCTC:
-            available += ["cpcctc_align", "cpcctc_log_scores"]
-    return available
-
-
-def captured_names(args):
-    """Names of what the flags say is to be captured, in a fixed order."""
-    if args.captureEverything:
-        return capturable_names(args)
-    return [name for flag, name in CAPTURED_BY.items() if getattr(args, flag)]

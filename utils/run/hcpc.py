@@ -6,35 +6,16 @@ more flags, an optimiser with four groups of parameters, and a level's number in
 
 from utils.misc import UserError
 from utils.run.flags import LISTS, build_parser
+from utils.run.level_flags import LEARNED
 
 # Flags of hCPC that this program doesn't have -> the value that makes no difference. Those of a
 # single call (restartEpochCount) and without any effect (NoARonRegHead) aren't among them.
 NEUTRAL = {
-    "multiLevel": False,
-    "segmentLevel": False,
-    "noSegmentation": False,
-    "freezeFrameModel": False,
-    "loadOnlyFrameModel": False,
-    "segmentationMode": "cosineDissimilarity",
-    "segmentOnContext": False,
     "segmentCompression": "average",
-    "nPredictsSegment": 1,
-    "CPCCTCNumMatchedSegment": 1,
-    "negativeSamplingExtSegment": 1,
-    "rnnModeSegment": "transformer",
-    "hiddenEncoderSegment": 256,
-    "hiddenGarSegment": 256,
-    "adjacentNegatives": False,
-    "headWeights": [1.0, 1.0],
-    "nLayersBoundaryPredictor": 1,
-    "rlSetup": "reinforceWBaseline",
     "targetQuantizer": "none",
     "encodingsQuantizer": "none",
     "contextQuantizer": "none",
-    "targetQuantizerSegment": "none",
     "numGroupsCodebook": 1,
-    "numCodesCodebook": 512,
-    "codebookLearningRate": 2e-3,
     "sincNet": False,
     "useKreukLoss": False,
     "predictClusterIds": False,
@@ -58,11 +39,16 @@ def take_over(state):
     """Give the state of a checkpoint, read from a file of hCPC, the form of the original's.
 
     States that have it already stay as they are. Dropped is the baseline of REINFORCE, which every
-    criterion of hCPC has and only its learned boundaries use.
+    criterion of hCPC has, where no boundaries are learned from it.
     """
     state["args"] = unwrapped(state["args"])
-    weights = state["cpcCriterion"].items()
-    state["cpcCriterion"] = {k: v for k, v in weights if k.split(".")[-1] != "baseline"}
+    learns = state["args"].get("segmentationMode") == LEARNED and state["args"].get("multiLevel")
+    used = {"segmentLevelCriterion.baseline"} if learns else set()
+    state["cpcCriterion"] = {
+        name: weight
+        for name, weight in state["cpcCriterion"].items()
+        if name in used or name.split(".")[-1] != "baseline"
+    }
     state["optimizer"] = in_one_group(state.get("optimizer"))
 
 
@@ -76,25 +62,34 @@ def unwrapped(stored):
 
 
 def renamed(logs):
-    """Logs, where the losses of a single level are named as the original names them."""
+    """Logs, where the losses of the levels have the names that this program gives them."""
     if not isinstance(logs, dict):  # damaged
         return logs
-    return {name.removesuffix("_head0"): values for name, values in logs.items()}
+    return {
+        name.removesuffix("_head0").replace("_head1", "_segments"): values
+        for name, values in logs.items()
+    }
 
 
 def in_one_group(optimizer):
-    """The state of an optimiser with its parameters in one group, the criterion's first.
+    """The state of an optimiser with its parameters in one group, the criterion's first, and the
+    codes of segments, if there are any, in another.
 
     hCPC's groups are the model's codebooks, the model, the criterion's codebooks, the criterion.
     Other states are returned as they are.
     """
     try:
-        _, model, _, criterion = optimizer["param_groups"]
-        order = [*criterion["params"], *model["params"]]
+        _, model, codes, criterion = optimizer["param_groups"]
+        order = [*criterion["params"], *model["params"], *codes["params"]]
         moments = [optimizer["state"].get(number) for number in order]
+        n = len(order) - len(codes["params"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return optimizer
     return {
         "state": {i: its_own for i, its_own in enumerate(moments) if its_own is not None},
-        "param_groups": [model | {"params": list(range(len(order)))}],
+        "param_groups": [
+            group | {"params": numbers}
+            for group, numbers in ((model, list(range(n))), (codes, list(range(n, len(order)))))
+            if numbers
+        ],
     }

@@ -6,7 +6,7 @@ No network is built here: a checkpoint's stored flags and the shapes of its weig
 import os
 
 from utils.misc import UserError
-from utils.run.checkpoint import newest_checkpoint, open_checkpoint, stored_models
+from utils.run.checkpoint import NULLSPACE, newest_checkpoint, open_checkpoint, stored_models
 from utils.run.flags import (
     ARCHITECTURE,
     CAPTURE_GROUP,
@@ -15,6 +15,7 @@ from utils.run.flags import (
     MODEL,
     PATHS,
     PROBE_GROUP,
+    TWO_LEVELS,
     stored_arguments,
 )
 from utils.run.hcpc import refuse_unsupported
@@ -114,14 +115,18 @@ def adopt_architecture(args):
     for path in args.load:
         if not os.path.exists(path):
             raise UserError(f"--load {path}: no such directory or file")
-    models = stored_models(args.load, gru_level=args.gru_level, nullspace=args.nullspace)
+    choice = {"gru_level": args.gru_level, "nullspace": args.nullspace}
+    models = stored_models(args.load, only_frames=args.loadOnlyFrameModel, **choice)
+    check_levels_of(models, args)
     adopted = {}
     if args.loadCriterion:
         source = open_checkpoint(args.load[0])
         flags = stored_arguments(source.state["args"], source.path)
         adopted = {name: getattr(flags, name) for name in ARCHITECTURE - MODEL}
     parts = [flags for model in models for flags in model.arguments]
-    for name in MODEL:
+    # A new level of segments may come on top of a frame level.
+    of_model = MODEL - TWO_LEVELS if args.loadOnlyFrameModel else MODEL
+    for name in of_model:
         values = [getattr(flags, name) for flags in parts]
         if all(value == values[0] for value in values):
             adopted[name] = values[0]
@@ -131,4 +136,21 @@ def adopt_architecture(args):
         if getattr(args, name) != value:
             print(f"--{name}: {value}, as in what is loaded (instead of {getattr(args, name)})")
             setattr(args, name, value)
-    return adopted.keys() | MODEL
+    return adopted.keys() | of_model
+
+
+def check_levels_of(models, args):
+    """Refuse to train on loaded models whose levels aren't those of one MultiLevelModel."""
+    parts = [flags for model in models for flags in model.arguments]
+    if any(flags.multiLevel for flags in parts) and (
+        len(parts) > 1 or NULLSPACE in models[0].state
+    ):
+        raise UserError(
+            "--load: a model of two levels can't be trained on beside another or below a null "
+            "space; --loadOnlyFrameModel takes its frame level alone"
+        )
+    if args.multiLevel and not args.loadOnlyFrameModel and not any(f.multiLevel for f in parts):
+        raise UserError(
+            "--load: what is loaded has no level of segments: --loadOnlyFrameModel puts a new one "
+            "on top, or leave out --multiLevel"
+        )

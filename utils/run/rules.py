@@ -12,6 +12,8 @@ import torch
 
 from utils.files import check_writable
 from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, counted
+from utils.run.captured import predicts_frames
+from utils.run.command import refuse_any
 from utils.run.flags import (
     AUGMENT_TYPES,
     AUGMENTATION,
@@ -22,7 +24,9 @@ from utils.run.flags import (
     EFFECT_OF,
     PROBE_GROUP,
     SUPERVISED_ONLY,
+    TWO_LEVELS,
 )
+from utils.run.level_flags import check_levels, complete_levels
 from utils.run.machine import device_from
 from utils.run.shared_flags import check_probe_flags
 
@@ -44,6 +48,7 @@ def complete(args, explicit, began_with_load=False):
         args.augment_type, args.augment_past, args.augment_future = None, False, False
     if args.additive_noise_snr is not None and not {*SNR_RANGE} & explicit:
         args.min_snr_in_db = args.max_snr_in_db = args.additive_noise_snr
+    complete_levels(args, explicit)
     turned_off = CAPTURE_SWITCHES & switched_off(args, explicit)
     wanted = captured(args) or args.captureSetStats
     if turned_off and not wanted and "pathCaptureDS" not in explicit:
@@ -80,17 +85,12 @@ def check_arguments(args, explicit, resumed=False, began_with_load=False):
     if not began_with_load:
         check_model(args, explicit)
     check_criterion(args, explicit)
+    check_levels(args, explicit, TWO_LEVELS, resumed)
     check_supervised(args, explicit)
     check_probes(args, explicit)
     check_tensorboard(args)
     check_capture(args, explicit)
     check_paths(args, resumed)
-
-
-def refuse_any(flags, reason):
-    """Raise UserError, naming the first, if there are flags in this set."""
-    for name in sorted(flags):
-        raise UserError(f"--{name} {reason}")
 
 
 def check_tensorboard(args):
@@ -129,9 +129,12 @@ def check_mode(args, explicit):
     if not args.pathCheckpoint:
         raise UserError("--pathCheckpoint DIR is needed: where a new run goes, or one to resume")
     if not args.load:
-        refuse_any({n for n in ("loadCriterion", "nullspace") if getattr(args, n)}, "needs --load")
+        of_loading = ("loadCriterion", "loadOnlyFrameModel", "nullspace")
+        refuse_any({name for name in of_loading if getattr(args, name)}, "needs --load")
         if args.gru_level > 0:
             raise UserError("--gru_level needs --load")
+    if args.loadCriterion and args.loadOnlyFrameModel:
+        raise UserError("--loadCriterion can't be used with --loadOnlyFrameModel: leave one out")
     if args.loadCriterion and len(args.load) > 1:
         raise UserError(
             "--loadCriterion: a criterion fits the one model that it was trained with, not several "
@@ -330,6 +333,9 @@ def check_augmentation(args, explicit):
 def check_probes(args, explicit):
     if not args.unit_quality_each_epochs:
         refuse_any(explicit & {"nClusters"}, "needs --unit_quality_each_epochs N")
+        if not args.supervised_classif_metric:
+            probes = "needs --supervised_classif_metric or --unit_quality_each_epochs N"
+            refuse_any(explicit & {"level"}, probes)
     if not args.supervised_classif_metric:
         refuse_any(explicit & PROBE_GROUP, "needs --supervised_classif_metric")
         return
@@ -375,8 +381,14 @@ def check_capture(args, explicit):
         raise UserError("--capturePhoneAlign needs --path_phone_data FILE")
     if not args.CPCCTC:
         refuse_any({name for name in captured(args) if "CPCCTC" in name}, "needs --CPCCTC")
-    if args.capturePred and (args.cpc_mode == "none" or args.supervised):
-        raise UserError("--capturePred: this run makes no predictions")
+    if not args.multiLevel:
+        refuse_any({name for name in captured(args) if "Seg" in name}, "needs --multiLevel")
+    if not predicts_frames(args):
+        of_predictions = {name for name in captured(args) if "CPCCTC" in name} | {"capturePred"}
+        refuse_any(
+            of_predictions & {*captured(args)},
+            "has no effect: this run makes no predictions of frames",
+        )
 
 
 # ------------------------------------------------------------------------------------------ paths

@@ -15,6 +15,15 @@ from utils.run.command import (
 # fmt: off
 
 
+LEVEL = {"choices": ("frames", "segments"), "default": "frames",
+    "help": "level of a model trained with --multiLevel whose features are used; those of segments "
+    "are repeated over their frames"}
+
+
+def add_level(add, **changes):
+    add("--level", **LEVEL | changes)
+
+
 def add_device(add):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if available")
 
@@ -76,6 +85,7 @@ def check_same_flags(place, stored, args, names, what):
 
     stored: their flags, a dict; what: names the results in the message
     """
+    stored = {"level": "frames"} | stored  # of versions without it
     for name in names:
         if stored.get(name) != getattr(args, name):
             raise UserError(

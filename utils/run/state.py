@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from utils.misc import Position, UserError, counted, mean
+from utils.misc import Position, Progress, UserError, counted, mean
 from utils.run import machine
+from utils.run.adam import load_optimizer, parameter_groups
 from utils.run.checkpoint import (
     copy_to_cpu,
-    load_optimizer,
     remove_old_checkpoints,
     save_checkpoint,
     saved_checkpoints,
@@ -65,13 +65,14 @@ class RunState(Listener):
         self.models, self.speakers = models, speakers
         self.directory = Path(args.pathCheckpoint)
         self.optimizer = torch.optim.Adam(
-            networks.parameters(),
+            parameter_groups(networks, args.codebookLearningRate),
             lr=args.learningRate,
             betas=(args.beta1, args.beta2),
             eps=args.epsilon,
             fused=True,
         )
         self.position = Position(0, 0, 0)  # where training continues
+        networks.progress = self.progress
         self.saved_position = None
         self.steps_since_save = 0
         self.save_pace = Pace(SECONDS_BETWEEN_SAVES)
@@ -84,6 +85,20 @@ class RunState(Listener):
         self.best_metric = 0.0 if networks.has_accuracy else -float("inf")
         self.unchecked_steps = []  # (position, windows, losses, gradient norm)
         self.checkpoints_to_remove = saved_checkpoints(self.directory) if args.restart else []
+
+    def progress(self):
+        """How far training has come, a `Progress`."""
+        done = sum(steps or 0 for steps in self.logs.get("iter", []))
+        steps = self.epoch_means.batches
+        return Progress(self.position.epoch, steps, done + steps)
+
+    def set_learning_rate(self):
+        """Set that of the epoch; returns it, without that of codes of segments."""
+        args = self.args
+        epoch, schedule = self.position.epoch, (args.schedulerRamp, args.schedulerStep)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, group.get("base_lr", args.learningRate), *schedule)
+        return self.optimizer.param_groups[0]["lr"]
 
     # ------------------------------------------------------------------------------- one more step
 

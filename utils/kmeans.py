@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from eval.center_push import squared_distances
 from utils.misc import UserError
 
 BLOCK = 8192  # points whose distances to all centers are in memory at once
@@ -28,6 +27,15 @@ class Clustering(NamedTuple):
     counts: torch.Tensor  # (k,) int64, points of each cluster
     inertia: float  # mean squared distance of points to their centers
     n_iterations: int
+
+
+def squared_distances(points, centers, normalize=False):
+    """points (..., D), centers (k, D) -> (..., k); `normalize` scales both to unit length first."""
+    if normalize:
+        points, centers = F.normalize(points, dim=-1), F.normalize(centers, dim=-1)
+    products = points @ centers.T
+    norms = points.square().sum(dim=-1, keepdim=True) + centers.square().sum(dim=-1)
+    return norms - 2 * products
 
 
 def assign(points, centers):

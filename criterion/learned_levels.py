@@ -1,0 +1,85 @@
+"""Two levels of which more is learned: boundaries (boundary_policy.py), codes for segments."""
+
+import torch
+
+from criterion import reinforce
+from criterion.levels import LevelNetworks
+from criterion.quantised_targets import RobustKmeans
+from utils.misc import BOUNDARY_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, generator_from
+from utils.run.level_flags import further_losses, learns_boundaries
+
+FRAMES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_FRAME
+
+
+def add_parts(criterion, args):
+    """Give the criterion of segments what it has in checkpoints of hCPC, by its names there."""
+    if learns_boundaries(args):
+        criterion.register_buffer("baseline", torch.zeros(1))
+    if args.targetQuantizerSegment != "none":
+        criterion.targetQuantizer = RobustKmeans(args.hiddenEncoderSegment, args.numCodesCodebook)
+
+
+class LearnedNetworks(LevelNetworks):
+    """After the losses of the levels come those of policy and codes, each of weight 1, and the
+    number of boundaries per second, of weight 0; their names in the logs are those of hCPC."""
+
+    def __init__(self, criterion, model, args):
+        super().__init__(criterion, model, args.headWeights)
+        self.args, self.more = args, further_losses(args)
+        self.learns_boundaries = learns_boundaries(args)
+        self.learns_codes = hasattr(criterion.segmentLevelCriterion, "targetQuantizer")
+        weights = [[float(name != BOUNDARY_RATE) for name in self.more]]
+        self.loss_weights = torch.cat([self.loss_weights, torch.tensor(weights)], dim=1)
+
+    def forward(self, batch, generator=None):
+        """A `Batch` -> losses and accuracies, (1, n) each; 0 as accuracy of what has none."""
+        progress, of_segments = self.progress(), self.criterion.segmentLevelCriterion
+        self.prepare(progress)
+        frames, segments = self.both_levels(batch)
+        losses_of_codes = []
+        if self.learns_codes:
+            vectors, lengths = segments.encoded, segments.lengths
+            targets, loss = of_segments.targetQuantizer(vectors, lengths, progress.epoch)
+            segments, losses_of_codes = segments._replace(encoded=targets), [loss]
+        capture = {"anchor_costs"} if self.learns_boundaries else frozenset()
+        outputs = self.criterion.of_both(frames, segments, batch.speaker, generator, capture)
+        losses, accuracies, *_ = zip(*outputs, strict=True)
+        more = losses_of_codes
+        if self.learns_boundaries:
+            costs = outputs[-1].captured["anchor_costs"]
+            more = [*self.losses_of_policy(segments, costs, progress.epoch, generator), *more]
+        more = torch.stack(more).view(1, -1).to(losses[0].dtype)
+        no_accuracies = torch.zeros_like(more).detach()
+        return torch.cat([*losses, more], 1), torch.cat([*accuracies, no_accuracies], 1)
+
+    def prepare(self, progress):
+        """Set what depends on how far training has come."""
+        if self.learns_boundaries:
+            self.model.segmenter.boundaryPredictor.anneal(progress.steps)
+        if self.learns_codes and self.training and progress.steps_in_epoch == 0:
+            generator = generator_from(self.args.random_seed, "codes", progress.epoch)
+            quantiser = self.criterion.segmentLevelCriterion.targetQuantizer
+            quantiser.begin_epoch(progress.epoch, generator)
+
+    def losses_of_policy(self, segments, costs, epoch, generator):
+        """The values of OF_POLICY; costs (X,): of each anchor."""
+        choice, of_segments = segments.choice, self.criterion.segmentLevelCriterion
+        if self.training:
+            reinforce.update_baseline(of_segments.baseline, costs)
+        n_anchors = (segments.lengths - of_segments.n_future).clamp(min=0)
+        log_probs = reinforce.log_probs_of_segments(choice)
+        options = (log_probs, costs, n_anchors, of_segments.baseline)
+        windows = reinforce.draw_windows(choice.actions.shape, costs.device, generator)
+        weight = reinforce.entropy_weight(epoch, self.training)
+        return [
+            reinforce.policy_gradient_loss(self.args.rlSetup, *options),
+            reinforce.entropy_loss(choice.log_probs, weight),
+            reinforce.density_loss(choice.log_probs[..., 1].exp(), windows, self.args.meanSegment),
+            FRAMES_PER_SECOND * choice.boundaries[:, 1:].float().mean(),
+        ]
+
+    def named(self, part, losses, accuracies):
+        n = len(losses) - len(self.more)
+        more = zip(self.more, losses[n:], strict=True)
+        values = {f"{name}_{part}": value for name, value in more}
+        return super().named(part, losses[:n], accuracies[:n]) | values
