@@ -1018,7 +1018,7 @@ def test_kept_hidden_state_begins_at_zero_in_each_pass_set_and_pack(
     tiny_corpus, tmp_path, monkeypatch
 ):
     starts, positions = {True: [], False: []}, []  # of training batches, and of others
-    start, train_step = CPCAR._start, train.train_step
+    start, train_step = CPCAR.start, train.train_step
 
     def recorded_start(self, *rest):
         starts[self.training].append(start(self, *rest))
@@ -1028,7 +1028,7 @@ def test_kept_hidden_state_begins_at_zero_in_each_pass_set_and_pack(
         positions.append(position)
         train_step(state, forward_backward, position, batch)
 
-    monkeypatch.setattr(CPCAR, "_start", recorded_start)
+    monkeypatch.setattr(CPCAR, "start", recorded_start)
     monkeypatch.setattr(train, "train_step", recorded_train_step)
     monkeypatch.setattr(StartWatch, "_look", lambda *_, **__: None)  # nor does anything else look
     words = ["--samplingType", "sequential", "--max_size_loaded", "60000", "--arMode", "GRU"]
