@@ -2,8 +2,8 @@
 
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format npz --strict
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format pt --extension .flac
-    python eval/build_zeroSpeech_features.py AUDIO OUT CLASSIFIER.pt --addCriterion [--oneHot]
-    python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --clusters CLUSTERS [--oneHot]
+    python eval/build_zeroSpeech_features.py AUDIO OUT CLASSIFIER.pt --addCriterion
+    python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --clusters CLUSTERS --oneHot
 
 `OUT/<name>.<format>` holds the features of `<name><extension>`, T frames of 10 ms with D values
 (`OUT/<folder>/<name>.<format>` where files in several folders have the same name):
@@ -132,9 +132,7 @@ def check_available(args):
 
 
 def build_parser():
-    parser = CommandLine(
-        prog="build_zeroSpeech_features.py", description="Features of all audio files in a folder."
-    )
+    parser = CommandLine(prog="build_zeroSpeech_features.py", description=__doc__)
     add = parser.add_argument
     add("pathDB", help="folder of the audio files; subfolders are included")
     add("pathOut", help="folder to write the features to")

@@ -2,7 +2,7 @@
 
     python eval/common_voices_eval.py train AUDIO PHONES CHECKPOINT.pt --freeze --output OUT
     python eval/common_voices_eval.py train AUDIO PHONES CHECKPOINT.pt --LSTM --output OUT
-    python eval/common_voices_eval.py per OUT [--pathVal LIST]
+    python eval/common_voices_eval.py per OUT --pathVal LIST
 
 `train` trains a CTC phone recogniser on the contexts of a model, which is frozen with --freeze and
 fine-tuned otherwise; `per` measures the phone error rate (Riviere et al., "Unsupervised pretraining
@@ -84,10 +84,8 @@ def parse_arguments(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(
-        prog="common_voices_eval.py", description="Phone recognition on whole utterances."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandLine)
+    parser = CommandLine(prog="common_voices_eval.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     training = commands.add_parser("train", help="train a phone recogniser")
     add_training_flags(training.add_argument)
     add_machine_flags(training.add_argument)

@@ -1,6 +1,6 @@
 """A trained model as a folder for the Hugging Face hub, which needs nothing of this program.
 
-    python eval/export.py RUN OUT [--best] [--onnx]
+    python eval/export.py RUN OUT --onnx
 
 OUT then holds config.json, preprocessor_config.json, model.safetensors, the modelling code
 (modeling_cpc.py, and cpc_layers.py in plain PyTorch) and a model card, README.md: read it and set

@@ -131,10 +131,7 @@ def parse_arguments(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(
-        prog="segmentation.py",
-        description="How well changes of a model's features agree with boundaries of phones.",
-    )
+    parser = CommandLine(prog="segmentation.py", description=__doc__)
     add = parser.add_argument
     add("pathDB", help="root of the audio")
     add("pathList", help="list of the utterances that are measured")
@@ -142,7 +139,6 @@ def build_parser():
     add("--pathPhone", required=True, metavar="FILE", help="phone labels")
     add("--out", required=True, metavar="DIR", help="directory for the results")
     add_extension(add)
-    add_device(add)
     add = parser.add_argument_group("boundaries").add_argument
     add("--get_encoded", action="store_true", help="changes of encoded frames instead of contexts")
     add("--level", choices=LEVEL["choices"], default="frames",
@@ -162,6 +158,7 @@ def build_parser():
         help="symbols or numbers of phones that are silence, where no boundary counts "
         "(default: none)")
     add("--pathWords", metavar="FILE", help="word labels, to measure words as well")
+    add_device(add)
     return parser
 
 

@@ -1,6 +1,6 @@
 """How much discrete units tell about phones and speakers, and their bitrates.
 
-    python eval/unit_quality.py UNITS LABELS [--out OUT]
+    python eval/unit_quality.py units/quantized_outputs.txt LABELS --out OUT
 
 UNITS comes from `eval/quantize.py`, without --dedup; LABELS has a phone per frame of 10 ms, one
 line `name id id ...` per file, and phones.txt beside it may name the phones. All measures grow or

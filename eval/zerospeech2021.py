@@ -1,6 +1,6 @@
 """A submission to the phonetic task of the ZeroSpeech challenge 2021: features, or units.
 
-    python eval/zerospeech2021.py DATASET OUT CHECKPOINT.pt [--getEncoded]
+    python eval/zerospeech2021.py DATASET OUT CHECKPOINT.pt --getEncoded
     python eval/zerospeech2021.py DATASET OUT CHECKPOINT.pt --clusters CLUSTERS --oneHot
     python eval/zerospeech2021.py DATASET OUT units/quantized_outputs.txt
 

@@ -1,6 +1,6 @@
 """The demo corpus in the layout of another corpus, on which a recipe can be tried in minutes.
 
-    python recipes/small_corpus.py {librispeech,timit,unwritten} OUT
+    python recipes/small_corpus.py timit OUT
 
 Writes below OUT, with synthetic speech and exact alignments (utils/corpus/make_demo.py):
 

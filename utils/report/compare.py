@@ -1,6 +1,6 @@
 """Several training runs side by side: curves, results, corpora, speed, and flags that differ.
 
-    python utils/report/compare.py RUN RUN ... [--out comparison.html]
+    python utils/report/compare.py runs/cpc runs/acpc --out comparison.html
 
 Prints a table of the results and writes a page that needs no network. Runs may differ in length,
 criterion and corpus, may still be training, and may be runs of the original program, which recorded
@@ -93,7 +93,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = CommandLine(prog="compare.py", description=__doc__.partition("\n")[0])
+    parser = CommandLine(prog="compare.py", description=__doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run's --pathCheckpoint; two or more")
     add("--out", default="comparison.html", metavar="FILE", help="the page to write")
