@@ -165,7 +165,7 @@ def show(result):
 
     def cell(name, key):
         value, by_chance = measures[name][key], level[name][key]
-        return "-" if value is None else f"{value:.3f} ({by_chance:.3f})"
+        return "-" if None in (value, by_chance) else f"{value:.3f} ({by_chance:.3f})"
 
     print(f"{'(chance)':<21}" + "".join(f"{name.replace('_', ' '):>26}" for name in SHOWN))
     for key, title in TITLES.items():

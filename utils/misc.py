@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+# `torch.compiler.disable`, but without importing the compiler: that takes as long as PyTorch.
+from torch._compile import _disable_dynamo as not_compiled  # noqa: F401
+
 SAMPLE_RATE = 16_000  # Hz; the only sample rate that encoders accept
 SAMPLES_PER_FRAME = 160  # one frame (encoder output or phone label) is 10 ms
 BOUNDARY_RATE = "boundariesPerSecond"  # begins the names, in the logs, of that of a policy
