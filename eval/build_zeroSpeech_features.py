@@ -53,7 +53,7 @@ from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import (
     add_device,
     add_extension,
@@ -72,8 +72,7 @@ DECISIVE = (  # flags that the features depend on
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     outputs = name_outputs(args)
     write_features(features_of_model(args, outputs), outputs, WRITERS[args.format], args)
 

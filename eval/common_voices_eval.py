@@ -38,7 +38,7 @@ from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from, percent
 from utils.run.checkpoint import load_weights, open_checkpoint
 from utils.run.command import CommandLine, at_least, command, extension
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import add_adam, add_device, add_extension, add_reading
 
 BEAM = 20  # phone sequences kept in decoding
@@ -50,8 +50,7 @@ PARALLEL = "module."  # prefix of keys: the original saves the state of DataPara
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     if args.command == "train":
         train(args)
     else:

@@ -7,7 +7,7 @@ their features.
 import torch
 import torch.nn.functional as F
 
-from utils.misc import UserError
+from utils.misc import UserError, in_turns
 
 MAX_BANK, MAX_QUERIES = 200_000, 10_000  # frames of the training and of the validation set
 TABLE_FLOATS = {"cpu": 2**26, "cuda": 2**28}  # similarities, or pairs of neighbours, held at once
@@ -37,18 +37,11 @@ def choose_bank(classes, speakers, total, generator):
     classes, speakers: (N,) int64; total: the most frames to choose.
     """
     order = torch.randperm(len(classes), generator=generator)
-    for groups in (classes * (speakers.max() + 1) + speakers, classes):  # the groups take turns
-        order = order[turns(groups[order]).argsort(stable=True)]
+    for groups in (classes * (speakers.max() + 1) + speakers, classes):
+        order = order[in_turns(groups[order])]
     mask = torch.zeros(len(classes), dtype=torch.bool)
     mask[order[:total]] = True
     return mask
-
-
-def turns(groups):
-    """How many of the same group come before each, (N,)."""
-    order, sizes = groups.argsort(stable=True), groups.unique(return_counts=True)[1]
-    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(groups)) - starts)
 
 
 def frames_of(source):

@@ -38,7 +38,7 @@ from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.run.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
 from utils.run.command import CommandLine, at_least, command
 from utils.run.flags import stored_arguments
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import (
     add_adam,
     add_device,
@@ -63,9 +63,7 @@ def main(argv=None):
     clusters = open_clusters(args)
     directory = Path(args.pathCheckpoint)
     check_directory(directory, args)
-    keep_freed_memory()
-    device = torch.device(args.device)
-    set_threads(device)
+    device = prepare_device(args.device)
     torch.manual_seed(args.random_seed)
     model, architectures = build_model(args, open_checkpoints(args))
     if clusters:

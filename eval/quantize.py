@@ -50,7 +50,7 @@ from utils.kmeans import assign
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import add_device, add_extension, check_same_flags
 
 DECISIVE = ("clusters", "centers_crc", "pathDB", "file_extension", "dedup", *sorted(FEATURES))
@@ -60,8 +60,7 @@ FORMATS = ("km", "onehot-npy")
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     clusters, module = open_clusters(args)
     args.clusters = os.path.abspath(clusters.path)
     paths = wanted_files(args)

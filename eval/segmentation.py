@@ -62,7 +62,7 @@ from utils.report.plots import save_figure
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, above, at_least, command, refuse_any
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import prepare_device
 from utils.run.shared_flags import LEVEL, add_device, add_extension
 
 UNTUNED = 0.05  # the prominence in hCPC
@@ -78,9 +78,7 @@ HEADINGS = {
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    device = device_from(args.device)
-    keep_freed_memory()
-    set_threads(device)
+    device = prepare_device(args.device)
     files = {"phone": args.pathPhone, "word": args.pathWords}
     labels = {unit: read_phone_labels(path) for unit, path in files.items() if path}
     n_phones = labels["phone"].n_phones

@@ -40,15 +40,14 @@ from utils.files import check_writable, save_json, writing_to
 from utils.misc import SAMPLE_RATE, UserError, counted, generator_from, percent
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import prepare_device
 from utils.run.shared_flags import add_device
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     clusters, module = open_clusters(args)
     paths = some_files(args)
     effects = each_and_all(args.augment_type or [])

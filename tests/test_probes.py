@@ -2,8 +2,6 @@
 
 import random
 import re
-import subprocess
-import sys
 from argparse import Namespace
 
 import numpy as np
@@ -25,7 +23,7 @@ from eval.probe_options import ProbeOptions
 from eval.probe_summary import accuracies
 from feature_loader import load_model, load_phone_classifier
 from model import build_model
-from tests.helpers import ROOT, assert_close, ends_refused, golden_cases
+from tests.helpers import assert_close, ends_refused, golden_cases
 from utils.data.corpus import scan_corpus
 from utils.data.labels import read_phone_labels
 from utils.files import TEMPORARY_PREFIX, load_json, load_tensors, save_tensors
@@ -853,20 +851,6 @@ def test_command_without_data(checkpoint, tiny_corpus, tmp_path, capsys, missing
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert ("phones.txt" if names is None else "list.txt") in error
-
-
-def test_command_runs_from_anywhere(tmp_path):
-    script = ROOT / "eval" / "linear_separability.py"
-    done = subprocess.run(
-        [sys.executable, script, "audio", "a", "b", "c", "--CTC"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --CTC needs --pathPhone")
-    assert done.stderr.count("\n") == 1
 
 
 def save_model(directory, *words, model=None, criterion=None, **flags):

@@ -277,6 +277,8 @@ def test_help_of_a_command_begins_with_one_line_of_usage_and_ends_with_examples(
     assert f"python {path} " in examples
     if "COMMAND" not in usage:
         assert set(re.findall(r" (--\w+)", examples)) <= set(re.findall(r" (--\w+)", text))
+    place = re.search(r"^sys\.path\.insert\(0, (.+)\)$", Path(module.__file__).read_text(), re.M)
+    assert eval(place[1], vars(module) | {"os": os, "Path": Path}) == str(ROOT), "starts anywhere"
 
 
 def checked(*words):

@@ -69,6 +69,14 @@ def generator_from(*parts, device="cpu"):
     return torch.Generator(device=device).manual_seed(seed_from(*parts))
 
 
+def in_turns(groups):
+    """The order (N,) in which groups take turns: first the first of each group in `groups` (N,)."""
+    by_group, sizes = groups.argsort(stable=True), groups.unique(return_counts=True)[1]
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    turn = torch.empty_like(by_group).scatter_(0, by_group, torch.arange(len(groups)) - starts)
+    return turn.argsort(stable=True)
+
+
 def recurrent(network, frames, *state):
     """Call a recurrent network in float32, also under autocast.
 
