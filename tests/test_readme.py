@@ -1,4 +1,4 @@
-"""The commands in the READMEs, run in their order, in small: those of recipes/ in test_recipes.py."""
+"""The commands in the READMEs, run in their order, in small; test_recipes.py has those of recipes."""
 
 import importlib
 import re
