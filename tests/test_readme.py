@@ -1,4 +1,4 @@
-"""The commands in the READMEs, run in their order, in small; test_recipes.py has those of recipes."""
+"""The commands in the READMEs, run in their order, in small; see test_recipes.py for recipes."""
 
 import importlib
 import re
