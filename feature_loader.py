@@ -65,20 +65,20 @@ def load_model(
     sampling=None,
     load_weights=True,
 ):
-    """The model of a checkpoint, or those of several, their features side by side.
+    """The model of a checkpoint, or the models of several, their features concatenated.
 
-    checkpoints: paths of files, or of a run's directory for the newest in it; or `Checkpoint`s
+    checkpoints: paths of files or of run directories (the newest in each); or `Checkpoint`s
     load_best: the weights of the run's best epoch instead of its last
     gru_level: if above 0, keep only that many layers of the recurrent context network
-    nullspace: insist on a null-space model, one whose features are projected
-    only_frames: of models with two levels only the lower one
-    level: "segments" for the features of the upper one, repeated over their frames
-    sampling: a `--samplingType` instead of that of the run: `sequential` keeps hidden states
-    load_weights: False: the same architecture with fresh weights
+    nullspace: require a null-space model, whose features are projected
+    only_frames: load only the lower level of models with two
+    level: "segments" for the features of the upper level, repeated over their frames
+    sampling: replaces the `--samplingType` of the run; `sequential` keeps hidden states
+    load_weights: if False, the same architecture with new weights
 
     Returns the model, on the CPU, and the widths of its contexts and of its encoded frames. The
     model's attribute `arguments` holds a namespace of architecture flags for each single model in
-    it: what `build_model` takes. Raises UserError, naming the file, if anything doesn't fit.
+    it, as `build_model` takes. Raises UserError, naming the file, if anything doesn't fit.
     """
     choice = {"load_best": load_best, "gru_level": gru_level, "nullspace": nullspace}
     stored = stored_models(checkpoints, only_frames=only_frames, **choice)
@@ -99,7 +99,7 @@ def _build(stored, with_weights):
     if with_weights:
         state = stored.state
         unknown = sorted(state.keys() - model.state_dict().keys())
-        if stored.of_original and unknown:  # its models have parts that were never used
+        if stored.of_original and unknown:  # the original's models have parts that it never used
             print(f"note: {stored.source}: not used: {first_few(unknown)}")
             state = {key: value for key, value in state.items() if key not in unknown}
         load_state(model, state, stored.source)
@@ -107,9 +107,9 @@ def _build(stored, with_weights):
 
 
 def _network(state, arguments):
-    """The network that has such a `state`; null spaces are part of the architecture.
+    """The network that `state` belongs to, with its null spaces.
 
-    arguments: iterator over the flags of its single models
+    arguments: iterator over the flags of the single models in it
     """
     if NULLSPACE not in state:
         return build_model(next(arguments))
@@ -119,8 +119,9 @@ def _network(state, arguments):
 
 
 def load_criterion_state(path):
-    """The weights of a checkpoint's criterion, and the flags of the program that trained it: two
-    dicts. Raises UserError if the file holds no criterion.
+    """Two dicts: the weights of a checkpoint's criterion, and the flags it was trained with.
+
+    Raises UserError if the file holds no criterion.
     """
     checkpoint = open_checkpoint(path)
     state = checkpoint.state["cpcCriterion"]
@@ -132,7 +133,7 @@ def load_criterion_state(path):
 def load_phone_classifier(path):
     """The phone classifier in a checkpoint of supervised training or of linear_separability.py.
 
-    Raises UserError if the criterion in the file is another one.
+    Raises UserError if the criterion in the file isn't one.
     """
     state, flags = load_criterion_state(path)
     weights = [value for key, value in state.items() if PHONE_WEIGHT.fullmatch(key)]
@@ -214,16 +215,16 @@ def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None
     model: a CPC model, whose contexts or, with `get_encoded`, encoded frames are the features; or a
         `FeatureModule` or `ModelPhoneCombined`
     seq_norm: normalise each feature to zero mean and unit variance over the file
-    max_size: instead of the whole file, cut it into chunks of that many samples as the original
-        program did, rounded down to whole frames; the limit of a transformer applies as well
+    max_size: cut the file into chunks of this many samples, as the original program did, rounded
+        down to whole frames; the limit of a transformer applies as well
     strict: make the last chunk as long as the others (if the file is long enough): it starts
         earlier, and only the missing frames are taken from it
 
     Without `max_size`, these are the features of `model(waveform)` on all samples of the file, see
-    `features_in_parts`. Chunks know nothing of the samples around them; a model that keeps its
-    hidden state carries it from chunk to chunk, others start each in the zero state, and `seq_norm`
-    normalises each by itself. The model is left unchanged. Raises UserError, naming the file, if it
-    can't be read, isn't at 16 kHz, or is too short for a frame.
+    `features_in_parts`. Chunks don't see the samples around them; a model that keeps its hidden
+    state carries it from chunk to chunk, others start each chunk in the zero state, and `seq_norm`
+    normalises chunks separately. The model is left unchanged. Raises UserError, naming the file, if
+    it can't be read, isn't at 16 kHz, or is too short for a frame.
     """
     module = _feature_module(model, get_encoded)
     if max_size:
@@ -233,16 +234,16 @@ def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None
 
 
 def features_in_parts(model, path, *, get_encoded=False, waveform=None):
-    """Yield the features of a whole audio file, (T, D) on the CPU, in memory for 20 s of them.
+    """Yield the features of an audio file in parts of at most 20 s, each (T, D) on the CPU.
 
-    Concatenated, they are those of one pass over all samples from the zero state, whatever
+    Concatenated, they equal those of one pass over the whole file from the zero state, whatever
     `--samplingType`: see streaming.py.
 
     Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
-    the whole file at once. A transformer starts again where it has taken all frames it was made
-    for. Segments are those of the whole file: it takes memory for all frames. waveform: (1, n),
-    taken instead of the file's. Other parameters and errors as for `build_feature`; between parts,
-    the model is in eval mode.
+    the whole file at once. A transformer starts again whenever it reaches the number of frames it
+    was made for. Segments are found in the whole file, which takes memory for all its frames.
+    waveform: (1, n), replaces the file's audio. Other parameters and errors: see `build_feature`.
+    Between parts, the model is in eval mode.
     """
     module = _feature_module(model, get_encoded)
     if _gives_segments(module.model):
@@ -256,9 +257,9 @@ def features_in_parts(model, path, *, get_encoded=False, waveform=None):
                 raise UserError(too_short(path, len(audio), shortest))
             if SAMPLES_PER_FRAME * (frames.stop - frames.start) > longest_input(module):
                 raise UserError(
-                    f"{path}: too long for this model, whose encoder takes a whole file and whose "
-                    f"transformer {longest_input(module)} samples: cut it into chunks of these, "
-                    "with --max_size_seq (--maxSizeSeq for ZeroSpeech features)"
+                    f"{path}: too long for this model: its encoder needs the whole file, its "
+                    f"transformer takes {longest_input(module)} samples; cut it into chunks of "
+                    "this size with --max_size_seq (--maxSizeSeq for ZeroSpeech features)"
                 )
             features = forward_part(module, audio, frames)
             yield features.view(-1, features.size(-1)).cpu()
@@ -269,14 +270,14 @@ def _gives_segments(model):
 
 
 class _BothFeatures(FeatureModule):
-    """Contexts and encoded frames side by side."""
+    """Contexts and encoded frames, concatenated."""
 
     def forward(self, waveform, continues=None):
         return torch.cat(self.model(waveform, continues), dim=2)
 
 
-class _Stored(nn.Module):
-    """A model whose contexts and encoded frames are known, whatever the waveform."""
+class _FixedOutputs(nn.Module):
+    """A stand-in for a model that returns known contexts and encoded frames."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -288,7 +289,7 @@ class _Stored(nn.Module):
 
 @torch.no_grad()
 def _features_of_segments(module, path, waveform):
-    """The features of a whole file by the segments of all its frames, (T, D)."""
+    """Features of the segments of a whole file, (T, D)."""
     model = module.model
     of_frames = model.frameLevelModel
     frames = features_in_parts(_BothFeatures(of_frames, get_encoded=False), path, waveform=waveform)
@@ -297,7 +298,7 @@ def _features_of_segments(module, path, waveform):
         module.eval()
         both = frames.split([of_frames.dim_context, of_frames.dim_encoded], dim=2)
         try:
-            module.model = _Stored(model.find_segments(*both).upsampled())
+            module.model = _FixedOutputs(model.find_segments(*both).upsampled())
             features = module(None)
         finally:
             module.model = model
@@ -305,7 +306,7 @@ def _features_of_segments(module, path, waveform):
 
 
 def _frames_per_part(module):
-    """The number of frames to compute at once, infinite where it takes the whole file."""
+    """The number of frames to compute at once; infinity if it must be the whole file."""
     if needs_whole_file(module):
         return math.inf
     return min(FRAMES_PER_PART, longest_input(module) // SAMPLES_PER_FRAME)
@@ -341,8 +342,7 @@ def build_feature_batch(
 ):
     """Like `build_feature`, with `batch_size` chunks at once: faster for long files.
 
-    Each chunk starts from the zero state, since the chunks of a batch can't follow on from each
-    other.
+    Each chunk starts from the zero state, since the chunks of a batch run in parallel.
     """
     features = _feature_module(model, get_encoded)
     return _features_of_file(
@@ -452,11 +452,11 @@ def _batches(chunks, batch_size):
 
 
 def shortest_input(module):
-    """The smallest number of samples that all encoders in a network accept."""
+    """The smallest number of samples that every encoder in a network accepts."""
     return max(part.shortest for part in module.modules() if hasattr(part, "shortest"))
 
 
 def longest_input(module):
-    """The largest number of samples that all transformers in a network accept, or infinity."""
+    """The largest number of samples that every transformer in a network accepts, or infinity."""
     limits = [part.size_sequence for part in module.modules() if isinstance(part, CausalAttention)]
     return SAMPLES_PER_FRAME * min(limits, default=math.inf)

@@ -1,13 +1,13 @@
-"""Entry for torch.hub.
+"""Entry point for torch.hub.
 
     model = torch.hub.load("path/to/this/directory", "CPC_audio", source="local")
     model = torch.hub.load(..., pretrained=True)                       # downloaded, once
     context, encoded = model(waveform)      # (B, 1, L) -> (B, L // 160, A), (B, L // 160, E)
 
-torch.hub runs this file inside other programs, which may have modules called `utils`, `model` or
-`transformers` themselves, and removes its directory from the import path right afterwards. So the
-modules of this program are imported as submodules of a uniquely named package, in which their own
-imports find each other at any time.
+torch.hub runs this file inside other programs, which may have their own modules called `utils`,
+`model` or `transformers`, and removes its directory from the import path right afterwards. So the
+modules of this program are imported as submodules of a uniquely named package, in which they find
+each other at any time.
 """
 
 import builtins
@@ -32,7 +32,7 @@ def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
     pretrained: the model trained on 60,000 hours of Libri-Light (Kahn et al. 2020), downloaded
         from `url` into torch.hub's directory; `progress`: show the download
     flags: without `pretrained`, architecture flags of train.py, such as `hiddenEncoder=512` or
-        `arMode="GRU"`; all others have their defaults
+        `arMode="GRU"`; the others keep their defaults
 
     Raises an exception with the reason if a flag is unknown or the download fails.
     """

@@ -66,7 +66,7 @@ class Stat:
         raise NotImplementedError
 
     def mergeStatResults(self, prev, current):
-        """The value of two sets of windows together, from their values; may modify `prev`."""
+        """The value of two sets of windows combined, from their values; may modify `prev`."""
         raise NotImplementedError
 
     def logStat(self, statValue, epochNr):

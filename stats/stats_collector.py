@@ -33,7 +33,7 @@ class StatsCollector:
 
     @property
     def directories(self):
-        """Name -> directory of its pictures, of each stat that draws some."""
+        """Name of each stat that draws pictures -> their directory."""
         return {n: stat.directory for n, stat in self.stats.items() if hasattr(stat, "directory")}
 
     def zeroStats(self):

@@ -20,7 +20,7 @@ STATS = {
     "phoneSim": PhoneSimilarityStat,
 }
 
-# The flag that a run needs to have a captured tensor that not every run has.
+# Captured tensor that not every run has -> the flag that a run needs to have it.
 _FLAG_FOR = {
     "phone_align": "--path_phone_data",
     "cpcctc_align": "--CPCCTC",
@@ -47,8 +47,8 @@ def parse_stats(specs):
 def with_absolute_directories(specs):
     """The specs with absolute directories, so that they don't depend on the working directory.
 
-    Wrong specs don't change; nor does anything if the working directory's path has a comma or a
-    colon, which specs can't hold.
+    Invalid specs are returned as they are, and so are all if the path of the working directory has
+    a comma or a colon, which specs can't contain.
     """
     absolute = "_".join(map(_with_absolute_directory, split_specs(specs)))
     return specs if re.search("[,:]", os.getcwd()) else absolute
@@ -73,7 +73,7 @@ def _names_of(stat, values):
 
 def _parse_one(spec):
     name, _, arguments = spec.partition(":")
-    misplaced = re.search(r"([^_,/]*):", arguments)  # it should have begun another spec
+    misplaced = re.search(r"([^_,/]*):", arguments)  # it should begin another spec
     if name not in STATS or misplaced:
         raise UserError(
             f"--captureSetStats: no stat {misplaced[1] if misplaced else name!r} (in {spec!r}); "

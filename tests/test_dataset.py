@@ -107,7 +107,7 @@ def small_set(corpus, **options):
     return AudioDataset(corpus, corpus.utterances, WINDOW, **options)
 
 
-def end_to_end(audio):
+def concatenated(audio):
     """What a pack of all files holds, read file by file in float."""
     paths = [os.path.join(audio.root, u.path) for u in audio.utterances]
     return np.concatenate([soundfile.read(path, dtype="float32")[0] for path in paths])
@@ -982,7 +982,7 @@ def only_waveform(audio):
 def test_waveforms_are_exact(small_corpus):
     audio = small_set(small_corpus)
     assert audio.dtype == torch.int16
-    expected = torch.from_numpy(end_to_end(audio))[: audio.n_windows * WINDOW]
+    expected = torch.from_numpy(concatenated(audio))[: audio.n_windows * WINDOW]
     assert torch.equal(only_waveform(audio), expected)
 
 
@@ -995,7 +995,7 @@ def test_kinds_of_files(tmp_path, extension, kind):
     write_audio(tmp_path, {f"s/one{extension}": wave, f"s/two{extension}": wave[::-1]}, kind=kind)
     audio = small_set(scan_corpus(tmp_path, extension))
     assert (audio.dtype == torch.int16) == (kind in ("PCM_16", "ULAW"))
-    assert torch.equal(only_waveform(audio), torch.from_numpy(end_to_end(audio)))
+    assert torch.equal(only_waveform(audio), torch.from_numpy(concatenated(audio)))
     assert abs(only_waveform(audio)[:16_000].numpy() - wave).max() < 0.05
 
 
@@ -1079,7 +1079,7 @@ def test_labels_of_other_audio_are_refused(small_corpus, tmp_path):
     labels = labels_by_factor(tmp_path, 1)
     names, rows = list(labels.labels), list(labels.labels.values())
     swapped = labels._replace(labels=dict(zip(names, rows[::-1], strict=True)))
-    with pytest.raises(UserError, match="6 of 7 files .* are they those of other audio"):
+    with pytest.raises(UserError, match="6 of 7 files .* do they belong to other audio"):
         small_set(small_corpus, phone_labels=swapped)
 
 
@@ -1406,7 +1406,7 @@ def test_batches_hold_what_they_say(small_corpus, sampling, training, packs):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_capture_windows_are_one_list_that_batches_cut(small_corpus, world_size):
     """Consecutive windows over the sorted files, whatever the batch size and the processes."""
-    expected = torch.from_numpy(end_to_end(small_set(small_corpus)) * 32768).short()
+    expected = torch.from_numpy(concatenated(small_set(small_corpus)) * 32768).short()
     n_windows = sum(LENGTHS.values()) // WINDOW
     for batch_size in (1, 4, 100):
         found = {}

@@ -11,7 +11,7 @@ in a window, M matched frames, W = S - M anchors (the frames predicted from) and
     ctx_repr           (B, S, A)     float32   output of the autoregressive network
     seg_boundaries     (B, S)        int64     1 at the first frame of each segment, else 0
     seg_conv           (B, S, D)     float32   encoded segments, each repeated over its frames
-    seg_ctx            (B, S, D)     float32   contexts of segments, the same
+    seg_ctx            (B, S, D)     float32   contexts of segments, likewise
     speaker_align      (B,)          int64     speaker
     phone_align        (B, S)        int64     phone label of each frame, -1 in files without labels
     pred               (B, W, E, P)  float32   predictions, in the order of `prediction_names`
@@ -82,7 +82,7 @@ class CaptureWriter:
                 (self.directory / name).mkdir(parents=True, exist_ok=True)
 
     def write(self, first, tensors, locations):
-        """Write one batch: windows `first`, `first + 1`, ..., as many as there are locations.
+        """Write one batch: windows `first`, `first + 1`, ..., one per location.
 
         tensors: name -> tensor with a row for each window; names that aren't captured are ignored
         locations: (file, offset in samples) of each window
@@ -128,7 +128,7 @@ def refuse_to_lose(directory, what):
 
 
 def _as_stored(tensor):
-    """A CPU tensor of the stored type, with a storage that holds nothing else."""
+    """A CPU tensor of the type to be stored, whose storage holds nothing else."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
     stored = tensor.detach().to("cpu", dtype).contiguous()
     whole = stored.untyped_storage().nbytes() == stored.nbytes
@@ -163,7 +163,7 @@ def _remove_capture(directory):
 class CapturedWindow(NamedTuple):
     """Everything captured of one window, and where it begins (None without an index).
 
-    A window may continue into the next file: the one that the next window begins in.
+    A window may continue into the next file, in which the next window begins.
     """
 
     window: int
