@@ -608,7 +608,7 @@ def test_a_checkpoint_without_what_training_needs_is_refused(part, tiny_corpus, 
     del state[part]
     torch.save(state, tmp_path / "checkpoint_0.pt")
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 2) == 2
-    assert "training can't go on from it" in capsys.readouterr().err
+    assert "training can't resume from it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--nEpoch", "2"], ["--restart"]])
@@ -916,7 +916,7 @@ def test_weights_for_speakers_are_never_given_to_others(words, tmp_path, capsys)
     (corpus / "audio" / names[0]).rename(corpus / "audio" / f"{names[-1]}x")
     assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2, "--ignore_cache") == 2
     told = capsys.readouterr().err
-    assert f"other speakers: {names[0]}, {names[-1]}x are in one" in told
+    assert f"other speakers: {names[0]}, {names[-1]}x are in only one" in told
     assert "speakers" not in trained(corpus, tmp_path / "plain", epochs=1)
 
 

@@ -47,7 +47,7 @@ def frame_symbols(intervals, duration, between=SILENCE):
 
 
 def differ_widely(found, expected):
-    """Whether each length differs by more than alignments usually do; arrays or tensors (frames)."""
+    """Whether each length differs by more than alignments usually do; arrays or tensors, frames."""
     frames, fraction = LARGE_DIFFERENCE
     return (abs(found - expected) > frames) & (abs(found - expected) > fraction * expected)
 
