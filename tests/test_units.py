@@ -381,7 +381,7 @@ def test_units_of_augmented_speech(tmp_path, tiny_corpus, model_file, clusters, 
 
 def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_path, capsys):
     words = ["--unit_quality_each_epochs", "1", "--nClusters"]
-    with ends_refused(capsys, "--nClusters 5000: the units in training are of"):
+    with ends_refused(capsys, "--nClusters 5000: units in training are clusters of"):
         train.main([*map(str, [*on(tiny_corpus), "--pathCheckpoint", tmp_path, *words]), "5000"])
     plain = trained(tiny_corpus, tmp_path / "none")
     labels = ["--path_phone_data", tiny_corpus / "phones.txt"]

@@ -85,7 +85,7 @@ def test_flags_of_the_features(tmp_path, audio, model_file, words, options):
 def test_features_normalised_by_speaker(tmp_path, audio, model_file, capsys):
     words = "--format", "pt", "--feature_norm", "speaker"
     assert build(audio, tmp_path / "out", model_file, *words) == 2
-    assert "--feature_norm speaker: a.wav is in no folder of a speaker" in capsys.readouterr().err
+    assert "--feature_norm speaker: a.wav isn't in a speaker's folder" in capsys.readouterr().err
     (audio / "s").mkdir()
     for name in ("a.wav", "b.wav"):
         (audio / name).rename(audio / "s" / name)
@@ -185,7 +185,7 @@ def test_bad_files_are_named_and_the_others_done(tmp_path, audio, model_file, ca
         (["--format", "af"], "ArrayFire"),
         (["--dimReduction", "x"], "never published"),
         (["--centroidLimits", "0", "1"], "never published"),
-        (["--train_mode"], "depend on chance"),
+        (["--train_mode"], "features would be random"),
         (["--oneHot"], "--oneHot needs --addCriterion"),
         (["--addCriterion"], "holds no criterion"),
         (["--addCriterion", "--getEncoded"], "leave out --getEncoded"),
