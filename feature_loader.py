@@ -10,7 +10,9 @@ files of configuration and weights, in which models are published.
 import contextlib
 import functools
 import math
+import os
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +44,7 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.normalisation import seq_normalization
 from utils.run.checkpoint import (
     NULLSPACE,
+    Checkpoint,
     open_checkpoint,
     split_state,
     state_under_null_space,
@@ -52,19 +55,20 @@ from utils.run.checkpoint import load_weights as load_state
 # --------------------------------------------------------------------------------------- loading
 
 PHONE_WEIGHT = re.compile(r"PhoneCriterionClassifier\.(\d+\.)?weight")
+AnyPath = str | os.PathLike
 
 
 def load_model(
-    checkpoints,
+    checkpoints: AnyPath | Checkpoint | Iterable[AnyPath | Checkpoint],
     *,
-    load_best=False,
-    gru_level=-1,
-    nullspace=False,
-    only_frames=False,
-    level="frames",
-    sampling=None,
-    load_weights=True,
-):
+    load_best: bool = False,
+    gru_level: int = -1,
+    nullspace: bool = False,
+    only_frames: bool = False,
+    level: str = "frames",
+    sampling: str | None = None,
+    load_weights: bool = True,
+) -> tuple[nn.Module, int, int]:
     """The model of a checkpoint, or the models of several, their features concatenated.
 
     checkpoints: paths of files or of run directories (the newest in each); or `Checkpoint`s
@@ -118,7 +122,7 @@ def _network(state, arguments):
     return CPCModelNullspace(model, state[NULLSPACE].T)
 
 
-def load_criterion_state(path):
+def load_criterion_state(path: AnyPath) -> tuple[dict, dict]:
     """Two dicts: the weights of a checkpoint's criterion, and the flags it was trained with.
 
     Raises UserError if the file holds no criterion.
@@ -130,7 +134,7 @@ def load_criterion_state(path):
     return state, checkpoint.state["args"]
 
 
-def load_phone_classifier(path):
+def load_phone_classifier(path: AnyPath) -> PhoneCriterion | CTCPhoneCriterion:
     """The phone classifier in a checkpoint of supervised training or of linear_separability.py.
 
     Raises UserError if the criterion in the file isn't one.
@@ -164,20 +168,22 @@ class FeatureModule(nn.Module):
     With `collapse`, all frames of the batch are concatenated.
     """
 
-    def __init__(self, model, get_encoded, collapse=False):
+    def __init__(self, model: nn.Module, get_encoded: bool, collapse: bool = False):
         super().__init__()
         self.model = model
         self.get_encoded = get_encoded
         self.collapse = collapse
 
-    def forward(self, waveform, continues=None):
+    def forward(
+        self, waveform: torch.Tensor, continues: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """waveform: (B, 1, L) -> (B, S, D), or (B * S, D) if collapsed."""
         context, encoded = self.model(waveform, continues)
         features = encoded if self.get_encoded else context
         return features.flatten(0, 1) if self.collapse else features
 
     @property
-    def dim_output(self):
+    def dim_output(self) -> int:
         return self.model.dim_encoded if self.get_encoded else self.model.dim_context
 
 
@@ -187,13 +193,15 @@ class ModelPhoneCombined(nn.Module):
     With `one_hot`, 1 for the most probable class and 0 for all others.
     """
 
-    def __init__(self, model, criterion, one_hot):
+    def __init__(self, model: nn.Module, criterion: nn.Module, one_hot: bool):
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.one_hot = one_hot
 
-    def forward(self, waveform, continues=None):
+    def forward(
+        self, waveform: torch.Tensor, continues: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """waveform: (B, 1, L) -> (B, S, n), float or, one-hot, int64."""
         logits = self.criterion.logits(*self.model(waveform, continues))
         if self.one_hot:
@@ -201,7 +209,7 @@ class ModelPhoneCombined(nn.Module):
         return logits.softmax(dim=2)
 
 
-def to_one_hot(labels, n_classes):
+def to_one_hot(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     """labels: (B, S) int64 -> (B, S, n_classes) int64, 1 at the label and 0 elsewhere."""
     return F.one_hot(labels, n_classes)
 
@@ -209,7 +217,15 @@ def to_one_hot(labels, n_classes):
 # ------------------------------------------------------------------------- features of audio files
 
 
-def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None, seq_norm=False):
+def build_feature(
+    model: nn.Module,
+    path: AnyPath,
+    *,
+    get_encoded: bool = False,
+    strict: bool = False,
+    max_size: int | None = None,
+    seq_norm: bool = False,
+) -> torch.Tensor:
     """The features of an audio file, (1, frames, D) on the CPU, one frame per 10 ms.
 
     model: a CPC model, whose contexts or, with `get_encoded`, encoded frames are the features; or a
@@ -233,7 +249,13 @@ def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None
     return seq_normalization(features) if seq_norm else features
 
 
-def features_in_parts(model, path, *, get_encoded=False, waveform=None):
+def features_in_parts(
+    model: nn.Module,
+    path: AnyPath,
+    *,
+    get_encoded: bool = False,
+    waveform: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
     """Yield the features of an audio file in parts of at most 20 s, each (T, D) on the CPU.
 
     Concatenated, they equal those of one pass over the whole file from the zero state, whatever
@@ -338,8 +360,15 @@ def _kept_hidden_states(module):
 
 
 def build_feature_batch(
-    model, path, *, get_encoded=False, strict=False, max_size=8000, seq_norm=False, batch_size=8
-):
+    model: nn.Module,
+    path: AnyPath,
+    *,
+    get_encoded: bool = False,
+    strict: bool = False,
+    max_size: int = 8000,
+    seq_norm: bool = False,
+    batch_size: int = 8,
+) -> torch.Tensor:
     """Like `build_feature`, with `batch_size` chunks at once: faster for long files.
 
     Each chunk starts from the zero state, since the chunks of a batch run in parallel.
@@ -350,7 +379,7 @@ def build_feature_batch(
     )
 
 
-def load_waveform(path):
+def load_waveform(path: AnyPath) -> torch.Tensor:
     """All samples of an audio file, (1, n) float32 in [-1, 1]; channels are averaged.
 
     Raises UserError if the file can't be read, is empty, contains NaN, or isn't at 16 kHz.
@@ -451,12 +480,12 @@ def _batches(chunks, batch_size):
     yield from ([chunk] for chunk in chunks[len(full) :])
 
 
-def shortest_input(module):
+def shortest_input(module: nn.Module) -> int:
     """The smallest number of samples that every encoder in a network accepts."""
     return max(part.shortest for part in module.modules() if hasattr(part, "shortest"))
 
 
-def longest_input(module):
+def longest_input(module: nn.Module) -> float:
     """The largest number of samples that every transformer in a network accepts, or infinity."""
     limits = [part.size_sequence for part in module.modules() if isinstance(part, CausalAttention)]
     return SAMPLES_PER_FRAME * min(limits, default=math.inf)

@@ -19,6 +19,8 @@ import zlib
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
+import torch
+
 HOME = Path(__file__).resolve().parent
 PACKAGE = f"cpc_audio_{zlib.crc32(os.fsencode(HOME)):08x}"  # unique to this copy
 PRETRAINED = "https://dl.fbaipublicfiles.com/librilight/CPC_checkpoints/60k_epoch4-d0f474de.pt"
@@ -26,7 +28,9 @@ PRETRAINED = "https://dl.fbaipublicfiles.com/librilight/CPC_checkpoints/60k_epoc
 dependencies = ["numpy", "soundfile", "torch", "tqdm"]  # torch.hub checks for these
 
 
-def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
+def CPC_audio(
+    pretrained: bool = False, url: str = PRETRAINED, progress: bool = True, **flags: object
+) -> torch.nn.Module:
     """A CPC model: waveform (B, 1, L) at 16 kHz -> context (B, S, A) and encoded (B, S, E).
 
     pretrained: the model trained on 60,000 hours of Libri-Light (Kahn et al. 2020), downloaded
@@ -56,8 +60,6 @@ def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
 
 def _download(url, progress, error_type):
     """The path of the local copy of a file, downloaded if necessary."""
-    import torch
-
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ in a window, M matched frames, W = S - M anchors (the frames predicted from) and
 import os
 import re
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ INDEX = "index.json"
 _FILE_NAME = re.compile(r"(?P<name>.+)_batch(?P<first>\d+)-(?P<last>\d+)\.pt")
 
 
-def prediction_names(n_predictions, flags):
+def prediction_names(n_predictions: int, flags: Mapping[str, object]) -> list[str]:
     """Names of the P predictions in the order of the criterion: blank, self loop, 1, 2, ...
 
     flags: a dict of the run's flags. Without them (the original's captures have no index) the
@@ -184,7 +185,7 @@ class CaptureReader:
     or a file is missing or damaged.
     """
 
-    def __init__(self, directory, names=None):
+    def __init__(self, directory: str | os.PathLike, names: Iterable[str] | None = None):
         self.directory = Path(directory)
         found = _find_capture(self.directory)
         missing = sorted(set(names or ()) - found.keys())
@@ -215,13 +216,13 @@ class CaptureReader:
                 f"missing, though {INDEX} lists them; capture again"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ranges)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return map(self._batch, self.ranges)
 
-    def window(self, window):
+    def window(self, window: int) -> CapturedWindow:
         """The `CapturedWindow` with index `window`."""
         at = bisect_right(self.ranges, (window, float("inf"))) - 1
         if at < 0 or window > self.ranges[at][1]:
@@ -233,7 +234,7 @@ class CaptureReader:
         tensors = {name: batch[row] for name, batch in self._batch(self.ranges[at]).items()}
         return CapturedWindow(window, tensors, *self.location(window))
 
-    def location(self, window):
+    def location(self, window: int) -> tuple[str | None, int | None]:
         """(file, offset in samples) where a window begins; (None, None) without an index."""
         return self._locations.get(window, (None, None))
 
