@@ -17,13 +17,7 @@ from utils.data.batches import Batch
 from utils.data.corpus import labels_by_path, sort_utterances
 from utils.data.labels import compare_lengths
 from utils.data.packs import PackDecoding, TwoBuffers
-from utils.data.windows import (
-    Layout,
-    count_batches,
-    cumulative,
-    plan_pack,
-    split_into_packs,
-)
+from utils.data.windows import Layout, count_batches, cumulative, plan_pack, split_into_packs
 from utils.misc import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,

@@ -22,12 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
-from model import (
-    ConcatenatedModel,
-    CPCModelNullspace,
-    build_model,
-    preserved_state,
-)
+from model import ConcatenatedModel, CPCModelNullspace, build_model, preserved_state
 from segments import SEGMENTS, MultiLevelModel, choose_level
 from streaming import (
     FRAMES_PER_PART,
@@ -373,10 +368,8 @@ def build_feature_batch(
 
     Each chunk starts from the zero state, since the chunks of a batch run in parallel.
     """
-    features = _feature_module(model, get_encoded)
-    return _features_of_file(
-        features, path, max_size, batch_size, strict, seq_norm, independent=True
-    )
+    module = _feature_module(model, get_encoded)
+    return _features_of_file(module, path, max_size, batch_size, strict, seq_norm, independent=True)
 
 
 def load_waveform(path: AnyPath) -> torch.Tensor:

@@ -9,12 +9,7 @@ from eval.probe import run_probe
 from eval.probe_options import ProbeOptions
 from segments import at_level
 from utils.capture import CaptureWriter, refuse_to_lose
-from utils.data.corpus import (
-    keep_percentage,
-    keep_total,
-    labels_by_path,
-    listed_utterances,
-)
+from utils.data.corpus import keep_percentage, keep_total, labels_by_path, listed_utterances
 from utils.misc import UserError, counted, generator_from
 from utils.run.captured import captured_names
 from utils.run.command import numbers_in

@@ -18,14 +18,7 @@ import soundfile
 import torch
 
 import dataset
-from dataset import (
-    SAMPLINGS,
-    AudioDataset,
-    BatchLoader,
-    Position,
-    allowed_bad_files,
-    build_sets,
-)
+from dataset import SAMPLINGS, AudioDataset, BatchLoader, Position, allowed_bad_files, build_sets
 from feature_loader import load_waveform
 from tests.helpers import REAL_SPEECH, golden_cases, needs_real_speech
 from utils.data import audio, listing, packs, workers

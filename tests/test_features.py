@@ -29,11 +29,7 @@ from feature_loader import (
     load_phone_classifier,
     to_one_hot,
 )
-from model import (
-    ConcatenatedModel,
-    CPCModelNullspace,
-    build_model,
-)
+from model import ConcatenatedModel, CPCModelNullspace, build_model
 from tests.helpers import REAL_SPEECH, ROOT, assert_close, golden_cases, needs_real_speech
 from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.normalisation import seq_normalization

@@ -16,12 +16,7 @@ from stats.empty_stat import Stat
 from stats.phone_similarity_stat import PhoneSimilarityStat, class_similarity
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
-from stats.stats_utils import (
-    STATS,
-    check_needs,
-    parse_stats,
-    with_absolute_directories,
-)
+from stats.stats_utils import STATS, check_needs, parse_stats, with_absolute_directories
 from tests.helpers import assert_close, golden_cases
 from utils.data.labels import write_symbols
 from utils.misc import UserError

@@ -52,12 +52,8 @@ class NormalisedFeatures:
     """
 
     def __init__(self, features_of, kind, speakers):
-        self.features_of, self.kind, self.speakers, self.statistics = (
-            features_of,
-            kind,
-            speakers,
-            {},
-        )
+        self.features_of, self.kind = features_of, kind
+        self.speakers, self.statistics = speakers, {}  # statistics: speaker -> GroupStatistics
 
     def __call__(self, name):
         features = self.features_of(name)

@@ -2,14 +2,7 @@
 
 from utils.misc import UserError
 from utils.normalisation import FEATURE_NORMS
-from utils.run.command import (
-    AUDIO_EXTENSION,
-    above,
-    at_least,
-    decay_rate,
-    each_at_least,
-    extension,
-)
+from utils.run.command import AUDIO_EXTENSION, above, at_least, decay_rate, each_at_least, extension
 
 # A flag on two lines reads better than on seven, hence:
 # fmt: off
