@@ -101,7 +101,7 @@ def small_set(corpus, **options):
 
 
 def concatenated(audio):
-    """What a pack of all files holds, read file by file in float."""
+    """The audio in a pack of all files, read file by file in float."""
     paths = [os.path.join(audio.root, u.path) for u in audio.utterances]
     return np.concatenate([soundfile.read(path, dtype="float32")[0] for path in paths])
 
@@ -229,7 +229,7 @@ def test_golden_windows(case, index, speech):
     assert sum(u.samples for u in corpus.utterances) == golden["tot_size"]
     assert AudioDataset(corpus, corpus.utterances, golden["win"]).n_windows == golden["n_dataset"]
     in_pack = corpus.utterances
-    if golden["labels"] == "packs":  # which files it holds is told by their lengths alone
+    if golden["labels"] == "packs":  # its files are known only by their lengths
         in_pack = [u for u in in_pack if u.samples in np.diff(golden["seqLabel0"])]
     audio = AudioDataset(
         corpus,
@@ -390,7 +390,7 @@ def test_subsets_that_count_as_speakers_are_warned_of(sign, between, capsys):
 @pytest.mark.parametrize(
     "paths",
     [
-        [path.partition("/")[2] for path in LIBRISPEECH],  # a subset by itself
+        [path.partition("/")[2] for path in LIBRISPEECH],  # a subset alone
         LIBRISPEECH[:2],  # a single one has its own warning
         [*LIBRISPEECH, "mine/hello.flac"],
         ["19/1/x/a.flac", "26/1/x/a.flac"],
@@ -597,7 +597,7 @@ def test_lists_that_name_nothing(small_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"fLaC\x00\x00\x22\x10\n", b"a-1 " + b"12 " * 100 + b"\n"])
-def test_what_is_no_list_of_names_is_said_so(content, tmp_path):
+def test_a_file_that_is_no_list_of_names_is_refused(content, tmp_path):
     (tmp_path / "list.txt").write_bytes(b"a-1\n" + content)
     with pytest.raises(UserError, match="doesn't look like a list of names") as refused:
         read_utterance_list(tmp_path / "list.txt")
@@ -1045,12 +1045,12 @@ def test_audio_and_labels_are_cut_to_the_shorter(small_corpus, tmp_path, capsys)
         small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
 
 
-def test_labels_that_differ_by_a_frame_or_two_are_no_news(small_corpus, tmp_path, capsys):
-    for n_labels, is_news in ((52, False), (53, True)):  # b-2 has 50 frames
+def test_labels_that_differ_by_a_frame_or_two_cause_no_warning(small_corpus, tmp_path, capsys):
+    for n_labels, warns in ((52, False), (53, True)):  # b-2 has 50 frames
         path = tmp_path / "labels.txt"
         path.write_text(f"b-2 {' '.join(['3'] * n_labels)}\n")
         small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
-        assert ("than their labels" in capsys.readouterr().out) == is_news
+        assert ("than their labels" in capsys.readouterr().out) == warns
 
 
 def labels_by_factor(tmp_path, factor, names=None):
@@ -1131,8 +1131,8 @@ def test_training_and_validation_set(small_corpus, tmp_path, capsys):
     assert "shorter or longer than their labels" in said
 
 
-def test_an_epoch_of_which_nothing_is_left_is_decoded_all_the_same(small_corpus):
-    """All ranks decode together: one that did it alone, for a probe, would leave them waiting."""
+def test_an_epoch_with_nothing_left_is_still_decoded(small_corpus):
+    """All ranks decode together: one that did so alone, for a probe, would wait for the others."""
     loader = BatchLoader(small_set(small_corpus), 4, "uniform", seed=0, training=True)
     assert list(loader.epoch(0, Position(0, 2**31, 0))) == []
     assert loader.dataset._only_pack is not None
@@ -1380,7 +1380,7 @@ def test_batches_hold_what_they_say(small_corpus, sampling, training, packs):
             places = [loader.locate(window) for window in batch.window]
             for row, (path, offset) in enumerate(places):
                 speaker, (samples, _) = files[path]
-                inside = samples[offset : offset + WINDOW]  # a window may go on in the next file
+                inside = samples[offset : offset + WINDOW]  # a window may continue in the next file
                 assert batch.waveform[row, 0, : len(inside)].tolist() == inside.tolist()
                 assert batch.speaker[row] == speaker
                 goes_on = before is not None and row < len(before) and sampling == "sequential"
@@ -1443,7 +1443,7 @@ def test_processes_share_an_epoch(small_corpus, sampling, world_size):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_going_on_from_any_position(small_corpus, sampling, world_size):
+def test_resuming_from_any_position(small_corpus, sampling, world_size):
     """The rest of an epoch, bit by bit, also where the position is beyond the end of a pack."""
     options = {"world": World(world_size - 1, world_size)}
     loader = loader_of(small_corpus, sampling, **options)
@@ -1459,7 +1459,7 @@ def test_going_on_from_any_position(small_corpus, sampling, world_size):
     assert list(loader.epoch(3, Position(3, 10**6, 0))) == []
 
 
-def test_going_on_decodes_no_earlier_pack(small_corpus, monkeypatch):
+def test_resuming_decodes_no_earlier_pack(small_corpus, monkeypatch):
     loader = loader_of(small_corpus, "uniform", training=False)
     decoded = watch_decoding(monkeypatch)
     packs = split_into_packs(loader.dataset.samples, loader.dataset.max_size_loaded)
@@ -1504,7 +1504,7 @@ def test_each_epoch_decodes_each_file_once_in_another_order(small_corpus, monkey
 
 
 def test_packs_are_planned_when_they_are_due(own_corpus, monkeypatch):
-    """And then forgotten; windows of earlier packs are found all the same, bad files or not."""
+    """And then forgotten; windows of earlier packs are still found, bad files or not."""
     corpus, plans = scan_corpus(own_corpus), []
     (own_corpus / "b/x/b-1.flac").write_bytes(b"fLaC")  # found out while it is decoded
 

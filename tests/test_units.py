@@ -389,7 +389,7 @@ def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_p
     new = {key for key in found["logs"] if key.startswith("units_")}
     assert {"units_perplexity", "units_pnmi", "units_pnmi_by_chance", "units_boundary_f1"} <= new
     first, second = found["logs"]["units_perplexity"]
-    assert first is None  # like a probe, never at epoch 0
+    assert first is None  # as for probes, never at epoch 0
     assert 1 < second <= 4
     assert_equal_trees(plain["gEncoder"], found["gEncoder"], "gEncoder")
     assert plain["logs"]["locLoss_val"] == found["logs"]["locLoss_val"]

@@ -148,7 +148,7 @@ def test_files_with_the_same_name_keep_their_folders(tmp_path, audio, model_file
     assert len(np.load(tmp_path / "out/more/a.npy")) == 20
 
 
-def test_a_stopped_call_goes_on(tmp_path, audio, model_file, capsys):
+def test_a_stopped_call_resumes(tmp_path, audio, model_file, capsys):
     words = (audio, tmp_path / "out", model_file, "--format", "npy")
     assert build(*words) == 0
     before = (tmp_path / "out" / "b.npy").read_bytes()
