@@ -145,7 +145,7 @@ def check_ends(lengths, frame_rate):
         return
     n_frames, ends = torch.tensor(list(lengths.values()), dtype=torch.float64).T
     factor = common_factor(n_frames.numpy(), ends.numpy())
-    suggestion = f"; a frame seems to last {1 / frame_rate / factor:.3g} s" if factor else ""
+    suggestion = f"; a frame probably lasts {1 / frame_rate / factor:.3g} s" if factor else ""
     beyond = (ends > n_frames) & differ_widely(n_frames, ends)
     name = list(lengths)[int((ends - n_frames).argmax())]
     if 2 * beyond.sum() > len(lengths):

@@ -483,7 +483,7 @@ def test_recordings_that_were_moved_are_named_again(tiny_corpus, tmp_path, capsy
         ([*CHAIN, "--augment_prob", "0"], "--augment_prob 0.0: must be from 0.01"),
         (
             [*CHAIN, "--augment_prob", "0.5", "--samplingType", "sequential"],
-            "stays clean; leave it out",
+            "stay clean; leave it out",
         ),
         ([*CHAIN, "--cpc_mode", "none"], "--augment_type has no effect with --cpc_mode none"),
         (

@@ -635,7 +635,7 @@ def test_training_needs_a_directory_and_keeps_to_its_run(tiny_corpus, tmp_path, 
     assert run("--pathCheckpoint", tmp_path, "--hiddenGar", 16, "--nEpoch", 2) == 0
     printed = capsys.readouterr().out
     assert "warning: --hiddenGar: using the checkpoint's value, 8" in printed
-    assert "a new one needs another directory" in printed
+    assert "a new run needs another directory" in printed
 
 
 def test_a_refused_command_leaves_no_directory(tiny_corpus, tmp_path):

@@ -459,7 +459,7 @@ def permute_speakers(checkpoint, criterion, speakers, listing):
     if not listing.is_file():
         raise UserError(
             f"{checkpoint.path}: has a speaker embedding of the original program, which numbered "
-            f"speakers in another order: {listing}, which it wrote beside the audio, is needed"
+            f"speakers in another order: {listing} is needed, which it wrote beside the audio"
         )
     content = load_tensors(listing)
     found = content[1] if isinstance(content, tuple) and len(content) == 2 else None
