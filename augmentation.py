@@ -32,9 +32,9 @@ def augmented(batch, move, n_rows, past, future):
     """The Batch with its first `n_rows` rows augmented: contexts in `past`, targets in `waveform`.
 
     move: puts a tensor on the batch's device
-    past, future: steps to each copy, which stays clean without any: pairs of an effect and a list
-        of tensors, numbers of rows and then the effect's parameters. If `past` is None, contexts
-        and targets are of one copy
+    past, future: the effects on each copy, which stays clean without any: pairs of an effect and a
+        list of tensors, the indices of rows followed by the effect's parameters. If `past` is
+        None, contexts and targets come from one copy
     """
 
     def copy(steps):
@@ -49,10 +49,10 @@ def augmented(batch, move, n_rows, past, future):
 
 
 class Augmentation:
-    """Draws what is done to each batch of a training set, as the augmentation flags say.
+    """Draws the augmentation of each training batch, as the augmentation flags say.
 
     speakers: (files,) speaker ids of the training set, ascending; recordings: title -> AudioDataset
-    of noise or impulse responses. Raises UserError if there are none where they should be.
+    of noise or impulse responses. Raises UserError if a directory has none.
     """
 
     def __init__(self, args, speakers, world=ALONE):
@@ -63,7 +63,7 @@ class Augmentation:
             for title, root in places.items()
             if root
         }
-        self.effects = {  # name -> what draws its parameters, and the effect
+        self.effects = {  # name -> the function that draws its parameters, and the effect
             "pitch": (self.cents, partial(effects.shift_pitch, max_cents=args.shift_max)),
             "additive": (self.noise, effects.add_noise),
             "reverb": (self.room, effects.reverberate),
@@ -73,17 +73,17 @@ class Augmentation:
         }
         if any("additive" in AUGMENT_TYPES[kind] for kind in args.augment_type):
             own = "babble of other speakers" if len({*speakers}) > 1 else "coloured"
-            print(f"noise of the augmentation: {args.pathDBNoise or own}")
+            print(f"augmentation noise: {args.pathDBNoise or own}")
 
     def prepare(self, world=ALONE):
-        """Decode all recordings, with all processes, if that isn't done."""
+        """Decode all recordings, with all processes, unless that is done."""
         for recordings in self.recordings.values():
             recordings.only_pack(world)
 
     def draw(self, position, speakers, pack):
         """A function that augments the batch at `position`, from `pack`, once it is on its device.
 
-        speakers: (B,) ids of its rows. Returns `augmented`, still to be given a batch and `move`.
+        speakers: (B,) ids of its rows. Returns `augmented` with all but `batch` and `move` set.
         """
         args = self.args
         n_rows = max(1, round(args.augment_prob * len(speakers)))  # rows are in random order
@@ -109,7 +109,7 @@ class Augmentation:
 
     def _steps(self, draws):
         types, steps = self.args.augment_type, []
-        chosen, rows = draws.whole(0, len(types) - 1), np.arange(len(draws.speakers))
+        chosen, rows = draws.integers(0, len(types) - 1), np.arange(len(draws.speakers))
         for number, kind in enumerate(types):
             own = rows[chosen.numpy() == number] if self.args.augment_combine == "choice" else rows
             for name in AUGMENT_TYPES[kind] if len(own) else ():
@@ -121,34 +121,34 @@ class Augmentation:
     # -------------------------------------------------------------------- parameters of the effects
 
     def cents(self, draws):
-        return [draws.whole(-self.args.shift_max, self.args.shift_max)]
+        return [draws.integers(-self.args.shift_max, self.args.shift_max)]
 
     def room(self, draws):
-        rooms, length = draws.whole(0, self.args.room_scale_max), self.args.sizeWindow
+        rooms, length = draws.integers(0, self.args.room_scale_max), self.args.sizeWindow
         return [torch.stack([effects.room_response(room, length) for room in rooms.tolist()])]
 
     def response(self, draws):
         pack, length = self.recordings["impulse responses"].only_pack(), self.args.sizeWindow
         ends, responses = pack.layout.boundaries, []
-        for number in draws.whole(0, len(ends) - 2).tolist():
+        for number in draws.integers(0, len(ends) - 2).tolist():
             recorded = pack.audio[ends[number] : ends[number + 1]].float()
             response = effects.from_direct_path(recorded)[:length]
             responses.append(F.pad(response, (0, length - len(response))))
         return [torch.stack(responses)]
 
     def band(self, draws):
-        width = draws.between(0, min(WIDEST_BAND * self.args.bandreject_scaler, MELS))
-        low = draws.between(0, MELS - width)
+        width = draws.uniform(0, min(WIDEST_BAND * self.args.bandreject_scaler, MELS))
+        low = draws.uniform(0, MELS - width)
         return [700 * (10 ** (mel / 2595) - 1) for mel in (low, low + width)]
 
     def gap(self, draws):
-        length = draws.whole(0, SAMPLE_RATE * self.args.t_ms // 1000)
-        return [draws.between(0, self.args.sizeWindow - length + 1).long(), length]
+        length = draws.integers(0, SAMPLE_RATE * self.args.t_ms // 1000)
+        return [draws.uniform(0, self.args.sizeWindow - length + 1).long(), length]
 
     def noise(self, draws):
-        """Noise, its ratio, and the band that it is limited to, if any."""
+        """The noise, its signal-to-noise ratio and, with --noise_band, the edges of the band."""
         args, length, noise = self.args, self.args.sizeWindow, None
-        ratio = draws.between(args.min_snr_in_db, args.max_snr_in_db)
+        ratio = draws.uniform(args.min_snr_in_db, args.max_snr_in_db)
         edges = args.noise_band.split("-") if args.noise_band else ()
         if args.pathDBNoise:
             noise = draws.recorded(self.recordings["noise"].only_pack().audio, length)
@@ -156,7 +156,7 @@ class Augmentation:
             noise = draws.babble(self.speakers, length)
         if noise is None:
             white = torch.randn(len(ratio), length, generator=draws.generator)
-            noise = effects.coloured(white, draws.between(0, STEEPEST))
+            noise = effects.coloured(white, draws.uniform(0, STEEPEST))
         return [noise, ratio, *(torch.full_like(ratio, float(edge)) for edge in edges)]
 
 
@@ -167,30 +167,30 @@ class Draws(NamedTuple):
     pack: object  # the Pack that the batch is from
     generator: torch.Generator
 
-    def whole(self, lowest, highest):
-        """(n,) whole numbers, `highest` included."""
+    def integers(self, lowest, highest):
+        """(n,) int64, `highest` included."""
         n = len(self.speakers)
         return torch.randint(lowest, highest + 1, (n,), generator=self.generator)
 
-    def between(self, lowest, highest):
-        """(n,) numbers."""
+    def uniform(self, lowest, highest):
+        """(n,) float32."""
         drawn = torch.rand(len(self.speakers), generator=self.generator)
         return lowest + (highest - lowest) * drawn
 
     def recorded(self, audio, length):
-        """(n, length) from anywhere in `audio`, which is repeated if it is too short."""
+        """(n, length), random excerpts of `audio`, which is repeated if it is too short."""
         if len(audio) < length:
             audio = audio.repeat(-(-length // len(audio)))
-        return _windows(audio, self.whole(0, len(audio) - length), length)
+        return _windows(audio, self.integers(0, len(audio) - length), length)
 
     def babble(self, speakers, length):
-        """(n, length), sums of windows of other speakers than each row's; None if one has none.
+        """(n, length), sums of windows of speakers other than the row's; None if a row has none.
 
-        speakers: those of all files; a pack is sorted by them, so others are before and after.
+        speakers: of all files; packs are sorted by them, so others come before and after.
         """
         ends, speakers = self.pack.layout.boundaries, speakers[self.pack.layout.files]
         begin, end = (ends[np.searchsorted(speakers, self.speakers, s)] for s in ("left", "right"))
-        before = np.maximum(0, begin - length + 1)  # how many windows begin and end there
+        before = np.maximum(0, begin - length + 1)  # the number of windows that fit there
         after = np.maximum(0, ends[-1] - length - end + 1)
         if not (before + after).all():
             return None
@@ -206,7 +206,7 @@ def _windows(audio, starts, length):
 
 
 def open_recordings(args, root, title, world):
-    """The AudioDataset of a directory, or of a random part of it if --max_size_loaded is less."""
+    """The AudioDataset of a directory, or of a random part if it exceeds --max_size_loaded."""
     extension, refresh = args.noise_extension or DefaultExtension(".wav"), args.ignore_cache
     corpus = world.on_rank_zero(lambda: scan_corpus(root, extension, 0, refresh))
     files = listed_utterances(corpus, args.pathSeqNoise if title == "noise" else None)

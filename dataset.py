@@ -17,13 +17,7 @@ from utils.data.batches import Batch
 from utils.data.corpus import labels_by_path, sort_utterances
 from utils.data.labels import compare_lengths
 from utils.data.packs import PackDecoding, TwoBuffers
-from utils.data.windows import (
-    Layout,
-    count_batches,
-    cumulative,
-    plan_pack,
-    split_into_packs,
-)
+from utils.data.windows import Layout, count_batches, cumulative, plan_pack, split_into_packs
 from utils.misc import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -36,7 +30,7 @@ from utils.misc import (
 from utils.run.distributed import ALONE
 
 MAX_SIZE_LOADED = 4_000_000_000  # samples in a pack: 8 GB, 69 hours
-FULL_BATCHES = 16  # of a speaker that several packs of shuffled files keep together, about
+FULL_BATCHES = 16  # about as many batches of a speaker stay together when files are shuffled
 SAMPLINGS = ("samespeaker", "uniform", "samesequence", "sequential")
 
 
@@ -70,12 +64,12 @@ class AudioDataset:
         """Prepare `utterances` of `corpus` to be cut into windows of `size_window` samples.
 
         phone_labels: PhoneLabels; utterances are cut to whole labelled frames. Those without labels
-            are left out if `labelled_only`, have the label -1 everywhere if `keep_unlabelled`,
-            otherwise a ValueError
+            are left out if `labelled_only`, get the label -1 everywhere if `keep_unlabelled`, and
+            raise a ValueError otherwise
         whole_frames: cut utterances to whole frames, also without labels
         max_size_loaded: samples in memory at a time (twice that while the next pack is decoded)
         max_bad_files: fraction of files that may be unusable, see `allowed_bad_files`
-        title: what messages call this set
+        title: the name of this set in messages
 
         Raises UserError if no utterance is left, too many are bad, or a sample rate is wrong.
         """
@@ -128,7 +122,7 @@ class AudioDataset:
         print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
 
     def warn_of_silence(self, paths):
-        """Name files that were decoded and hold nothing to learn from, each once."""
+        """Warn, once per file, of decoded files that hold nothing to learn from."""
         new = sorted(set(paths) - self._silent)
         self._silent.update(new)
         if new:
@@ -169,7 +163,7 @@ class AudioDataset:
         return float(self.samples.sum()) / SAMPLE_RATE / 3600
 
     def describe(self):
-        """The set in one line, for the user."""
+        """A one-line summary for the user."""
         n_speakers, n_files = len(np.unique(self.speakers)), len(self.utterances)
         duration = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
         text = (
@@ -183,7 +177,7 @@ class AudioDataset:
         return text
 
     def require_windows(self, n_windows=None):
-        """Raise UserError if there are no windows; n_windows: if not all of them are available."""
+        """Raise UserError if there are no windows; n_windows: how many are usable, if not all."""
         if not (self.n_windows if n_windows is None else n_windows):
             lists = (
                 "; --pathVal FILE names its files (utils/corpus/make_split.py writes such lists)"
@@ -202,8 +196,8 @@ class AudioDataset:
         return digest.hexdigest()
 
     def labels_of(self, files):
-        """(frames,) int16 labels of the utterances with these indices, -1 in those without any;
-        None without labels."""
+        """(frames,) int16 labels of the utterances with these indices, -1 in unlabelled ones;
+        None if the set has no labels."""
         if not self.phone_labels:
             return None
         labels, n_frames = self._labels, self.samples // SAMPLES_PER_FRAME
@@ -245,10 +239,10 @@ def set_options(args):
 
 
 def build_sets(corpus, split, size_window, *, labels=None, max_sizes=None, **options):
-    """The AudioDatasets to train and to validate on, each described by a printed line.
+    """The AudioDatasets for training and validation; prints a summary of each.
 
     split: the utterances of each set (`split_corpus` in utils/data/corpus.py)
-    labels: PhoneLabels; leaves out utterances without labels
+    labels: PhoneLabels; utterances without labels are left out
     max_sizes: `max_size_loaded` of each set (default: MAX_SIZE_LOADED)
     options: further parameters of AudioDataset
     """
@@ -320,7 +314,7 @@ class BatchLoader:
     def n_batches(self, epoch, first=None):
         """Batches of all processes in an epoch, from position `first` on (None: the start).
 
-        It can become less if more files turn out to be bad.
+        The number can drop if more files turn out to be bad.
         """
         if epoch not in self._n_batches:
             layouts = (Layout.of(files, self.dataset.samples) for files in self._packs_of(epoch))
@@ -340,7 +334,7 @@ class BatchLoader:
         if epoch not in self._split:
             generator = generator_from(self.seed, "packs", epoch) if self.training else None
             data, pieces = self.dataset, None
-            if self.sampling == "samespeaker":  # with a little of everybody, few batches were full
+            if self.sampling == "samespeaker":  # a little of every speaker would fill few batches
                 size = FULL_BATCHES * self.batch_size * data.size_window
                 pieces = data.speakers, max(1, min(size, data.max_size_loaded // 100))
             packs = split_into_packs(data.samples, data.max_size_loaded, generator, pieces)
@@ -350,7 +344,7 @@ class BatchLoader:
     def _planner(self, function, epoch, p):
         """`plan_pack` or `count_batches` for a pack, as a function of its Layout.
 
-        It holds nothing of this loader, which a thread would keep alive.
+        It holds no reference to this loader, which a thread would keep alive.
         """
         seed, training, speakers = self.seed, self.training, self.dataset.speakers
         sizes = self.sampling, self.dataset.size_window, self.batch_size
@@ -387,7 +381,7 @@ class BatchLoader:
                         yield own
                         own = None
                 skip = max(0, skip - plan.n_batches)
-                del pack  # before the pack after the next is allocated
+                del pack  # before the next but one is allocated
             if own and not self.training:
                 yield own
             if first == (epoch, 0, 0):
@@ -407,7 +401,7 @@ class BatchLoader:
     def _begin(self, epoch):
         """Start an epoch: choose its packs, and number their windows by the lengths in headers."""
         self._epoch, self._packs = epoch, self._packs_of(epoch)
-        self._planned = None, None, None  # a pack, its plan and its layout: those used last
+        self._planned = None, None, None  # the pack used last, its plan and its layout
         self._layouts = {}  # of packs in which files turned out to be bad
         sizes = np.array([self.dataset.samples[files].sum() for files in self._packs])
         self._first_windows = cumulative(sizes // self.dataset.size_window)
@@ -426,7 +420,7 @@ class BatchLoader:
         return PackDecoding(self.dataset, files, world, plan, self._buffers)
 
     def _decode_ahead(self, p):
-        """Start decoding pack `p` or, in training after the last, the first of the next epoch."""
+        """Start decoding pack `p`; in training, the next epoch's first pack follows the last."""
         if len(self._packs) == 1:
             return
         if p < len(self._packs):
@@ -457,7 +451,7 @@ class BatchLoader:
         return Batch(waveform.unsqueeze(1), *tensors, augmented=augmented)
 
     def _continues(self, plan, layout, g):
-        """Whether each row continues where it ended in the last batch of this process."""
+        """Whether each row continues the same row of this process's last batch, (B,) bool."""
         starts = plan.batch(g)
         if self.sampling != "sequential" or g < self.world.size:
             return np.zeros(len(starts), dtype=bool)
@@ -466,7 +460,7 @@ class BatchLoader:
         return same_file & (before + self.dataset.size_window == starts)
 
     def _plan_at(self, window):
-        """The first window of the pack of a window, that pack's plan and its layout."""
+        """The first window, the plan and the layout of the pack that a window belongs to."""
         p = bisect_right(self._first_windows, int(window)) - 1
         if p != self._planned[0]:  # plans aren't kept: those of 60,000 hours take 1.4 GB
             layout = self._layouts.get(p) or Layout.of(self._packs[p], self.dataset.samples)

@@ -10,7 +10,9 @@ files of configuration and weights, in which models are published.
 import contextlib
 import functools
 import math
+import os
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from criterion.classification import CTCPhoneCriterion, PhoneCriterion
-from model import (
-    ConcatenatedModel,
-    CPCModelNullspace,
-    build_model,
-    preserved_state,
-)
+from model import ConcatenatedModel, CPCModelNullspace, build_model, preserved_state
 from segments import SEGMENTS, MultiLevelModel, choose_level
 from streaming import (
     FRAMES_PER_PART,
@@ -42,6 +39,7 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, first_few
 from utils.normalisation import seq_normalization
 from utils.run.checkpoint import (
     NULLSPACE,
+    Checkpoint,
     open_checkpoint,
     split_state,
     state_under_null_space,
@@ -52,33 +50,34 @@ from utils.run.checkpoint import load_weights as load_state
 # --------------------------------------------------------------------------------------- loading
 
 PHONE_WEIGHT = re.compile(r"PhoneCriterionClassifier\.(\d+\.)?weight")
+AnyPath = str | os.PathLike
 
 
 def load_model(
-    checkpoints,
+    checkpoints: AnyPath | Checkpoint | Iterable[AnyPath | Checkpoint],
     *,
-    load_best=False,
-    gru_level=-1,
-    nullspace=False,
-    only_frames=False,
-    level="frames",
-    sampling=None,
-    load_weights=True,
-):
-    """The model of a checkpoint, or those of several, their features side by side.
+    load_best: bool = False,
+    gru_level: int = -1,
+    nullspace: bool = False,
+    only_frames: bool = False,
+    level: str = "frames",
+    sampling: str | None = None,
+    load_weights: bool = True,
+) -> tuple[nn.Module, int, int]:
+    """The model of a checkpoint, or the models of several, their features concatenated.
 
-    checkpoints: paths of files, or of a run's directory for the newest in it; or `Checkpoint`s
+    checkpoints: paths of files or of run directories (the newest in each); or `Checkpoint`s
     load_best: the weights of the run's best epoch instead of its last
     gru_level: if above 0, keep only that many layers of the recurrent context network
-    nullspace: insist on a null-space model, one whose features are projected
-    only_frames: of models with two levels only the lower one
-    level: "segments" for the features of the upper one, repeated over their frames
-    sampling: a `--samplingType` instead of that of the run: `sequential` keeps hidden states
-    load_weights: False: the same architecture with fresh weights
+    nullspace: require a null-space model, whose features are projected
+    only_frames: load only the lower level of models with two
+    level: "segments" for the features of the upper level, repeated over their frames
+    sampling: replaces the `--samplingType` of the run; `sequential` keeps hidden states
+    load_weights: if False, the same architecture with new weights
 
     Returns the model, on the CPU, and the widths of its contexts and of its encoded frames. The
     model's attribute `arguments` holds a namespace of architecture flags for each single model in
-    it: what `build_model` takes. Raises UserError, naming the file, if anything doesn't fit.
+    it, as `build_model` takes. Raises UserError, naming the file, if anything doesn't fit.
     """
     choice = {"load_best": load_best, "gru_level": gru_level, "nullspace": nullspace}
     stored = stored_models(checkpoints, only_frames=only_frames, **choice)
@@ -99,7 +98,7 @@ def _build(stored, with_weights):
     if with_weights:
         state = stored.state
         unknown = sorted(state.keys() - model.state_dict().keys())
-        if stored.of_original and unknown:  # its models have parts that were never used
+        if stored.of_original and unknown:  # the original's models have parts that it never used
             print(f"note: {stored.source}: not used: {first_few(unknown)}")
             state = {key: value for key, value in state.items() if key not in unknown}
         load_state(model, state, stored.source)
@@ -107,9 +106,9 @@ def _build(stored, with_weights):
 
 
 def _network(state, arguments):
-    """The network that has such a `state`; null spaces are part of the architecture.
+    """The network that `state` belongs to, with its null spaces.
 
-    arguments: iterator over the flags of its single models
+    arguments: iterator over the flags of the single models in it
     """
     if NULLSPACE not in state:
         return build_model(next(arguments))
@@ -118,9 +117,10 @@ def _network(state, arguments):
     return CPCModelNullspace(model, state[NULLSPACE].T)
 
 
-def load_criterion_state(path):
-    """The weights of a checkpoint's criterion, and the flags of the program that trained it: two
-    dicts. Raises UserError if the file holds no criterion.
+def load_criterion_state(path: AnyPath) -> tuple[dict, dict]:
+    """Two dicts: the weights of a checkpoint's criterion, and the flags it was trained with.
+
+    Raises UserError if the file holds no criterion.
     """
     checkpoint = open_checkpoint(path)
     state = checkpoint.state["cpcCriterion"]
@@ -129,10 +129,10 @@ def load_criterion_state(path):
     return state, checkpoint.state["args"]
 
 
-def load_phone_classifier(path):
+def load_phone_classifier(path: AnyPath) -> PhoneCriterion | CTCPhoneCriterion:
     """The phone classifier in a checkpoint of supervised training or of linear_separability.py.
 
-    Raises UserError if the criterion in the file is another one.
+    Raises UserError if the criterion in the file isn't one.
     """
     state, flags = load_criterion_state(path)
     weights = [value for key, value in state.items() if PHONE_WEIGHT.fullmatch(key)]
@@ -163,20 +163,22 @@ class FeatureModule(nn.Module):
     With `collapse`, all frames of the batch are concatenated.
     """
 
-    def __init__(self, model, get_encoded, collapse=False):
+    def __init__(self, model: nn.Module, get_encoded: bool, collapse: bool = False):
         super().__init__()
         self.model = model
         self.get_encoded = get_encoded
         self.collapse = collapse
 
-    def forward(self, waveform, continues=None):
+    def forward(
+        self, waveform: torch.Tensor, continues: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """waveform: (B, 1, L) -> (B, S, D), or (B * S, D) if collapsed."""
         context, encoded = self.model(waveform, continues)
         features = encoded if self.get_encoded else context
         return features.flatten(0, 1) if self.collapse else features
 
     @property
-    def dim_output(self):
+    def dim_output(self) -> int:
         return self.model.dim_encoded if self.get_encoded else self.model.dim_context
 
 
@@ -186,13 +188,15 @@ class ModelPhoneCombined(nn.Module):
     With `one_hot`, 1 for the most probable class and 0 for all others.
     """
 
-    def __init__(self, model, criterion, one_hot):
+    def __init__(self, model: nn.Module, criterion: nn.Module, one_hot: bool):
         super().__init__()
         self.model = model
         self.criterion = criterion
         self.one_hot = one_hot
 
-    def forward(self, waveform, continues=None):
+    def forward(
+        self, waveform: torch.Tensor, continues: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """waveform: (B, 1, L) -> (B, S, n), float or, one-hot, int64."""
         logits = self.criterion.logits(*self.model(waveform, continues))
         if self.one_hot:
@@ -200,7 +204,7 @@ class ModelPhoneCombined(nn.Module):
         return logits.softmax(dim=2)
 
 
-def to_one_hot(labels, n_classes):
+def to_one_hot(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     """labels: (B, S) int64 -> (B, S, n_classes) int64, 1 at the label and 0 elsewhere."""
     return F.one_hot(labels, n_classes)
 
@@ -208,22 +212,30 @@ def to_one_hot(labels, n_classes):
 # ------------------------------------------------------------------------- features of audio files
 
 
-def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None, seq_norm=False):
+def build_feature(
+    model: nn.Module,
+    path: AnyPath,
+    *,
+    get_encoded: bool = False,
+    strict: bool = False,
+    max_size: int | None = None,
+    seq_norm: bool = False,
+) -> torch.Tensor:
     """The features of an audio file, (1, frames, D) on the CPU, one frame per 10 ms.
 
     model: a CPC model, whose contexts or, with `get_encoded`, encoded frames are the features; or a
         `FeatureModule` or `ModelPhoneCombined`
     seq_norm: normalise each feature to zero mean and unit variance over the file
-    max_size: instead of the whole file, cut it into chunks of that many samples as the original
-        program did, rounded down to whole frames; the limit of a transformer applies as well
+    max_size: cut the file into chunks of this many samples, as the original program did, rounded
+        down to whole frames; the limit of a transformer applies as well
     strict: make the last chunk as long as the others (if the file is long enough): it starts
         earlier, and only the missing frames are taken from it
 
     Without `max_size`, these are the features of `model(waveform)` on all samples of the file, see
-    `features_in_parts`. Chunks know nothing of the samples around them; a model that keeps its
-    hidden state carries it from chunk to chunk, others start each in the zero state, and `seq_norm`
-    normalises each by itself. The model is left unchanged. Raises UserError, naming the file, if it
-    can't be read, isn't at 16 kHz, or is too short for a frame.
+    `features_in_parts`. Chunks don't see the samples around them; a model that keeps its hidden
+    state carries it from chunk to chunk, others start each chunk in the zero state, and `seq_norm`
+    normalises chunks separately. The model is left unchanged. Raises UserError, naming the file, if
+    it can't be read, isn't at 16 kHz, or is too short for a frame.
     """
     module = _feature_module(model, get_encoded)
     if max_size:
@@ -232,17 +244,23 @@ def build_feature(model, path, *, get_encoded=False, strict=False, max_size=None
     return seq_normalization(features) if seq_norm else features
 
 
-def features_in_parts(model, path, *, get_encoded=False, waveform=None):
-    """Yield the features of a whole audio file, (T, D) on the CPU, in memory for 20 s of them.
+def features_in_parts(
+    model: nn.Module,
+    path: AnyPath,
+    *,
+    get_encoded: bool = False,
+    waveform: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
+    """Yield the features of an audio file in parts of at most 20 s, each (T, D) on the CPU.
 
-    Concatenated, they are those of one pass over all samples from the zero state, whatever
+    Concatenated, they equal those of one pass over the whole file from the zero state, whatever
     `--samplingType`: see streaming.py.
 
     Encoders that normalise over time (instanceNorm, lfb, mfcc) and contexts that run backwards get
-    the whole file at once. A transformer starts again where it has taken all frames it was made
-    for. Segments are those of the whole file: it takes memory for all frames. waveform: (1, n),
-    taken instead of the file's. Other parameters and errors as for `build_feature`; between parts,
-    the model is in eval mode.
+    the whole file at once. A transformer starts again whenever it reaches the number of frames it
+    was made for. Segments are found in the whole file, which takes memory for all its frames.
+    waveform: (1, n), replaces the file's audio. Other parameters and errors: see `build_feature`.
+    Between parts, the model is in eval mode.
     """
     module = _feature_module(model, get_encoded)
     if _gives_segments(module.model):
@@ -256,9 +274,9 @@ def features_in_parts(model, path, *, get_encoded=False, waveform=None):
                 raise UserError(too_short(path, len(audio), shortest))
             if SAMPLES_PER_FRAME * (frames.stop - frames.start) > longest_input(module):
                 raise UserError(
-                    f"{path}: too long for this model, whose encoder takes a whole file and whose "
-                    f"transformer {longest_input(module)} samples: cut it into chunks of these, "
-                    "with --max_size_seq (--maxSizeSeq for ZeroSpeech features)"
+                    f"{path}: too long for this model: its encoder needs the whole file, its "
+                    f"transformer takes {longest_input(module)} samples; cut it into chunks of "
+                    "this size with --max_size_seq (--maxSizeSeq for ZeroSpeech features)"
                 )
             features = forward_part(module, audio, frames)
             yield features.view(-1, features.size(-1)).cpu()
@@ -269,14 +287,14 @@ def _gives_segments(model):
 
 
 class _BothFeatures(FeatureModule):
-    """Contexts and encoded frames side by side."""
+    """Contexts and encoded frames, concatenated."""
 
     def forward(self, waveform, continues=None):
         return torch.cat(self.model(waveform, continues), dim=2)
 
 
-class _Stored(nn.Module):
-    """A model whose contexts and encoded frames are known, whatever the waveform."""
+class _FixedOutputs(nn.Module):
+    """A stand-in for a model that returns known contexts and encoded frames."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -288,7 +306,7 @@ class _Stored(nn.Module):
 
 @torch.no_grad()
 def _features_of_segments(module, path, waveform):
-    """The features of a whole file by the segments of all its frames, (T, D)."""
+    """Features of the segments of a whole file, (T, D)."""
     model = module.model
     of_frames = model.frameLevelModel
     frames = features_in_parts(_BothFeatures(of_frames, get_encoded=False), path, waveform=waveform)
@@ -297,7 +315,7 @@ def _features_of_segments(module, path, waveform):
         module.eval()
         both = frames.split([of_frames.dim_context, of_frames.dim_encoded], dim=2)
         try:
-            module.model = _Stored(model.find_segments(*both).upsampled())
+            module.model = _FixedOutputs(model.find_segments(*both).upsampled())
             features = module(None)
         finally:
             module.model = model
@@ -305,7 +323,7 @@ def _features_of_segments(module, path, waveform):
 
 
 def _frames_per_part(module):
-    """The number of frames to compute at once, infinite where it takes the whole file."""
+    """The number of frames to compute at once; infinity if it must be the whole file."""
     if needs_whole_file(module):
         return math.inf
     return min(FRAMES_PER_PART, longest_input(module) // SAMPLES_PER_FRAME)
@@ -337,20 +355,24 @@ def _kept_hidden_states(module):
 
 
 def build_feature_batch(
-    model, path, *, get_encoded=False, strict=False, max_size=8000, seq_norm=False, batch_size=8
-):
+    model: nn.Module,
+    path: AnyPath,
+    *,
+    get_encoded: bool = False,
+    strict: bool = False,
+    max_size: int = 8000,
+    seq_norm: bool = False,
+    batch_size: int = 8,
+) -> torch.Tensor:
     """Like `build_feature`, with `batch_size` chunks at once: faster for long files.
 
-    Each chunk starts from the zero state, since the chunks of a batch can't follow on from each
-    other.
+    Each chunk starts from the zero state, since the chunks of a batch run in parallel.
     """
-    features = _feature_module(model, get_encoded)
-    return _features_of_file(
-        features, path, max_size, batch_size, strict, seq_norm, independent=True
-    )
+    module = _feature_module(model, get_encoded)
+    return _features_of_file(module, path, max_size, batch_size, strict, seq_norm, independent=True)
 
 
-def load_waveform(path):
+def load_waveform(path: AnyPath) -> torch.Tensor:
     """All samples of an audio file, (1, n) float32 in [-1, 1]; channels are averaged.
 
     Raises UserError if the file can't be read, is empty, contains NaN, or isn't at 16 kHz.
@@ -451,12 +473,12 @@ def _batches(chunks, batch_size):
     yield from ([chunk] for chunk in chunks[len(full) :])
 
 
-def shortest_input(module):
-    """The smallest number of samples that all encoders in a network accept."""
+def shortest_input(module: nn.Module) -> int:
+    """The smallest number of samples that every encoder in a network accepts."""
     return max(part.shortest for part in module.modules() if hasattr(part, "shortest"))
 
 
-def longest_input(module):
-    """The largest number of samples that all transformers in a network accept, or infinity."""
+def longest_input(module: nn.Module) -> float:
+    """The largest number of samples that every transformer in a network accepts, or infinity."""
     limits = [part.size_sequence for part in module.modules() if isinstance(part, CausalAttention)]
     return SAMPLES_PER_FRAME * min(limits, default=math.inf)

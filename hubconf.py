@@ -1,13 +1,13 @@
-"""Entry for torch.hub.
+"""Entry point for torch.hub.
 
     model = torch.hub.load("path/to/this/directory", "CPC_audio", source="local")
     model = torch.hub.load(..., pretrained=True)                       # downloaded, once
     context, encoded = model(waveform)      # (B, 1, L) -> (B, L // 160, A), (B, L // 160, E)
 
-torch.hub runs this file inside other programs, which may have modules called `utils`, `model` or
-`transformers` themselves, and removes its directory from the import path right afterwards. So the
-modules of this program are imported as submodules of a uniquely named package, in which their own
-imports find each other at any time.
+torch.hub runs this file inside other programs, which may have their own modules called `utils`,
+`model` or `transformers`, and removes its directory from the import path right afterwards. So the
+modules of this program are imported as submodules of a uniquely named package, in which they find
+each other at any time.
 """
 
 import builtins
@@ -19,6 +19,8 @@ import zlib
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
+import torch
+
 HOME = Path(__file__).resolve().parent
 PACKAGE = f"cpc_audio_{zlib.crc32(os.fsencode(HOME)):08x}"  # unique to this copy
 PRETRAINED = "https://dl.fbaipublicfiles.com/librilight/CPC_checkpoints/60k_epoch4-d0f474de.pt"
@@ -26,13 +28,15 @@ PRETRAINED = "https://dl.fbaipublicfiles.com/librilight/CPC_checkpoints/60k_epoc
 dependencies = ["numpy", "soundfile", "torch", "tqdm"]  # torch.hub checks for these
 
 
-def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
+def CPC_audio(
+    pretrained: bool = False, url: str = PRETRAINED, progress: bool = True, **flags: object
+) -> torch.nn.Module:
     """A CPC model: waveform (B, 1, L) at 16 kHz -> context (B, S, A) and encoded (B, S, E).
 
     pretrained: the model trained on 60,000 hours of Libri-Light (Kahn et al. 2020), downloaded
         from `url` into torch.hub's directory; `progress`: show the download
     flags: without `pretrained`, architecture flags of train.py, such as `hiddenEncoder=512` or
-        `arMode="GRU"`; all others have their defaults
+        `arMode="GRU"`; the others keep their defaults
 
     Raises an exception with the reason if a flag is unknown or the download fails.
     """
@@ -56,8 +60,6 @@ def CPC_audio(pretrained=False, url=PRETRAINED, progress=True, **flags):
 
 def _download(url, progress, error_type):
     """The path of the local copy of a file, downloaded if necessary."""
-    import torch
-
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME, UserError, recurrent
 class CPCEncoder(nn.Module):
     """Five convolutions, each followed by a norm and a ReLU, on channels-last tensors.
 
-    norm: a key of `NORMS` (the layers are called `batchNorm{i}` in any case); linear_output: no
+    norm: a key of `NORMS` (the layers are called `batchNorm{i}` for all); linear_output: no
     ReLU after the last norm, so that encoded frames can point anywhere (Kreuk et al. 2020)
     """
 
@@ -47,11 +47,11 @@ class CPCEncoder(nn.Module):
     def lecun_initialisation(self):
         """Biases of 0, weights uniform with a variance of 1 / fan-in: LeCun et al. (1998).
 
-        PyTorch's own start, uniform in +-1 / sqrt(fan-in) for both, is the original's. Speech has
-        an RMS of 0.03 to 0.1, so it leaves the first layer's output nearly all bias, and the norms
-        keep that; and weights so small change fast: at high learning rates, frames become all
-        alike within a few steps, and stay so. Rescales the weights, so it draws no random numbers:
-        whatever is built next starts as with `--initialisation original`.
+        The original program keeps PyTorch's default, uniform in +-1 / sqrt(fan-in) for both. As
+        speech has an RMS of 0.03 to 0.1, the first layer's output is then nearly all bias, which
+        the norms preserve; and weights this small change fast: at high learning rates, all frames
+        become alike within a few steps and stay so. This rescales the weights and draws no random
+        numbers: modules built later start as with `--initialisation original`.
         """
         for i in range(len(self.STRIDES_AND_PADDINGS)):
             convolution = getattr(self, f"conv{i}")
@@ -73,10 +73,10 @@ class CPCEncoder(nn.Module):
 class ChannelNorm(nn.Module):
     """Normalise each frame to zero mean and unit variance over channels, then scale and shift.
 
-    The variance is the unbiased one; that of F.layer_norm is smaller by (C - 1) / C, hence the
-    factors. Unlike F.layer_norm under CUDA's autocast, the output keeps the precision of the
+    The variance is unbiased, while F.layer_norm's is smaller by a factor of (C - 1) / C, hence the
+    factors here. Unlike F.layer_norm under CUDA's autocast, the output keeps the precision of the
     input: the next convolution would round it anyway, and float32 would take twice the memory and
-    time. Mean and variance are computed in float32 nevertheless.
+    time. Mean and variance are still computed in float32.
     """
 
     EPSILON = 1e-5
@@ -167,12 +167,12 @@ class MFCCEncoder(nn.Module):
 
     def forward(self, waveform):
         """waveform: (B, 1, L) -> (B, E, S), S = (L - 1) // 160 + 1."""
-        with torch.autocast(waveform.device.type, enabled=False):  # bf16: energies of 8 bits
+        with torch.autocast(waveform.device.type, enabled=False):  # bf16 is too coarse for energies
             return self.MFCC(waveform.squeeze(1))
 
 
 def build_encoder(args):
-    """The encoder that the architecture flags describe; `--initialisation` is how it starts."""
+    """The encoder that the architecture flags describe, initialised as `--initialisation` says."""
     if args.encoder_type == "cpc":
         if args.normMode not in NORMS:
             raise UserError(f"--normMode {args.normMode}: there are {', '.join(NORMS)}")
@@ -333,7 +333,7 @@ class CPCModel(nn.Module):
     def set_hidden_state(self, state):
         """Continue from `state`, a `hidden_state()`. Raises ValueError if it doesn't fit."""
         if state is not None and not self.gAR.is_hidden_state(state):
-            raise ValueError("no hidden state of such a context network")
+            raise ValueError("not a hidden state of this context network")
         self.gAR.hidden = state
 
     def reset_hidden(self):
@@ -407,12 +407,12 @@ class ConcatenatedModel(nn.Module):
 def build_model(args, frame_model=None):
     """The CPC model that the architecture flags describe, with random weights.
 
-    frame_model: one with weights, to begin the frame level with
+    frame_model: a trained model to start the frame level from
     """
     frame_model = frame_model or CPCModel(build_encoder(args), build_ar(args))
     if not args.multiLevel:
         return frame_model
-    from segments import add_segments  # models of one level spend no time on it
+    from segments import add_segments  # models of one level needn't import it
 
     return add_segments(frame_model, args)
 
@@ -421,8 +421,8 @@ def build_model(args, frame_model=None):
 def preserved_state(model, criterion=None):
     """A block that starts with a reset hidden state and leaves the networks as they were.
 
-    Restores the hidden state, and train or eval mode and `requires_grad` everywhere; not weights
-    and buffers, which the block must not change.
+    Restores the hidden state, the train or eval modes and `requires_grad`, but not weights and
+    buffers, which the block must not change.
     """
     networks = [model] if criterion is None else [model, criterion]
     modes = [(module, module.training) for network in networks for module in network.modules()]

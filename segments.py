@@ -24,15 +24,15 @@ from utils.run.level_flags import learns_boundaries
 FRAMES, SEGMENTS = LEVELS = ("frames", "segments")
 
 # -------------------------------------------------------------------------------- boundaries
-# A segmenter finds boundaries in frames (B, S, D), each row by itself: (B, S) int64, 1 at the first
-# frame of each segment. A row's first frame is one.
+# A segmenter maps frames (B, S, D) to boundaries (B, S) int64, 1 at the first frame of each
+# segment, row by row. The first frame of a row always starts a segment.
 
 
 class CosineSegmenter(nn.Module):
     """Boundaries at peaks of the cosine distance of neighbouring frames, scaled to 0..1 per row.
 
-    prominence: of the smallest peak that is a boundary. Without prominent peaks, as in silence, the
-    whole row is one segment.
+    prominence: how prominent a peak must be to be a boundary. Without prominent peaks, as in
+    silence, the whole row is one segment.
     """
 
     def __init__(self, prominence):
@@ -47,8 +47,9 @@ class CosineSegmenter(nn.Module):
 class ThresholdSegmenter(nn.Module):
     """Boundaries where that distance is higher than at both neighbours, by more than a threshold.
 
-    The detector of Bhati et al.: higher than one frame away, and by more than `threshold` than one
-    or two frames away. No gradient reaches the boundaries there either: segments change in jumps.
+    The detector of Bhati et al.: higher than both places one frame away, and by more than
+    `threshold` higher than both one frame away or both two frames away. As there, no gradient
+    reaches the boundaries.
     """
 
     def __init__(self, threshold):
@@ -60,7 +61,7 @@ class ThresholdSegmenter(nn.Module):
         change = change_of(frames)
 
         def above(n):
-            """By how much a place is above both places n frames away, 0 where there is none."""
+            """How far each place is above both places n frames away; at least 0, at the ends 0."""
             step = F.pad(change[:, n:] - change[:, :-n], (n, n))
             return torch.minimum(step[:, : change.size(1)], -step[:, n:]).clamp(min=0)
 
@@ -89,7 +90,7 @@ def build_segmenter(args, frame_model):
     if args.noSegmentation:
         return EveryFrame()
     if learns_boundaries(args):
-        from boundary_policy import LearnedSegmenter  # no other run spends time on it
+        from boundary_policy import LearnedSegmenter  # other runs needn't import it
 
         width = frame_model.dim_context if args.segmentOnContext else frame_model.dim_encoded
         return LearnedSegmenter(width, args.nLayersBoundaryPredictor)
@@ -101,13 +102,13 @@ def build_segmenter(args, frame_model):
 
 
 class Segments(NamedTuple):
-    """The segments of a batch, of which each row has its own number; n is the largest."""
+    """The segments of a batch, up to n in each row."""
 
     context: torch.Tensor  # (B, n, C), zero beyond a row's last segment
     encoded: torch.Tensor  # (B, n, E), the same
-    lengths: torch.Tensor  # (B,) int64, numbers of segments
+    lengths: torch.Tensor  # (B,) int64, the number of segments in each row
     boundaries: torch.Tensor  # (B, S) int64, 1 at the first frame of each segment
-    choice: tuple | None = None  # where they are learned, the policy's (boundary_policy.Choice)
+    choice: tuple | None = None  # of a learned policy: boundary_policy.Choice
 
     def upsampled(self):
         """Contexts and encoded segments repeated over their frames: (B, S, C) and (B, S, E)."""
@@ -119,7 +120,7 @@ class Segments(NamedTuple):
 
 
 def means_of_segments(frames, boundaries):
-    """frames (B, S, D) -> the mean of each segment, (N, D): those of row 0, of row 1 and so on."""
+    """frames (B, S, D) -> the mean of each segment, (N, D), row after row."""
     first = boundaries.flatten().nonzero().squeeze(1)
     end = first.new_full((1,), boundaries.numel())
     return torch.segment_reduce(frames.flatten(0, 1), "mean", lengths=torch.diff(first, append=end))
@@ -128,7 +129,7 @@ def means_of_segments(frames, boundaries):
 def repeat_last(vectors, lengths, least):
     """Repeat the last segment of each row that has fewer than `least`.
 
-    vectors: (N, D), those of each row after each other; lengths: (B,). Returns the new two.
+    vectors: (N, D), row after row; lengths: (B,). Returns both with the repetitions.
     """
     longer = lengths.clamp(min=least)
     row = torch.arange(len(lengths), device=vectors.device).repeat_interleave(longer)
@@ -139,7 +140,7 @@ def repeat_last(vectors, lengths, least):
 
 
 class SegmentAR(KeepsHidden, nn.LSTM):
-    """The context network of segments: one LSTM layer, over each row's own number of them."""
+    """The context network of segments: one LSTM layer, over rows of different lengths."""
 
     def __init__(self, dim_encoded, dim_context, keep_hidden):
         super().__init__(dim_encoded, dim_context, batch_first=True)
@@ -164,12 +165,12 @@ class SegmentAR(KeepsHidden, nn.LSTM):
 class MultiLevelModel(nn.Module):
     """A CPC model of frames, and a level above it for their segments.
 
-    Called like a CPCModel, it gives the features of one level, those that `level` names: "frames"
-    or "segments", whose vectors are repeated over their frames. `both_levels` gives both.
+    Called like a CPCModel, it returns the features of `level`: "frames", or "segments", whose
+    vectors are repeated over their frames. `both_levels` returns both.
 
     frame_model: a CPCModel; segmenter: see above; dim_encoded, dim_context: widths of the segment
-    encoder and the LSTM; on_context: find segments in contexts and take the means of these, instead
-    of encoded frames; keep_hidden: see CPCAR
+    encoder and the LSTM; on_context: find segments in contexts and average these, instead of
+    encoded frames; keep_hidden: see CPCAR
     """
 
     def __init__(
@@ -198,13 +199,13 @@ class MultiLevelModel(nn.Module):
     def both_levels(self, waveform, continues=None, *, least=1):
         """(context, encoded) of the frames, and the `Segments`.
 
-        least: the last segment of a row with fewer than this is repeated
+        least: repeat the last segment of rows with fewer segments than this
         """
         frames = self.frameLevelModel(waveform, continues)
         return frames, self.find_segments(*frames, continues, least)
 
     def find_segments(self, context, encoded, continues=None, least=1):
-        """The `Segments` of frames, context (B, S, C) and encoded (B, S, E), in float32 always."""
+        """The `Segments` of frames, context (B, S, C) and encoded (B, S, E); always in float32."""
         frames = context if self.on_context else encoded
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.to(self.sEncoder[0].weight.dtype)
@@ -247,7 +248,7 @@ class MultiLevelModel(nn.Module):
         """Continue from `state`, a `hidden_state()`. Raises ValueError if it doesn't fit."""
         of_frames, of_segments = state
         if of_segments is not None and not self.sAR.is_hidden_state(of_segments):
-            raise ValueError("no hidden state of such a segment level")
+            raise ValueError("not a hidden state of this segment level")
         self.frameLevelModel.set_hidden_state(of_frames)
         self.sAR.hidden = of_segments
 
@@ -269,16 +270,16 @@ def add_segments(frame_model, args):
 
 
 def layer_name(get_encoded, level):
-    """What features of a level are, in results."""
+    """The name of a level's features in results."""
     return ("encoded" if get_encoded else "context") + " (segments)" * (level == SEGMENTS)
 
 
 def choose_level(model, level):
-    """Let a model give features of `level`. Raises UserError if it has no such level."""
+    """Make a model return the features of `level`. Raises UserError if it has no such level."""
     levels = [part for part in model.modules() if isinstance(part, MultiLevelModel)]
     if level == SEGMENTS and not levels:
         raise UserError(
-            "--level segments: this model has one level, that of frames; train with --multiLevel"
+            "--level segments: this model has only the frame level; train with --multiLevel"
         )
     for part in levels:
         part.level = level
@@ -286,7 +287,7 @@ def choose_level(model, level):
 
 @contextlib.contextmanager
 def at_level(model, level):
-    """A block in which `model`, otherwise at the frame level, gives features of `level`."""
+    """A block in which `model`, otherwise at the frame level, returns the features of `level`."""
     choose_level(model, level)
     try:
         yield

@@ -28,9 +28,9 @@ import torch
 from criterion import (
     NoneCriterion,
     build_criterion,
+    has_speaker_weights,
     join_networks,
     mask_rules,
-    tells_speakers_apart,
     trains_on_phones,
 )
 from criterion.networks import Networks
@@ -63,7 +63,7 @@ from utils.run.rules import check_call
 from utils.run.state import RunState
 from utils.run.stopping import Stopped, StopSignals
 
-STEPS_BETWEEN_STOP_CHECKS = 8  # of several ranks, which agree on stopping
+STEPS_BETWEEN_STOP_CHECKS = 8  # with several ranks, which stop together
 
 
 @command
@@ -88,7 +88,7 @@ def main(argv=None):
 def run(args, explicit, argv, world, device):
     """Do what the command line asks for, as one rank of `world`.
 
-    args, explicit: the flags, and the names of those that are in `argv`, the command line.
+    args, explicit: the flags, and the names of those given in `argv`, the command line.
     """
     with world.shared_errors():
         if args.captureSetStats:
@@ -131,7 +131,7 @@ def run(args, explicit, argv, world, device):
         if training:
             trained_on = sets(labelled=trains_on_phones(args))
             loaders = prepare_loaders(args, trained_on, world)
-            speakers = list(corpus.speakers) if tells_speakers_apart(args) else None
+            speakers = list(corpus.speakers) if has_speaker_weights(args) else None
             state = RunState(args, networks, *loaders, device, models=models, speakers=speakers)
             if checkpoint:
                 state.restore(checkpoint)
@@ -151,7 +151,7 @@ def run(args, explicit, argv, world, device):
 
 
 def train(state, train_loader, val_loader, hooks, files):
-    """Train to the last epoch. Asked to stop, it saves what it can and raises Stopped."""
+    """Train to the last epoch. When asked to stop, save what can be saved and raise Stopped."""
     args, world, screen = state.args, state.world, console.Console(state.networks)
     world.check_same(
         state.fingerprint,
@@ -171,7 +171,7 @@ def train(state, train_loader, val_loader, hooks, files):
             state.logs["before_training"] = start
             screen.before_training(start)
             world.raise_everywhere(lost_lock())
-            # After --restart, the old run keeps its report as long as its checkpoints.
+            # After --restart, the old run's report stays as long as its checkpoints.
             if world.is_rank_zero and not state.checkpoints_to_remove:
                 files.write(state.logs)
         while state.position.epoch < args.nEpoch:
@@ -254,17 +254,17 @@ def train_step(state, forward_backward, position, batch):
 
 
 def skip_if_not_finite(optimizer, norm):
-    """Make the next step of the fused Adam change no weight where the gradient isn't finite.
+    """Make the next step of the fused Adam change no weights if the gradient isn't finite.
 
-    It looks at `found_inf`, on the device, as with torch.amp.GradScaler.
+    Adam reads `found_inf` on the device, as with torch.amp.GradScaler.
     """
     optimizer.found_inf = (~torch.isfinite(norm)).float()
 
 
 def build_forward_backward(state):
-    """A function of a Batch that computes gradients and returns losses and accuracies, (1, n).
+    """A function that computes gradients of a Batch; returns losses and accuracies, (1, n).
 
-    It is plain, averages gradients over the ranks, or replays a recording.
+    It runs the plain passes, averages gradients over ranks, or replays a CUDA graph.
     """
     args, device, world = state.args, state.device, state.world
     networks = world.wrap(state.networks)
@@ -287,7 +287,7 @@ def build_forward_backward(state):
 
 @torch.no_grad()
 def validate(state, loader, epoch, title):
-    """Means over the validation set, for the logs. Leaves kept hidden state as it was."""
+    """Mean losses and accuracies on the validation set, for the logs; preserves hidden states."""
     args, networks, world = state.args, state.networks, state.world
     networks.eval()
     world.copy_buffers(networks)
@@ -304,7 +304,7 @@ def validate(state, loader, epoch, title):
     if not math.isfinite(sum(losses)):
         world.raise_everywhere(
             UserError(
-                f"{title}: the loss isn't a finite number. The checkpoints are sound; look at the "
+                f"{title}: the loss isn't a finite number. The checkpoints are intact; check the "
                 "validation files, or lower --learningRate"
             )
         )
@@ -314,7 +314,7 @@ def validate(state, loader, epoch, title):
 def run_hooks(hooks, state, epoch, listeners):
     """Run the hooks that are due; returns the error of one that failed, or None.
 
-    A result that can't be written must not cost the run the epoch that it has just trained.
+    A result that can't be written must not cost the run the epoch it has just trained.
     """
     networks = state.networks
     for hook in hooks:
@@ -324,7 +324,7 @@ def run_hooks(hooks, state, epoch, listeners):
                     values = hook.run(epoch, networks.model, networks.criterion)
             except UserError as error:
                 return error
-            except Exception:  # C code, such as a picture's, may turn a Stopped into this
+            except Exception:  # C code, such as a plotting library's, may turn Stopped into this
                 state.world.stop.check()
                 raise
             publish(listeners, epoch, values, state.clock)
@@ -332,13 +332,13 @@ def run_hooks(hooks, state, epoch, listeners):
 
 
 def publish(listeners, epoch, values, clock):
-    """Hand values of an epoch to whoever shows or keeps them."""
+    """Hand an epoch's values to all that display or store them."""
     for listener in listeners:
         listener.on_epoch(epoch, values, clock)
 
 
 def finish_epoch(state, epoch, files, save_now):
-    """Log the epoch, save where that is due, and write logs, curves and report."""
+    """Log the epoch, save if that is due, and write logs, curves and report."""
     args, world = state.args, state.world
     state.end_epoch(epoch)
     is_last, is_saved = epoch + 1 == args.nEpoch, True
@@ -348,7 +348,7 @@ def finish_epoch(state, epoch, files, save_now):
     if world.is_rank_zero:
         speed = epoch_speed(state.clock, state.device, world.size)
         files.write(state.logs, speed, if_due=not (is_last or save_now))
-    # All wait for rank 0 here: a rank that ended earlier, after an error, would end it as well.
+    # All wait for rank 0 here: a rank that exited earlier, after an error, would end it as well.
     lost = f"{state.directory}: the last epoch's checkpoint couldn't be written"
     world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)
 
@@ -357,7 +357,7 @@ def finish_epoch(state, epoch, files, save_now):
 
 
 def prepare_machine(args, world, device):
-    """Set seed, memory, threads and precision."""
+    """Set the seed, memory allocation, threads and precision."""
     if args.random_seed is None:
         args.random_seed = world.on_rank_zero(lambda: random.SystemRandom().randrange(2**31))
     machine.keep_freed_memory()
@@ -366,10 +366,10 @@ def prepare_machine(args, world, device):
 
 
 def prepare_loaders(args, sets, world):
-    """The BatchLoaders of training and validation set; the first one augments if asked to."""
+    """The BatchLoaders of the training set, augmented if asked for, and the validation set."""
     if not args.augment_type:
         return build_loaders(args, sets, world)
-    from augmentation import Augmentation  # no other run spends time on it
+    from augmentation import Augmentation  # other runs needn't import it
 
     return build_loaders(args, sets, world, Augmentation(args, sets[0].speakers, world))
 
@@ -377,7 +377,7 @@ def prepare_loaders(args, sets, world):
 def build_networks(args, corpus, labels, checkpoint, stats):
     """New networks, those of `--load`, or those of the checkpoint.
 
-    Returns Networks and, where the model began with `--load`, the flags of each of its parts.
+    Returns Networks and, if the model came from `--load`, the flags of each of its parts.
     """
     weights, model, models = checkpoint, None, None
     if checkpoint:
@@ -405,12 +405,12 @@ def build_networks(args, corpus, labels, checkpoint, stats):
 
 
 def compile_networks(criterion, model):
-    """Compile encoder and criterion, for use in `machine.compiled` alone.
+    """Compile the encoder and the criterion, for use inside `machine.compiled` only.
 
-    Libraries have kernels for recurrent networks.
+    Recurrent networks use library kernels instead.
     """
     torch.compiler.set_stance("force_eager")
-    print("the first steps wait for the compiler, up to some minutes", flush=True)
+    print("compiling: the first steps may take a few minutes", flush=True)
     for part in model.modules():
         if isinstance(part, CPCModel):
             part.gEncoder.compile(dynamic=False)

@@ -37,7 +37,7 @@ def build_transformer(dim, n_layers, size_sequence, abspos):
 
 
 def check_heads(dim):
-    """Raise UserError unless the heads divide `dim`, the width of a transformer, evenly."""
+    """Raise UserError unless `dim`, a transformer's width, is a multiple of the heads' number."""
     if dim % N_HEADS:
         raise UserError(
             f"a transformer has {N_HEADS} heads, so its width must be a multiple of {N_HEADS}, "
@@ -162,7 +162,7 @@ class MultiHeadAttention(nn.Module):
         self.Att = kind(dim // N_HEADS, size_sequence, relative)
 
     def forward(self, x):
-        """x: (B, S, dim) -> (B, S, dim); if causal, frames attend to none after themselves."""
+        """x: (B, S, dim) -> (B, S, dim); if causal, frames attend to no later ones."""
         weight = torch.cat([self.Wq.weight, self.Wk.weight, self.Wv.weight])
         heads = F.linear(x, weight).unflatten(-1, (3, N_HEADS, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
@@ -197,13 +197,13 @@ class CausalAttention(nn.Module):
         return attend(query, key, value, self.Krelpos, self.training)
 
     def attend_with_dropout(self, query, key, value):
-        """The same for training on a CPU, where PyTorch's dropout is as slow as the products."""
+        """The same for training on a CPU, where PyTorch's dropout takes as long as the products."""
         scaled = query * query.size(3) ** -0.5
         weights = (scaled @ key.mT + self.position_scores(query)).softmax(dim=-1)
         return dropout(weights, DROPOUT) @ value
 
     def position_scores(self, query):
-        """What the positions add to the scores, -inf where a frame isn't attended to."""
+        """The position terms of the scores, -inf where a frame isn't attended to."""
         if self.Krelpos is not None:
             return relative_scores(query, self.Krelpos)
         n_frames = query.size(2)
@@ -211,7 +211,7 @@ class CausalAttention(nn.Module):
 
 
 class TwoSidedAttention(CausalAttention):
-    """Attention to frames before and after, those fewer than `size_sequence` frames away."""
+    """Attention to frames before and after, if fewer than `size_sequence` frames away."""
 
     def __init__(self, dim_head, size_sequence, relative):
         super().__init__(dim_head, size_sequence, relative)
@@ -268,18 +268,18 @@ def two_sided_scores(query, krelpos):
 
     Entry (i, j) is query_i . krelpos[distance i - j] for j <= i, 0 for j = i + 1, and beyond that
     query_(i + 1) . krelpos[column j - i - 2]: what shifting rows by reading the same memory gives
-    where nothing is masked. Checkpoints of hCPC were trained with it. -inf where the distance is
-    that of no column.
+    where nothing is masked. Checkpoints of hCPC were trained this way. Distances without a column
+    get -inf.
     """
     n_frames, size = query.size(2), krelpos.size(1)
     products = (query * query.size(3) ** -0.5) @ krelpos
 
     def shifted(columns):
-        """(..., S, S): row i moved left by S - 1 - i, the first entries of the next row behind."""
+        """(..., S, S): row i moved left by S - 1 - i, then the first entries of the next row."""
         rows = F.pad(columns, (1, 0)).flatten(2)[..., n_frames:]
         return rows.unflatten(2, (n_frames, n_frames))
 
-    # A negative amount cuts: columns count from the last one backwards, from the first one forwards
+    # Negative padding crops: `before` keeps the last columns, `after` the first ones.
     before, after = (F.pad(products, p) for p in ((n_frames - size, 0), (0, n_frames - size)))
     ones = torch.ones(n_frames, n_frames, dtype=torch.bool, device=query.device)
     scores = torch.where(ones.tril(), shifted(before), shifted(after))

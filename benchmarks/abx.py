@@ -1,13 +1,12 @@
-"""The ABX task beside loops over pairs of items, and beside the fastabx library if it is there.
+"""The ABX task compared with loops over pairs of items, and with the fastabx library if installed.
 
     python benchmarks/abx.py [--items 255 2000] [--threads 2] [--device cpu] [--json FILE]
 
 The items are noise, 5 to 24 frames of 256 dimensions, by three speakers or more, of eight phones in
 four contexts. The loop is the plain way to write DTW: in Python, pair by pair and cell by cell, on
-tensors or on NumPy arrays. It is timed on some of the pairs that the task needs, each of which it
-would do once, and its time for all follows from that. fastabx has a compiled DTW. Results are
-compared first. Times are medians of runs in turn; go by the ratios: times depend on what else the
-machine does.
+tensors or on NumPy arrays. It is timed on some of the pairs that the task needs, and its time for
+all of them, each compared once, is extrapolated. fastabx has a compiled DTW. Results are compared
+first. Times are medians of alternating runs; rely on the ratios, since times depend on other load.
 """
 
 import argparse
@@ -130,7 +129,7 @@ def time_ways(ways, groups, cells, frames, repeat):
 
 
 def time_of_loop(frames, make_table, n_pairs):
-    """Seconds for a pair in a loop over the cells of such a table."""
+    """Seconds per pair of a loop over the cells of a table."""
     generator = torch.Generator().manual_seed(1)
     pairs = torch.randint(0, len(frames.sizes), (n_pairs, 2), generator=generator)
     pieces = [frames.frames[s : s + n] for s, n in zip(frames.starts, frames.sizes, strict=True)]

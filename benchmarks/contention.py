@@ -1,16 +1,16 @@
-"""A training step while another program takes a processor, by the way in which threads wait.
+"""A training step while another program uses a processor, for several ways in which threads wait.
 
     python benchmarks/contention.py [--configurations demo] [--threads 2] [--json FILE]
     python benchmarks/contention.py --spin_counts 300,1000,3000      # to choose between them
 
-Each way of waiting has its own process; they take turns, so that whatever else happens on the
-machine meets all of them. Figures are medians over steps of train_step.py's configurations, in
-milliseconds: first calm, then while a process that this one starts keeps a processor busy.
+Each way of waiting has its own process; they take turns, so that other load on the machine affects
+all of them. Figures are medians over steps of train_step.py's configurations, in milliseconds:
+first undisturbed, then while a process that this one starts keeps a processor busy.
 
 active: OpenMP's threads spin for milliseconds, as libgomp's do by default; passive: they sleep at
-once; chosen: as this program's commands set it (utils/run/before_torch.py). `others` is the part of
-all processors that went to programs that don't belong to the measurement, the median over turns:
-where it isn't about 0, repeat.
+once; chosen: as this program's commands set it (utils/run/before_torch.py). `others` is the
+fraction of all processors used by programs outside the measurement, the median over turns: if it
+isn't about 0, repeat.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def busy_processes(n):
 
 
 def outside(pids):
-    """Seconds that all processors have spent on programs but these, since the machine started."""
+    """Seconds that all processors have spent on programs other than these since booting."""
     with open("/proc/stat", encoding="ascii") as file:
         user, nice, system = map(int, file.readline().split()[1:4])
     inside = 0
@@ -153,7 +153,7 @@ def outside(pids):
 
 
 class Worker:
-    """A process that trains when it is asked to; a context, at whose end it has ended."""
+    """A process that trains on request; a context manager, which ends the process."""
 
     def __init__(self, variables, *work):
         context = multiprocessing.get_context("spawn")

@@ -11,9 +11,9 @@ autograd function. Sizes are the program's defaults (scores) and those of a typi
 row "fused" compares the kernels of `criterion/fused_scores.py` (ours) with "scores" in PyTorch
 alone (plain).
 
-Results are checked first. Times are medians of runs in alternation; memory is what one run in a
-new process adds to the peak (Linux only), on a GPU what it adds to the memory of tensors. Look at
-the ratios: times depend on other load.
+Results are checked first. Times are medians of alternating runs; memory is what one run in a new
+process adds to the peak (Linux only), on a GPU what it adds to the memory of tensors. Rely on the
+ratios, since times depend on other load.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def inputs_on(device, name, batch):
 
 
 def run(way, inputs):
-    """Loss and gradients, once the device has computed them."""
+    """Loss and gradients; waits until the device has computed them."""
     loss = way(*inputs)
     leaves = [value for value in inputs if value.requires_grad]
     gradients = torch.autograd.grad(loss, leaves)

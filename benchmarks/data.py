@@ -1,12 +1,12 @@
-"""How fast a corpus is listed, decoded and cut into batches, and how much memory that takes.
+"""Speed and memory of listing a corpus, decoding it, and cutting it into batches.
 
     python benchmarks/data.py [--hours 1] [--threads 2] [--json FILE]
 
 The corpus is noise with the spectrum and the loudness of speech, in a temporary directory. Each
-measurement runs in a new process. Decoding is measured by the clock and by the time processors
-spend on it, which other work on the machine disturbs less. Memory is what is added to that of the
-imports: with packs it doesn't grow with the corpus. The files are in the system's cache; what a
-disk or a network adds isn't measured.
+measurement runs in a new process. Decoding is measured in wall-clock time and in processor time,
+which other load disturbs less. Memory is what is added to that of the imports: with packs it
+doesn't grow with the corpus. The files are in the system's cache; the time that a disk or a network
+adds isn't measured.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def parse_arguments(argv):
 
 
 def write_corpus(root, n_files):
-    """Noise that FLAC packs about as well as it packs speech."""
+    """Noise that FLAC compresses about as well as speech."""
     rng = np.random.default_rng(0)
     for i in range(n_files):
         noise = rng.standard_normal(SECONDS * SAMPLE_RATE).astype(np.float32)
@@ -125,7 +125,7 @@ def run_epoch(loader):
 
 
 def measure_memory(root, n_threads, hours):
-    """Peak memory over that of the imports, in packs and in one, for a part of the corpus."""
+    """Peak memory above that of the imports, in packs and in one, for a part of the corpus."""
     corpus = scan_corpus(root)
     part = corpus.utterances[: round(hours * 3600 / SECONDS)]
     size = round(PACK_HOURS * 3600 * SAMPLE_RATE)
@@ -143,7 +143,7 @@ def measure_memory(root, n_threads, hours):
 
 
 def peak_memory():
-    """MB that this process has held at most."""
+    """Peak memory of this process in MB."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 

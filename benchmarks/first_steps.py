@@ -3,10 +3,10 @@
     python benchmarks/first_steps.py OUT.png [--steps 200] [--starts original,lecun] FLAGS
 
 FLAGS are those of train.py: at least `--pathDB AUDIO`. From each initialisation, with the same seed
-and batches, the network is trained for some steps, and now and then looks at a batch that it isn't
-trained on. The encoder's layers (each after its norm and ReLU) are the first five curves; a frame
-that looks like all others makes negatives that look like positives. Writes a picture with the
-training losses, and prints the shares.
+and batches, the network is trained for some steps, and evaluated now and then on a batch that it
+isn't trained on. The encoder's layers (each after its norm and ReLU) are the first five curves; if
+all frames look alike, negatives look like positives. Writes a picture with the training losses, and
+prints the fractions.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def parse_arguments(argv):
 
 
 def first_steps(start, flags, n_steps):
-    """({step: {layer: share}}, losses) of a run from an initialisation."""
+    """({step: {layer: fraction}}, losses) of a run from an initialisation."""
     flags = [*flags, "--initialisation", start, "--pathCheckpoint", "first_steps", "--nGPU", "1"]
     state, train_loader, val_loader = new_run(flags, World(stop=StopSignals()))
     if state.args.encoder_type != "cpc":
@@ -81,7 +81,7 @@ def first_steps(start, flags, n_steps):
 
 @torch.no_grad()
 def varying_by_layer(model, waveform):
-    """{layer: varying energy} on a batch of waveforms."""
+    """{layer: fraction of the energy that varies} on a batch of waveforms."""
     found, encoder = {}, model.gEncoder
 
     def look(layer):

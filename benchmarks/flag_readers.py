@@ -1,11 +1,11 @@
-"""Which modules read which flag of train.py: how far the command line reaches into the program.
+"""The modules that read each flag of train.py: how far the command line reaches into the program.
 
     python benchmarks/flag_readers.py [--but FILE ...]
 
-Counts `args.NAME` and `getattr(args, "NAME")` on whatever is named like a namespace of flags, in
+Counts `args.NAME` and `getattr(args, "NAME")` on any variable named like a namespace of flags, in
 all modules but tests, benchmarks, those that declare and check the flags (`--but`), and other
-commands, which have their own flags (they call `CommandLine`). A field of the same name in a
-module is taken for that. Computed names aren't seen: the last line lists the modules with some.
+commands, which have their own flags (they call `CommandLine`). If a module has a field of the same
+name, that is assumed. Computed names aren't seen: the last line lists the modules that have some.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def declared(trees):
 
 
 def own_names(tree):
-    """What a module's namespaces hold besides: flags of another command, fields of its classes."""
+    """Other names in a module's namespaces: flags of another command, fields of its classes."""
     nodes = list(ast.walk(tree))
     targets = {n.value.value for n in nodes if isinstance(n, ast.keyword) and n.arg == "dest"}
     fields = {getattr(n.target, "id", "") for n in nodes if isinstance(n, ast.AnnAssign)}
@@ -84,7 +84,7 @@ def own_names(tree):
 
 
 def added(nodes, kind):
-    """First arguments of this kind of the calls of add and add_argument among the nodes."""
+    """First arguments of this type in the calls of add and add_argument among the nodes."""
     for node in nodes:
         if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], kind):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
@@ -102,7 +102,7 @@ def names_in(node, assigned):
 
 
 def read(tree):
-    """What is read from namespaces of flags; None stands for a name that is computed."""
+    """The names read from namespaces of flags; None stands for a computed name."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

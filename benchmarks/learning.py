@@ -1,14 +1,14 @@
-"""A grid of settings and seeds: trains its runs, keeps raw values, and makes tables of them.
+"""A grid of settings and seeds: trains its runs, stores raw values, and makes tables of them.
 
     python benchmarks/learning.py benchmarks/grids/starts.json --jobs 2 --minutes 60
     python benchmarks/learning.py benchmarks/grids/starts.json --tables
 
 Trains each run of the grid that has no values yet, takes its measures, and adds them to
-benchmarks/results/NAME.json, with the command, the commit and the seconds of each run. Stopped at
-any moment, the same command continues. `--tables` only prints what the values so far say, in
+benchmarks/results/NAME.json, with the command, the commit and the seconds of each run. If stopped
+at any moment, the same command resumes. `--tables` only prints the tables of the values so far, in
 Markdown. A grid is JSON:
 
-    what       a sentence
+    what       a sentence that describes it
     prepare    commands to run once, before anything else
     run        the command of a run; `--pathCheckpoint {run}` and the seed are added to it
     axes       {axis: {value: flags to add}}
@@ -21,12 +21,12 @@ Markdown. A grid is JSON:
                        file or key
                    {"steps_below": F}: steps until the training loss, averaged since the last time
                        it was logged, is below F times the validation loss before training; null
-                       where it never is
+                       if it never is
     tables     [{"title", "rows": [axes], "columns": axis, "measures": [names], axis: [values]}];
                without "columns", each measure has one
 
 Commands are relative to the project. {work} stands for a folder that is kept (--work), {run} for
-the run's own, {seed} for its seed and {speech} for the real speech that CPC_DATA names.
+the run's folder, {seed} for its seed and {speech} for the real speech that CPC_DATA names.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def parse_arguments(argv):
 
 
 def read_grid(path):
-    """The grid in a file. Raises UserError where it doesn't have the form described above."""
+    """The grid in a file. Raises UserError if it doesn't have the form described above."""
     grid = {"prepare": [], "then": [], "tables": []} | load_json(path)
     if wrong := grid.keys() ^ KEYS:
         raise UserError(f"{path}: {', '.join(sorted(wrong))}: missing or unknown")
@@ -129,7 +129,7 @@ def runs(grid):
 
 
 def complete(grid, results, path, work, args):
-    """Do the runs that `results` lacks, or has of another command or with fewer measures."""
+    """Do the runs that `results` lacks, or has with another command or fewer measures."""
     start, lock, done = time.monotonic(), threading.Lock(), results["runs"]
     todo = {
         name: run
@@ -160,7 +160,7 @@ def complete(grid, results, path, work, args):
 
 
 def is_up_to_date(result, words, grid):
-    """Whether a result is of this command, and has all measures."""
+    """Whether a result comes from this command, and has all measures."""
     return (
         result is not None
         and result["command"] == words
@@ -220,7 +220,7 @@ def filled_in(word, places):
 
 
 def commit():
-    """The commit of the results; `-dirty` where files had been changed."""
+    """The commit of the results; `-dirty` if files had been changed."""
     words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
 
@@ -295,7 +295,7 @@ def values_at(results, at, measure):
 
 
 def in_words(values, measure):
-    """Counts of steps: the median, the worst, how many never; other values: mean and deviation."""
+    """Numbers of steps: median, worst, how many never; other values: mean, standard deviation."""
     reached = sorted(value for value in values if value is not None)
     if not values or not (reached or measure.startswith("steps")):
         return ""

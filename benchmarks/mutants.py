@@ -2,12 +2,12 @@
 
     python benchmarks/mutants.py FILE [FILE ...] --n 30 --seed 1 --tests "PYTEST ARGUMENTS"
 
-A mutant changes one place of one line, drawn by the seed, every kind of fault as often as the
+A mutant changes one place of one line, drawn with the seed, every kind of fault as often as the
 others: a comparison, + and -, `and` and `or`, a number or a truth value, a negated condition, a
 keyword or a statement left out. It is tested in a temporary copy of the tree. Those that survive
-show where a test is missing, unless they change nothing that matters. `--save` writes the mutants;
-`--replay` puts the same ones into another version of the tree, wherever in the files given their
-lines are now.
+show where a test is missing, unless the change has no effect. `--save` writes the mutants;
+`--replay` puts the same ones into another version of the tree, wherever their lines are now in the
+given files.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def lines_of(file):
 
 
 def find(mutant, lines):
-    """The places of a mutant's line; where there are several, those in its function."""
+    """The places of a mutant's line; if there are several, those in its function."""
     hits = [line for line in lines if line[2] == mutant.source]
     return hits if len(hits) < 2 else [line for line in hits if line[3] == mutant.function]
 
@@ -145,7 +145,7 @@ def swap(between):
 
 
 def changed(line, begin, end, new):
-    """The line with what is between two of its bytes replaced; a comma beside nothing goes, too."""
+    """The line with the text between two of its bytes replaced; removes a comma left alone."""
     raw = line.encode()
     before, between, after = (part.decode() for part in (raw[:begin], raw[begin:end], raw[end:]))
     between = new(between)
@@ -195,7 +195,7 @@ def test_one(mutant, place, tree, tests, limit):
 
 
 def outcome(tree, tests, limit):
-    """Whether the tests "caught" a fault, it "survived" them, or they "timed out"."""
+    """The outcome of the tests: a fault was "caught", "survived", or they "timed out"."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", *shlex.split(tests)]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # old byte code hides a change
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -1,10 +1,10 @@
-"""A copy of a corpus whose test set is reverberant and noisy, to see what a model stands.
+"""A copy of a corpus whose test set is reverberant and noisy, to see how robust a model is.
 
     python benchmarks/noisy_copy.py CORPUS OUT [--seed 1]
 
-CORPUS is what utils/corpus/make_demo.py writes. In OUT, each file of its test_split.txt is heard
-from the other end of a room, with noise; all other files are links to those of CORPUS. The labels
-of these files alone are in OUT/test_phones.txt.
+CORPUS is what utils/corpus/make_demo.py writes. In OUT, each file of its test_split.txt sounds as
+if heard from the other end of a room, with noise; all other files are links to those of CORPUS.
+OUT/test_phones.txt has the labels of the noisy files only.
 
 Rooms and noise differ from those that `--augment_type` trains with: the response is noise that
 decays exponentially (by 60 dB in 0.3 to 0.7 s), with 0 to 6 dB less energy than the direct path;
@@ -54,7 +54,7 @@ def main(argv=None):
 
 
 def through_a_room(waveform, generator):
-    """waveform (1, L) -> (1, L), reverberant and noisy, scaled down where it would clip."""
+    """waveform (1, L) -> (1, L), reverberant and noisy, scaled down if it would clip."""
 
     def between(low, high):
         return low + (high - low) * torch.rand(1, generator=generator)

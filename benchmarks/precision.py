@@ -1,13 +1,13 @@
-"""Whether training in another precision learns as much: runs on the demo corpus, over some seeds.
+"""Does training in another precision learn as much? Runs on the demo corpus, over some seeds.
 
     python benchmarks/precision.py [--precisions fp32,bf16] [--seeds 3] [--epochs 6] [--json FILE]
 
 Synthesises the demo corpus, and trains on it as `make demo` does, in each precision with the seeds
-1, 2, ... What is compared is what was learned: loss and accuracy on the validation set after the
-last epoch, and the accuracies of the linear probes there. Each figure is the mean over seeds, with
-the standard deviation of a run. The last column tells how far the means of a precision lie from
-those of the first, in standard errors of that difference: within two, it is no more than chance.
-`--compile` is passed on.
+1, 2, ... It compares loss and accuracy on the validation set after the last epoch, and the
+accuracies of the linear probes there. Each figure is the mean over seeds, with the standard
+deviation of a run. The last column is the difference between the means of a precision and those of
+the first, in standard errors of that difference: within two, it is no more than chance. `--compile`
+is passed on.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def deviation(values):
 
 
 def difference(reference, values):
-    """Of the means, in standard errors."""
+    """The difference of the means in standard errors."""
     error = math.hypot(*(deviation(v) / math.sqrt(len(v)) for v in (reference, values)))
     return (statistics.mean(values) - statistics.mean(reference)) / error if error else math.nan
 

@@ -1,4 +1,4 @@
-"""How much a probe gains by computing the features of the frozen model once.
+"""The speed-up of a probe that computes the features of the frozen model only once.
 
     python benchmarks/probe.py
 

@@ -1,27 +1,27 @@
-"""Whether this tree still does what another commit did: the same command lines in both, compared.
+"""Does this tree still do what another commit did? Runs the same command lines in both.
 
     python benchmarks/same_results.py BASE [--only NAME,NAME] [--no_timing] [--json FILE]
     python benchmarks/same_results.py BASE --base_dir DIR [--work_dir DIR]
 
-BASE is a commit, checked out into a temporary directory; --base_dir names a checkout that is there
-already. The hundred cases of `benchmarks/trials/cases.py`, one or two commands each, run in both
-trees on a tiny corpus: training in all its variants, stops and resumptions, captures, probes,
-statistics, ABX, features, the corpus commands, refusals; and each tree resumes runs of the other.
-Only command lines and files are used, so that everything inside may be rearranged between the two.
+BASE is a commit, checked out into a temporary directory; --base_dir names an existing checkout. The
+hundred cases of `benchmarks/trials/cases.py`, one or two commands each, run in both trees on a tiny
+corpus: training in all its variants, stopping and resuming, captures, probes, statistics, ABX,
+features, the corpus commands, refusals; and each tree resumes runs of the other. Only command lines
+and files are used, so everything inside may be rearranged between the two.
 
-Of each case are compared: exit statuses, names of all files, tensors and arrays bit for bit, values
-of JSON files and checkpoints with their types, other files byte for byte. Of pictures and the
-report only the names are, of a refusal only the status and that it is one `error:` line. NOT_EQUAL
-lists the keys that are left out. Some cases also need BASE to be right: an exit status that isn't
-the expected one counts as a difference, even in both trees.
+Each case is compared by exit statuses, names of all files, tensors and arrays bit for bit, values
+of JSON files and checkpoints with their types, and other files byte for byte; pictures and the
+report only by name; a refusal only by its status and by being one `error:` line. NOT_EQUAL lists
+the keys that are left out. Some cases also need BASE to be right: an unexpected exit status counts
+as a difference, even in both trees.
 
 Timing: processor seconds of training steps in both trees in turn, as the difference between a run
-on a long and one on a short list; the ratio is the median of the rounds', with the lowest and the
+on a long list and one on a short list; the ratio is the median over rounds, with the lowest and the
 highest.
 
-The exit status is 1 if anything differs; times don't count. With --work_dir, whatever was written
+The exit status is 1 if anything differs; times don't count. With --work_dir, everything written
 stays there, with the output of each step in `logs`. Every command is a process that takes about
-five seconds of a processor, so that all of it takes ten minutes on two idle cores.
+five seconds of a processor, so the whole takes ten minutes on two idle cores.
 """
 
 import argparse
@@ -221,7 +221,7 @@ def expected_statuses(name):
 
 
 def compare_case(name, trees):
-    """Run a case in both trees at the same time and compare what came of it; its row."""
+    """Run a case in both trees at the same time and compare the outcomes; returns its row."""
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda tree: tree.run_case(name), trees)
     comparison = Comparison(*trees)
@@ -232,7 +232,7 @@ def compare_case(name, trees):
 
 
 def compare_directory(directory, comparison):
-    """Compare what is in it, too; print and return the row of a case."""
+    """Compare the contents of a directory, too; print and return the row of a case."""
     comparison.directories(directory)
     counts, differences, name = comparison.counts, comparison.differences, Path(directory).name
     numbers = "".join(f"{counts[what]:7} {what}" for what in ("files", "tensors", "values"))
@@ -315,7 +315,7 @@ def first_difference(one, other):
 
 
 def read(tree, name):
-    """What a file holds, with arrays instead of tensors and without the trees' own directories."""
+    """A file's content, with arrays instead of tensors and without the trees' own directories."""
     path = tree.work / name
     if path.suffix == ".pt":
         with contextlib.suppress(Exception):  # not all need be whole: then compared as bytes
@@ -373,7 +373,7 @@ def timed(name, trees, rounds):
 
 
 def seconds_of_steps(tree, name):
-    """Processor seconds of an epoch, without what a run takes to begin and end."""
+    """Processor seconds of an epoch, without those for the start and end of a run."""
     spent = {}
     for training in ("train", "test"):
         out = f"out/timed-{name}"

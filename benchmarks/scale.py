@@ -1,16 +1,17 @@
-"""How training speed grows with the number of processes, here and, by calculation, elsewhere.
+"""Training speed by number of processes, measured here and calculated for other machines.
 
     python benchmarks/scale.py [--processes 2] [--threads 2] [--configuration cpcctc-linear]
     python benchmarks/scale.py --simulate [--step_ms 95 --allreduce_gb_per_s 80 ...]
 
 The first form trains with one process and with several, which share the threads (or have a GPU
-each), and measures what averaging the gradients takes alone. The second says what an epoch of a
-corpus takes on 1 to 64 processes, eight on each machine, from five costs: those of a step, of the
-gradients' size and transport, and of decoding. Costs that aren't given are measured here.
+each), and measures how long averaging the gradients takes on its own. The second predicts how long
+an epoch of a corpus takes on 1 to 64 processes, eight on each machine, from five costs: those of a
+step, of the gradients' size and transport, and of decoding. Costs that aren't given are measured
+here.
 
-What the calculation assumes: gradients are averaged during the backward pass, two thirds of a step,
-but for its last 25 MB; each machine decodes the whole corpus once an epoch, in the background
-(the first pack of all, before the first step, isn't counted).
+Assumptions of the calculation: gradients are averaged during the backward pass, two thirds of a
+step, except for the last 25 MB; each machine decodes the whole corpus once an epoch, in the
+background (the very first pack, before the first step, isn't counted).
 """
 
 import argparse
@@ -111,7 +112,7 @@ def trained(args, root, processes, threads):
 
 
 def train(words):
-    """What each process does; the first one writes the figures."""
+    """The work of each process; the first one writes the figures."""
     name, root, result, device, precision, threads, steps = words
     options = argparse.Namespace(
         device=device, precision=precision, threads=int(threads), compile=False
@@ -150,7 +151,7 @@ def time_steps(training, batches, n_steps):
 
 
 def time_averaging(size_mb, device, repeat=5):
-    """Milliseconds to add up as many numbers over all processes, the best of some."""
+    """Milliseconds to sum this many numbers over all processes, the best of several tries."""
     numbers, times = torch.ones(int(size_mb * 1e6 / 4), device=device), []
     for _ in range(repeat):
         dist.barrier()
@@ -166,7 +167,7 @@ def time_averaging(size_mb, device, repeat=5):
 
 @dataclass
 class Costs:
-    """What a run's speed is calculated from."""
+    """The costs that a run's speed is calculated from."""
 
     step_ms: float
     windows_per_step: float  # of one process, 1.28 s each
@@ -195,12 +196,12 @@ def measured_costs(args, root):
 
 
 def ring_share(n_processes):
-    """How often each process sends and receives the gradients' size, in a ring."""
+    """Amount that each process sends and receives in a ring, relative to the gradients' size."""
     return 2 * (n_processes - 1) / n_processes
 
 
 def epoch(hours, n_processes, costs):
-    """(seconds that an epoch but the first takes, share of them spent waiting for data)"""
+    """(seconds of any epoch but the first, fraction of them spent waiting for data)"""
     step = costs.step_ms / 1000
     seconds_per_mb = ring_share(n_processes) / (1000 * costs.allreduce_gb_per_s)
     averaging = seconds_per_mb * costs.gradient_mb
@@ -216,7 +217,7 @@ def epoch(hours, n_processes, costs):
 
 
 def simulate(costs):
-    """Print and return what an epoch takes."""
+    """Print and return how long an epoch takes."""
     for name, value in vars(costs).items():
         print(f"{name:<20}{value:>12.4g}")
     print("\nhours:minutes:seconds that an epoch takes, and the share of it that waits for data")

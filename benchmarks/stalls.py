@@ -3,8 +3,8 @@
     python benchmarks/stalls.py [--hours 960 60000] [--gigabytes 1] [--batch 32]
 
 Plans are made for an invented listing of files of 2 to 22 s by speakers with 25 minutes (up to
-1,000 hours) or 8 hours each. A pack is filled by two processes, each time in new shared memory or,
-as in training, in one of two buffers in turn. Times are wall-clock times of one try: another
+1,000 hours) or 8 hours each. Two processes fill a pack, either in new shared memory each time or,
+as in training, in one of two buffers in turn. Times are wall-clock times of a single try: another
 process on the machine spoils them.
 """
 
@@ -76,7 +76,7 @@ def measure_plans(listing, batch_size):
 
 
 def resident():
-    """MB that this process holds."""
+    """Memory of this process in MB."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -104,7 +104,7 @@ def measure_fills(words):
 
 
 def fill(allocate, part, world):
-    """Seconds to get memory and to write this process's part of it."""
+    """Seconds to allocate memory and to write this process's part of it."""
     world.all_gather(None)
     start = time.perf_counter()
     audio = allocate()

@@ -1,13 +1,13 @@
-"""The histogram of `reprDiff` beside a Python loop over frames: time for one batch.
+"""The histogram of `reprDiff` compared with Python loops: time for one batch.
 
     python benchmarks/stats.py [--batch 16] [--repeat 5] [--threads 2] [--json FILE]
 
-loop over frames     each distance computed, and put into its bin, one after the other
-loop over distances  all distances computed at once, as in ReprDiffStat, then one after the other
-                     put into its bin
+loop over frames     each distance is computed and put into its bin, one after the other
+loop over distances  all distances are computed at once, as in ReprDiffStat, then put into their
+                     bins one after the other
 
-Results are compared first. Times are medians of runs of all three in turn: go by the ratios. What
-a run adds to a capture is the time for a batch once per batch, and a picture once per capture.
+Results are compared first. Times are medians of runs of all three in turn: rely on the ratios. The
+stat adds this time to each batch of a capture, and that of a picture to each capture.
 """
 
 import argparse
@@ -88,9 +88,9 @@ def compare(metric, frames, repeat):
 
 
 def time_in_turn(ways, calls, repeat):
-    """Median milliseconds of each way, run by turns so that a busy moment hits all of them.
+    """Median milliseconds of each way, run in turn so that other load affects all of them.
 
-    calls: how often each is called in its turn, since a short one can't be timed alone
+    calls: how often each is called in its turn, since a single short call can't be timed
     """
     times = [[] for _ in ways]
     for _ in range(repeat):

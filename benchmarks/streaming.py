@@ -1,11 +1,11 @@
-"""Live audio: the real-time factor of a model that gets it in pieces, beside one pass over all.
+"""Live audio: the real-time factor of a model that gets it in pieces, compared with one pass.
 
     python benchmarks/streaming.py [--pieces 10 20 100] [--json FILE]
 
-The real-time factor on one core is the processor time that a model takes, in one thread, over the
-time that the audio lasts; live audio needs less than 1. The model has the default architecture (256
-channels, one LSTM layer), the audio is noise. Each way takes all of it several times, in turn; the
-median counts.
+The real-time factor on one core is the processor time of a model, in one thread, divided by the
+duration of the audio; live audio needs less than 1. The model has the default architecture (256
+channels, one LSTM layer); the audio is noise. Each way processes all of it several times, in turn;
+figures are medians.
 """
 
 import argparse

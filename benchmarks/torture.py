@@ -1,19 +1,19 @@
-"""How training survives kills, stop signals, full disks and damaged files.
+"""Does training survive kills, stop signals, full disks and damaged files?
 
     python benchmarks/torture.py [kill stop disk corpora checkpoints leaks] [--seed 0] [--json FILE]
 
 kill         kill -9 at random moments of a run, which the same command resumes: at the end,
-             all that it has written is what the undisturbed run wrote, bit for bit
+             everything it has written equals what the undisturbed run wrote, bit for bit
 stop         the same with SIGTERM, SIGINT and SIGUSR1, and their exit statuses
-disk         a full disk for a while: no checkpoint is lost, and the run ends as it would have
+disk         a disk that is full for a while: no checkpoint is lost, and the run ends as usual
 corpora      damaged corpora: one clear line and status 2, or a run with the right audio and labels
-checkpoints  damaged checkpoints: one clear line and status 2, or a run; where bytes were damaged,
-             one with the results of the undamaged file; nothing that is in them is executed
+checkpoints  damaged checkpoints: one clear line and status 2, or a run; if bytes were damaged, one
+             with the results of the undamaged file; no code in them is executed
 leaks        memory, open files, threads and processes of a long run
 
-One run in twenty is a process of its own, the others are forked. Everything happens below one
-temporary directory, which is removed unless there were findings; a finding's number repeats it:
-`torture.py corpora --first 137 --corpora 1`.
+One run in twenty is a separate process, the others are forked. Everything happens below one
+temporary directory, which is removed unless there were findings; a finding can be repeated by its
+number: `torture.py corpora --first 137 --corpora 1`.
 """
 
 import argparse

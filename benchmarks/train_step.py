@@ -1,4 +1,4 @@
-"""The time and the memory of a training step, part by part, beside what its arithmetic must take.
+"""Time and memory of a training step, part by part, and the least time that its arithmetic takes.
 
     python benchmarks/train_step.py [--configurations cpc,cpcctc] [--threads 2] [--json FILE]
     python benchmarks/train_step.py --configurations cpcctc-paper,no-ar --precision bf16 --compile
@@ -8,16 +8,15 @@ configuration runs in a new process; after a few steps to warm up, the figures a
 steps. The parts of a step add up to it (`heads and negatives`: predictions, drawing and scoring;
 `optimiser`: with the gradient's norm; `rest`: seeding, running means and the like). With --compile
 the model and the criterion, forward and backward, are one part, `passes`. `processors` is the time
-that all threads together were busy, which other work on the machine disturbs less.
+that all threads together were busy, which other load disturbs less.
 
 The floor is the time that the matrix products of a step take at the rate of one large product,
-measured in the same process and precision; see `floating_point_operations`. (Segments aren't
-counted in it.) It depends on the
-configuration and the machine, and on nothing in this program. A recurrent network, whose steps wait
-for each other, can't come near it: so `AR alone` is the time of its own forward and backward pass,
-and `the rest / its floor` compares what else the step takes with the floor without it. Memory is
-that of the process (on a GPU: of the tensors there), at its peak and how much of that the steps
-added. Go by ratios: times depend on what else the machine does.
+measured in the same process and precision; see `floating_point_operations`. (It doesn't include
+segments.) It depends on the configuration and the machine, and on nothing in this program. A
+recurrent network, whose steps wait for each other, can't come near it: so `AR alone` is the time of
+its forward and backward pass, and `the rest / its floor` compares the other parts of the step with
+the floor without it. Memory is that of the process (on a GPU: of the tensors there), at its peak
+and how much of that the steps added. Rely on ratios: times depend on other load.
 """
 
 import argparse
@@ -282,12 +281,12 @@ def time_ar(state, watch, repeat=5):
 
 
 def frame_level(model):
-    """The frame level of a model of two levels; a model of one level as it is."""
+    """The frame level of a model of two levels; a model of one level unchanged."""
     return getattr(model, "frameLevelModel", model)
 
 
 def time_parts(training, watch):
-    """Let the watch time the functions that a step is made of."""
+    """Make the stopwatch time the functions that a step consists of."""
     state = training.state
     model, criterion = state.networks.model, state.networks.criterion
     if state.args.augment_type:
@@ -321,7 +320,7 @@ def timed_step(training, batches, watch):
 
 
 class Stopwatch:
-    """Adds up the time of named parts. A part that runs inside another counts for itself alone."""
+    """Adds up the time of named parts. A part that runs inside another is counted separately."""
 
     def __init__(self, device):
         self.on_cuda = device.type == "cuda"
@@ -348,7 +347,7 @@ class Stopwatch:
         self.running.pop()
 
     def _now(self):
-        """Milliseconds, or on CUDA the point in the device's work that was asked for so far."""
+        """Milliseconds, or on CUDA an event after all work queued so far."""
         if not self.on_cuda:
             return 1000 * time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -370,7 +369,7 @@ class Stopwatch:
 
 
 def memory(device, peak=False):
-    """MB in use now, or at most so far: on a CPU by this process, on CUDA by its tensors."""
+    """MB in use now, or at the peak so far: on a CPU by this process, on CUDA by its tensors."""
     if device.type == "cuda":
         used = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
         return used(device) / 2**20
@@ -380,9 +379,9 @@ def memory(device, peak=False):
 
 
 def matrix_rate(device, precision, repeat=10):
-    """Floating-point operations a second of a large product of matrices, the best of some.
+    """Floating-point operations per second of a large matrix product, the best of several tries.
 
-    Best and not median, since what is wanted is what the machine can do.
+    The best, not the median, since the limit of the machine is wanted.
     """
     size = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -396,11 +395,11 @@ def matrix_rate(device, precision, repeat=10):
 
 
 def floating_point_operations(args):
-    """Of the matrix products that a step needs by its definition, by part of it.
+    """Operations of the matrix products that a step needs by definition, for each of its parts.
 
-    A product and a sum are two. Backward takes twice those of forward, but for the waveform, of
-    which no gradient is needed. A prediction is scored with its negatives and, in plain CPC, with
-    its frame; in CPC-CTC, with every matched frame. Norms, activations and the like aren't counted.
+    A product and a sum are two. Backward takes twice as many as forward, except for the waveform,
+    which needs no gradient. A prediction is scored with its negatives and, in plain CPC, with its
+    frame; in CPC-CTC, with every matched frame. Norms, activations and the like aren't counted.
     """
     dim, size_window, batch = args.hiddenEncoder, args.sizeWindow, args.batchSizeGPU
     n_frames, channels, convolutions = size_window, 1, []

@@ -14,9 +14,9 @@ __all__ = [
     "CriterionOutput",
     "NoneCriterion",
     "build_criterion",
+    "has_speaker_weights",
     "join_networks",
     "mask_rules",
-    "tells_speakers_apart",
     "trains_on_phones",
 ]
 
@@ -33,7 +33,7 @@ def build_criterion(args, n_speakers, n_phones=0):
     if args.cpc_mode == "none":
         return NoneCriterion()
     if args.multiLevel:
-        from criterion.levels import LevelCriteria  # one level spends no time on it
+        from criterion.levels import LevelCriteria  # one level needn't import it
 
         frames_train = not args.segmentLevel and not args.freezeFrameModel
         levels = _of_frames(args, n_speakers) if frames_train else None, _of_segments(args)
@@ -85,7 +85,7 @@ def _of_segments(args):
     }
     if args.CPCCTC and not args.adjacentNegatives:
         return CPCCTCCriterion(args.nPredictsSegment, args.CPCCTCNumMatchedSegment, **common)
-    # With adjacent negatives as many segments are matched as predicted: nothing to align.
+    # With adjacent negatives, each prediction matches one segment: nothing to align.
     adjacent = args.adjacentNegatives
     return CPCCriterion(args.nPredictsSegment, adjacent_negatives=adjacent, **common)
 
@@ -118,7 +118,7 @@ def trains_on_phones(args):
     return args.supervised and args.path_phone_data is not None
 
 
-def tells_speakers_apart(args):
+def has_speaker_weights(args):
     """Whether the criterion has weights for each speaker."""
     return args.speakerEmbedding > 0 or (args.supervised and not trains_on_phones(args))
 

@@ -12,14 +12,14 @@ from utils.misc import NO_CHANCE, Chance, not_compiled
 
 
 class CPCCriterion(ContrastiveCriterion):
-    """Tell the frame k steps ahead from random frames, for k = 1 to K = n_predictions.
+    """Distinguish the frame k steps ahead from random frames, for k = 1 to K = n_predictions.
 
     The InfoNCE loss of van den Oord et al., "Representation learning with contrastive predictive
     coding" (2018), with the heads of Riviere et al., "Unsupervised pretraining transfers well
     across languages" (2020).
 
     adjacent_negatives: instead of random frames, the only negative of a prediction is the frame
-        before or after the one to predict, by chance (Cuervo et al., "Variable-rate hierarchical
+        before or after the one to predict, at random (Cuervo et al., "Variable-rate hierarchical
         CPC leads to acoustic unit discovery in speech", 2022)
 
     Other parameters: see ContrastiveCriterion.
@@ -32,7 +32,7 @@ class CPCCriterion(ContrastiveCriterion):
         self.adjacent_negatives = adjacent_negatives
 
     def chance(self):
-        """The Chance of scores that don't depend on the frame: one of N + 1 candidates is right."""
+        """The Chance of scores that ignore the frame: one of N + 1 candidates is right."""
         return Chance(math.log(self.n_negatives + 1), 1 / (self.n_negatives + 1))
 
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None, lengths=None):
@@ -40,11 +40,11 @@ class CPCCriterion(ContrastiveCriterion):
 
         capture: any of "pred", the predictions (B, W, E, K); "anchor_costs", the mean loss of each
         anchor (X,). generator: draws the negatives (None: the global generator). lengths: (B,), the
-        sequences' numbers of frames (None: S). Raises ValueError for other names to capture.
+        frames in each sequence (None: S). Raises ValueError for other names to capture.
         """
         if unknown := capture - {"pred", "anchor_costs"}:
             raise ValueError(f"plain CPC has no {sorted(unknown)} to capture")
-        context, encoded = (self.with_room(x, lengths) for x in (context, encoded))
+        context, encoded = (self.padded_to_anchor(x, lengths) for x in (context, encoded))
         context, encoded = self.in_direction(context, encoded)
         predictions = self.predict(context, speaker)
         scores = self.score_candidates(predictions, encoded, generator, lengths)
@@ -63,12 +63,12 @@ class CPCCriterion(ContrastiveCriterion):
             return super().draw_negatives(sizes, device, generator, lengths)
         return sampling.anchor_frames(*sizes, device).unsqueeze(2)
 
-    @not_compiled  # draws, as in the class above
+    @not_compiled  # draws, as in the base class
     def score_candidates(self, predictions, encoded, generator, lengths=None):
         scores = super().score_candidates(predictions, encoded, generator, lengths)
         if not self.adjacent_negatives:
             return scores
-        # Of all frames from the anchor, its negative so far, to that after the last to predict.
+        # Of all frames from the anchor (the negative so far) to the one after the last predicted.
         nearby = torch.cat(
             [scores.negatives.unsqueeze(2), scores.positives], dim=2
         )  # (X, K, K + 2)

@@ -2,14 +2,14 @@
 
 They compute the same as `sampling._ChunkedScores`, which is the version to read first and the
 reference in the tests. There, the candidates of a few hundred anchors are written to memory and
-read by a matrix product, and all again, with gradients, in the backward pass. Here, each vector
+read by a matrix product, then again, with gradients, in the backward pass. Here, each vector
 goes from the pool, which fits a GPU's L2 cache (1 kB per frame with the defaults), directly to the
 multiprocessor that needs it, and only scores are written. Gradients of the pool are summed by
 atomic additions in varying order: their last bits differ from run to run.
 
 A program of the forward pass scores one anchor; a program of the backward pass handles one anchor
-and one block of features. Scores are kept for the backward pass: K floats per candidate are little
-beside the K predictions, and with them each block of features can be differentiated alone.
+and one block of features. Scores are kept for the backward pass: K floats per candidate take little
+memory beside the K predictions, and let each block of features be differentiated on its own.
 
 Triton compiles the kernels at their first launch, for the given sizes, so launch them once before
 capturing a CUDA graph. Nothing here synchronises with the GPU or auto-tunes.

@@ -1,4 +1,4 @@
-"""Two levels of which more is learned: boundaries (boundary_policy.py), codes for segments."""
+"""Two levels that also learn boundaries (boundary_policy.py) or codes for segments."""
 
 import torch
 
@@ -12,7 +12,7 @@ FRAMES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_FRAME
 
 
 def add_parts(criterion, args):
-    """Give the criterion of segments what it has in checkpoints of hCPC, by its names there."""
+    """Add the parts that the segment criterion has in checkpoints of hCPC, under the same names."""
     if learns_boundaries(args):
         criterion.register_buffer("baseline", torch.zeros(1))
     if args.targetQuantizerSegment != "none":
@@ -20,8 +20,8 @@ def add_parts(criterion, args):
 
 
 class LearnedNetworks(LevelNetworks):
-    """After the losses of the levels come those of policy and codes, each of weight 1, and the
-    number of boundaries per second, of weight 0; their names in the logs are those of hCPC."""
+    """After the losses of the levels come those of the policy and the codes, with weight 1, and the
+    number of boundaries per second, with weight 0; in the logs, they have hCPC's names."""
 
     def __init__(self, criterion, model, args):
         super().__init__(criterion, model, args.headWeights)
@@ -32,7 +32,7 @@ class LearnedNetworks(LevelNetworks):
         self.loss_weights = torch.cat([self.loss_weights, torch.tensor(weights)], dim=1)
 
     def forward(self, batch, generator=None):
-        """A `Batch` -> losses and accuracies, (1, n) each; 0 as accuracy of what has none."""
+        """A `Batch` -> losses and accuracies, (1, n) each; losses without accuracy get 0."""
         progress, of_segments = self.progress(), self.criterion.segmentLevelCriterion
         self.prepare(progress)
         frames, segments = self.both_levels(batch)
@@ -53,7 +53,7 @@ class LearnedNetworks(LevelNetworks):
         return torch.cat([*losses, more], 1), torch.cat([*accuracies, no_accuracies], 1)
 
     def prepare(self, progress):
-        """Set what depends on how far training has come."""
+        """Set what depends on the progress of training."""
         if self.learns_boundaries:
             self.model.segmenter.boundaryPredictor.anneal(progress.steps)
         if self.learns_codes and self.training and progress.steps_in_epoch == 0:
@@ -62,7 +62,7 @@ class LearnedNetworks(LevelNetworks):
             quantiser.begin_epoch(progress.epoch, generator)
 
     def losses_of_policy(self, segments, costs, epoch, generator):
-        """The values of OF_POLICY; costs (X,): of each anchor."""
+        """The values named in OF_POLICY; costs: (X,), one per anchor."""
         choice, of_segments = segments.choice, self.criterion.segmentLevelCriterion
         if self.training:
             reinforce.update_baseline(of_segments.baseline, costs)

@@ -8,9 +8,9 @@ from utils.misc import OF_SEGMENTS
 
 
 class LevelCriteria(nn.Module):
-    """The criterion of frames, or None where segments are trained alone, and that of segments.
+    """The criteria of frames (None if only segments are trained) and of segments.
 
-    Called, it is that of frames. Both are ContrastiveCriterions; the names are keys of checkpoints.
+    A call goes to that of frames. Both are ContrastiveCriterions; names are keys of checkpoints.
     """
 
     target = "speaker"
@@ -25,10 +25,10 @@ class LevelCriteria(nn.Module):
         return self.frameLevelCriterion(*arguments, **options)
 
     def of_both(self, frames, segments, speaker, generator, capture=frozenset()):
-        """The CriterionOutput of each level, those of frames first.
+        """The CriterionOutput of each level, frames first.
 
         frames: (context, encoded), see ContrastiveCriterion; segments: the Segments of these;
-        capture: names, of the level of segments
+        capture: names to capture from the segment level
         """
         outputs = []
         if self.frameLevelCriterion is not None:
@@ -38,7 +38,7 @@ class LevelCriteria(nn.Module):
 
     @property
     def levels(self):
-        """The criteria that there are, those of frames first."""
+        """The criteria in use, frames first."""
         both = (self.frameLevelCriterion, self.segmentLevelCriterion)
         return [criterion for criterion in both if criterion is not None]
 
@@ -52,7 +52,7 @@ class LevelCriteria(nn.Module):
         return self.levels[0].chance()
 
     def compile(self, **options):
-        """Compile the criterion of frames: the number of segments changes from batch to batch."""
+        """Compile the frame criterion only: the number of segments varies from batch to batch."""
         if self.frameLevelCriterion is not None:
             self.frameLevelCriterion.fused_scores = True
             self.frameLevelCriterion.compile(**options)
@@ -61,8 +61,8 @@ class LevelCriteria(nn.Module):
 class LevelNetworks(Networks):
     """Two levels as one module. Losses and accuracies of frames come before those of segments.
 
-    criterion: LevelCriteria; model: MultiLevelModel; weights: of the losses of each level. The
-    total is the mean over levels of the weighted mean over the losses of a level, as in hCPC.
+    criterion: LevelCriteria; model: MultiLevelModel; weights: one per level. The total is the mean
+    over levels of the weighted mean of each level's losses, as in hCPC.
     """
 
     def __init__(self, criterion, model, weights):
@@ -82,8 +82,8 @@ class LevelNetworks(Networks):
         return torch.cat(losses, dim=1), torch.cat(accuracies, dim=1)
 
     def both_levels(self, batch):
-        """Features of frames and the Segments; in training, each window has as many segments as one
-        anchor needs."""
+        """Frame features and the Segments; in training, each window has at least as many segments
+        as one anchor needs."""
         least = self.criterion.segmentLevelCriterion.n_future + 1 if self.training else 1
         return self.model.both_levels(batch.waveform, batch.continues, least=least)
 
@@ -96,7 +96,7 @@ class LevelNetworks(Networks):
 
 
 def freeze_unreached(criterion, model, args):
-    """Leave out of training what no loss reaches."""
+    """Freeze the parameters that no loss reaches."""
     if args.freezeFrameModel:
         model.freeze_frames()
     elif criterion.frameLevelCriterion is None and not args.segmentOnContext:

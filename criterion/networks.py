@@ -15,7 +15,7 @@ class Networks(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.model = model
-        self.progress = Progress  # called, it says how far training has come; see RunState
+        self.progress = Progress  # a function that returns the Progress of training; see RunState
 
     def forward(self, batch, generator=None):
         """A `Batch` -> losses and accuracies, (1, n) each; see CriterionOutput.
@@ -28,24 +28,24 @@ class Networks(nn.Module):
         return output.losses, output.accuracies
 
     def total(self, losses):
-        """The loss that training minimises, of `losses`."""
+        """The loss that training minimises, a scalar, from the `losses` (1, n)."""
         return losses.sum()
 
     def by_level(self, row):
-        """Ending of names in the logs -> its part of `row`, a list of n values."""
+        """Suffix of names in the logs -> the part of `row` (a list of n values) that has it."""
         return {"": row}
 
     def named(self, part, losses, accuracies):
         """Means, two lists of n numbers, by their names in the logs; part: "train" or "val"."""
         return {
-            f"{kind}_{part}{ending}": values
+            f"{kind}_{part}{suffix}": values
             for kind, row in (("locLoss", losses), ("locAcc", accuracies))
-            for ending, values in self.by_level(row).items()
+            for suffix, values in self.by_level(row).items()
         }
 
     @property
     def step_name(self):
-        """What each of the n losses belongs to: "prediction step", "matched frame", or None."""
+        """The unit that has one of the n losses: "prediction step", "matched frame", or None."""
         return self.criterion.step_name
 
     @property
@@ -55,5 +55,5 @@ class Networks(nn.Module):
 
     @property
     def has_accuracy(self):
-        """Whether accuracies mean anything; those of CTC phone recognition are always 0."""
+        """Whether accuracies are meaningful; for CTC phone recognition they are always 0."""
         return self.criterion.has_accuracy

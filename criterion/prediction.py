@@ -39,8 +39,8 @@ class ContrastiveCriterion(nn.Module):
     after its anchor and against n_negatives random frames.
 
     n_frames: S (a transformer head must know it)
-    limit_negatives: if > 0, negatives come from groups of this many windows of the batch (not
-        where sequences have their own lengths)
+    limit_negatives: if > 0, negatives come from groups of this many windows of the batch (ignored
+        for sequences of different lengths)
     first_offset: a negative lies at least this many frames after its anchor
     reverse: predict the past from the future
     speaker_embedding: if > 0, the size of a learned embedding of the speaker (one of n_speakers),
@@ -53,7 +53,7 @@ class ContrastiveCriterion(nn.Module):
     """
 
     target = "speaker"  # the label in a `Batch` that `forward` takes
-    step_name = "prediction step"  # what each entry of losses and accuracies belongs to
+    step_name = "prediction step"  # the unit of each entry in losses and accuracies
     has_accuracy = True
     fused_scores = False  # score with the Triton kernels where they can run
 
@@ -102,12 +102,12 @@ class ContrastiveCriterion(nn.Module):
 
     @property
     def n_losses(self):
-        """The number of entries in its losses and accuracies."""
+        """The number of entries in losses and accuracies."""
         return self.n_predictions
 
-    def with_room(self, features, lengths):
-        """features (B, S, ...) with at least one anchor: longer where `lengths`, (B,), are given
-        and no sequence has one."""
+    def padded_to_anchor(self, features, lengths):
+        """features (B, S, D), padded to one anchor if `lengths`, (B,), are given and no sequence
+        has any."""
         missing = 0 if lengths is None else self.n_future + 1 - features.size(1)
         return F.pad(features, (0, 0, 0, missing)) if missing > 0 else features
 
@@ -168,7 +168,7 @@ class PredictionNetwork(nn.Module):
 
     rnn_mode: the kind of head, see build_head (None: linear); n_anchors: W, which a transformer
     head must know; dropout: drop half of the predicted features in training. Raises UserError for
-    an unknown rnn_mode, or one that these dimensions don't suit.
+    an unknown rnn_mode, or one that doesn't fit these dimensions.
     """
 
     def __init__(
@@ -194,8 +194,8 @@ class SharedPredictionNetwork(nn.Module):
 
     The network of Kharitonov et al., "Data augmenting contrastive learning of speech
     representations in the time domain" (2021): one attention for all predictions, so much faster
-    than a transformer for each. Parameters and errors: those of PredictionNetwork with rnn_mode
-    "transformer".
+    than one transformer per prediction. Parameters and errors: those of PredictionNetwork with
+    rnn_mode "transformer".
     """
 
     def __init__(self, n_predictions, dim_context, dim_encoded, n_anchors, *, dropout=False):
@@ -217,7 +217,7 @@ class Head:
     def forward_all(heads, context):
         """context (B, W, dim_context) -> predictions of all heads, (B, W, K, dim_encoded).
 
-        Here in a loop over heads. Subclasses batch the matrix products of all heads, for GPUs.
+        This is a loop over heads; subclasses batch the matrix products of all heads, for GPUs.
         """
         return torch.stack([head(context) for head in heads], dim=2)
 

@@ -59,9 +59,9 @@ def draw_negatives_within(
 ):
     """`draw_negatives` where sequence b has only its first lengths[b] of n_frames frames.
 
-    Sequences are drawn first, then offsets within the length of the drawn one: of its frames, each
-    is as likely, but for the one at the anchor's place. lengths: (B,) int64. In a sequence of
-    `first_offset` frames or fewer, which can only be another than the anchor's, that one is drawn.
+    Sequences are drawn first, then offsets from `first_offset` to the drawn sequence's length less
+    one, all equally likely. A sequence of `first_offset` frames or fewer, which is never the
+    anchor's own, always gets the offset `first_offset`. lengths: (B,) int64.
     """
     shape = (len(lengths), n_anchors, n_negatives)
     draws_on = device if generator is None else generator.device
@@ -74,25 +74,25 @@ def draw_negatives_within(
 
 
 def draw_sides(shape, device, generator):
-    """-1 or 1, each as likely, int64 of this shape."""
+    """-1 or 1 with equal probability, int64 of this shape."""
     draws_on = device if generator is None else generator.device
     return 2 * torch.randint(0, 2, shape, generator=generator, device=draws_on).to(device) - 1
 
 
 def anchor_frames(batch_size, n_frames, n_anchors, device):
-    """The frame of each anchor, (B, W), indices as of `draw_negatives`."""
+    """The frame of each anchor, (B, W), as indices like those of `draw_negatives`."""
     row = torch.arange(batch_size, device=device).unsqueeze(1)
     return row * n_frames + torch.arange(n_anchors, device=device)
 
 
 def following_frames(batch_size, n_frames, n_anchors, n_following, device):
-    """Frames 1 to n_following after each anchor, (B, W, n_following), as `draw_negatives` does."""
+    """Frames 1 to n_following after each anchor, (B, W, n_following), as indices like these."""
     anchor = anchor_frames(batch_size, n_frames, n_anchors, device)
     return anchor.unsqueeze(2) + torch.arange(1, n_following + 1, device=device)
 
 
 def complete_anchors(lengths, n_anchors, n_following):
-    """Which of W anchors of sequences of these lengths have all following frames.
+    """The anchors, of W in each sequence of these lengths, that have all following frames.
 
     lengths: (B,) int64 -> (X,) int64, indices into the (B * W) anchors of the batch, in order.
     """
@@ -112,8 +112,8 @@ class CandidateScores(NamedTuple):
     def higher(self):
         """Whether each positive scores higher than all negatives, (X, K, n_positives) bool.
 
-        A tie, up to rounding, is a miss: a network that gives all frames the same score would be
-        right everywhere.
+        A tie, up to rounding, is a miss: otherwise a network that gives all frames the same score
+        would always be right.
         """
         best = self.best_negative.unsqueeze(2)
         return (self.positives > best) & ~torch.isclose(self.positives, best)
@@ -122,7 +122,7 @@ class CandidateScores(NamedTuple):
     def hits(self):
         """Whether each positive scores higher than all other frames, (X, K, n_positives) bool.
 
-        The best negative may be the positive frame itself, known by its index: no mistake.
+        If the best negative is the positive frame itself (the same index), that is no mistake.
         """
         return self.higher | self.is_best_negative
 
@@ -160,7 +160,7 @@ def unit_length(vectors):
 
 
 def _fused_form():
-    """FusedScores if Triton is installed: PyTorch brings it along for GPUs only."""
+    """FusedScores if Triton is installed, which PyTorch brings along only for GPUs."""
     if importlib.util.find_spec("triton") is None:
         return _ChunkedScores
     from criterion.fused_scores import FusedScores
@@ -171,9 +171,9 @@ def _fused_form():
 class _ChunkedScores(torch.autograd.Function):
     """Gathers candidates chunk by chunk, forward and backward; only scores are kept in between.
 
-    `index_select` and `index_add_` instead of indexing, whose backward pass sums in an order that
-    changes from run to run. The last output, (X, K) int64, is the place of the best negative among
-    the negatives.
+    It uses `index_select` and `index_add_`, since the backward pass of indexing sums in an order
+    that changes from run to run. The last output, (X, K) int64, is the place of the best negative
+    among the negatives.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ _EMPTY_PREFIX = 0x243F6A8885A308D3  # hash of the empty prefix
 _UNUSED = 0x13198A2E03707344  # hash of an unused beam entry
 _NO_PARENT = 0x299F31D0082EFA98  # hash that stands for the parent of the empty prefix
 _HASH_FACTOR = 0x5851F42D4C957F2D
-_FRAMES_PER_SCALE = 16  # the best prefix shrinks at most by the number of symbols in each
+_FRAMES_PER_SCALE = 16  # in each frame, the best prefix shrinks at most by the number of symbols
 _SMALLEST = 1e-300
 
 
@@ -36,7 +36,7 @@ def collapse_label_chain(labels):
 def phone_error_rate(hypotheses, references):
     """Mean over sequences of edit distance / reference length; 0 is perfect, it may exceed 1.
 
-    hypotheses, references: lists of label sequences (lists), equally long.
+    hypotheses, references: lists of the same number of label sequences (lists).
     """
     from utils.torchaudio_import import torchaudio
 
@@ -196,7 +196,7 @@ class _Beam:
         self.last.masked_fill_(unused, self.blank)
 
     def rescale(self):
-        """Scale probabilities so that that of the best prefix is 1."""
+        """Scale probabilities so that the best prefix has 1."""
         best = (self.ends_in_blank + self.ends_in_label).amax(dim=1, keepdim=True)
         best = best.clamp(min=_SMALLEST)
         self.ends_in_blank /= best

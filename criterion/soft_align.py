@@ -16,7 +16,7 @@ from criterion.prediction import ContrastiveCriterion, CriterionOutput, mean_ove
 from utils.misc import Chance, UserError, not_compiled
 
 FORBIDDEN = -1000.0  # log-probability of a masked match
-LOG_ZERO = -1e30  # log-probability of the impossible; finite, so that differences of two aren't NaN
+LOG_ZERO = -1e30  # log-probability of impossible paths; finite, so that differences aren't NaN
 
 NO_BLANK = "no blank"
 FORBIDDEN_BLANK = "forbidden blank"
@@ -24,7 +24,7 @@ LEARNED_BLANK = "learned blank"
 
 
 class CPCCTCCriterion(ContrastiveCriterion):
-    """Tell the frames ahead from random frames, with predictions aligned to them.
+    """Distinguish the frames ahead from random frames, with predictions aligned to them.
 
     n_predictions, n_matched: K predictions for the M frames after each anchor
     skips_beg, skips_end: number of leading and trailing predictions that may stay unaligned
@@ -91,15 +91,15 @@ class CPCCTCCriterion(ContrastiveCriterion):
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None, lengths=None):
         """context (B, S, C), encoded (B, S, E), speaker (B,) -> CriterionOutput with (1, M).
 
-        The losses distribute the loss, their sum, over the matched frames. P is K plus the self
+        The losses divide the total loss, their sum, among the matched frames. P is K plus the self
         loop and the blank. capture: any of "pred", the predictions (B, W, E, P); "cpcctc_align",
         the most likely prediction for each frame ahead (B, W, M) int64; "cpcctc_log_scores"
         (B, W, M, P); "anchor_costs", the mean cost of that alignment (X,). generator:
         draws the negatives (None: the global generator).
-        lengths: (B,), the sequences' numbers of frames (None: S). With them X, the number of
-        anchors with M frames after them, stands for (B, W) in the last two.
+        lengths: (B,), the frames in each sequence (None: S). If given, "cpcctc_align" and
+        "cpcctc_log_scores" have X, the anchors with M frames after them, in place of (B, W).
         """
-        context, encoded = (self.with_room(x, lengths) for x in (context, encoded))
+        context, encoded = (self.padded_to_anchor(x, lengths) for x in (context, encoded))
         context, encoded = self.in_direction(context, encoded)
         if self.normalize_encodings:
             encoded = F.layer_norm(encoded, encoded.shape[-1:])
@@ -108,8 +108,8 @@ class CPCCTCCriterion(ContrastiveCriterion):
         positives = scores.positives.transpose(1, 2)  # (X, M, P), X = B * W
         log_scores = self.apply_mask(F.logsigmoid(positives - scores.negatives.unsqueeze(1)))
         cost, alignment = self.align(log_scores)
-        # Unlike in plain CPC, a negative that is the true frame itself counts as a mistake: the
-        # accuracies of the original stay.
+        # Unlike in plain CPC, a negative that is the true frame itself counts as a mistake, as in
+        # the accuracies of the original program.
         hits = scores.higher.transpose(1, 2)
         loss = mean_over_anchors(cost) * self.loss_temperature
         losses = loss * self.loss_fractions(log_scores.detach(), alignment)
@@ -129,8 +129,8 @@ class CPCCTCCriterion(ContrastiveCriterion):
         """The Chance of scores that are all equal: log(N + 1) for each frame, less the logarithm of
         the number of alignments.
 
-        There is none of the accuracy: where scores are random, not equal, each frame has the best
-        of several predictions.
+        There is none for the accuracy: if scores are random instead of equal, each frame has the
+        best of several predictions.
         """
         shape = (1, self.n_future, self.n_predictions + self.n_extra)
         device = None if self.masq_buffer is None else self.masq_buffer.device
@@ -227,7 +227,7 @@ def soft_align(log_probs, skips_beg=0, skips_end=0, blank=NO_BLANK):
     log_probs: (X, M, P), log-probability of symbol p at frame m, not normalised over symbols. An
     alignment assigns a symbol to each frame: all symbols in order, each for one or several
     consecutive frames. The first skips_beg and the last skips_end symbols may stay unaligned: this
-    many frames of cost 0 are padded at either end.
+    many frames of cost 0 are added at either end.
 
     blank: NO_BLANK; LEARNED_BLANK: symbol 0 is a CTC blank, allowed between any two other symbols
     and at both ends; FORBIDDEN_BLANK: an extra blank of log-probability FORBIDDEN, needed where a
@@ -267,7 +267,7 @@ class _SumOverAlignments(torch.autograd.Function):
     emissions: (T, S, X), float64 log-probabilities of state s at frame t. From one frame to the
     next a path stays in its state or advances by one; if every other state is a blank (0, 2, ...,
     S - 1), it may also skip the blank between two symbols. It starts in the first state and ends
-    in the last; with blanks also in the second and the last but one.
+    in the last or, with blanks, may also start in the second and end in the last but one.
 
     Returns the cost (X,) and the posterior probability (T, S, X) of each state, which is minus the
     derivative of the cost. No second recursion (beta) is needed: going back from the last frame,

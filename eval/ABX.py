@@ -106,7 +106,7 @@ def main(argv=None):
 def score_items(items, frames, args):
     """Scores and numbers of triplets of `items`, whose frames are the `Frames`.
 
-    Two dicts from "within" and "across": to a float (None without triplets), and to an int.
+    Two dicts with the keys "within" and "across": of floats (None without triplets), and of ints.
     """
     frames = frames.normalized().to(device_from(args.device))
     groups = group_items(items, args.max_size_group, args.seed)
@@ -126,7 +126,7 @@ def score_items(items, frames, args):
 
 
 def nothing_to_compare(args, n_items):
-    """The message if there is no triplet at all, with the way out."""
+    """The message if there is no triplet at all, with what to do."""
     needs = "; ".join(f"{mode} speakers, {NO_TRIPLET[mode]}" for mode in MODES[args.mode])
     wider = "; --context any compares phones whatever their neighbours"
     return (
@@ -149,7 +149,7 @@ def show(scores, triplets, measured_on, out):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError with the flag and what to do."""
     args = build_parser().parse_args(argv)
     if args.distance_mode == "euclidian":
         args.distance_mode = "euclidean"
@@ -235,7 +235,7 @@ def add_sampling_flags(add):
         help="examples of a phone in one context by one speaker; more are sampled")
     add("--max_x_across", type=at_least(1), default=5, metavar="N",
         help="speakers of X for each A; more are sampled")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--seed", type=int, default=0, help="seed of the sampling")
 
 
 # fmt: on
@@ -270,8 +270,8 @@ def source(args):
 def features_of_checkpoint(args, paths):
     """A function: name -> features (T, D) of that audio file, None without one.
 
-    It also returns None for files that can't be used, and names them. Raises UserError
-    if they are more than training tolerates.
+    It also returns None for files that can't be used, and prints their names. Raises UserError if
+    there are more of them than training tolerates.
     """
     problems, n_files = [], len(paths)
     model, *_ = load_model([args.path_checkpoint], level=args.level)

@@ -15,7 +15,7 @@ METRICS = {"cosine": "angular", "euclidean": "euclidean"}
 
 
 def require_fastabx():
-    """Name and version of the library. Raises UserError, with the way out, if it is missing."""
+    """Name and version of the library. Raises UserError, with what to do, if it is missing."""
     try:
         return f"fastabx {importlib.metadata.version('fastabx')}"
     except importlib.metadata.PackageNotFoundError:

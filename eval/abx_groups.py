@@ -1,4 +1,4 @@
-"""The ABX task: which items are compared, and how the comparisons are averaged to a score.
+"""The ABX task: which items are compared, and how the comparisons are averaged into a score.
 
 An item is a stretch of speech with a phone, a context (the phones around it) and a speaker. Items
 that share all three form a group. In a triplet, A and X have the same phone and B another one; A

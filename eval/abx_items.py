@@ -12,7 +12,7 @@ from utils.run.console import progress
 
 COLUMNS = "file onset offset phone previous-phone next-phone speaker"
 SUSPICIOUS_FACTOR = 1.5  # by which features outlast the last item in most files
-FILES_TO_COMPARE = 3  # at least, for that
+FILES_TO_COMPARE = 3  # fewest files to conclude that from
 SLICINGS = {
     "librilight": "frames whose centre is within the item, without the last of them",
     "centres": "frames whose centre is within the item",
@@ -136,16 +136,16 @@ def cut_items(items, features_of, frame_rate, slicing="librilight"):
 
 
 def check_ends(lengths, frame_rate):
-    """Question features that are shorter or much longer than the items of their files.
+    """Refuse features that are shorter than the items of their files; warn of much longer ones.
 
     lengths: file -> (frames, end of its last item in frames). Raises UserError if in most files
-    items end widely after the features; warns if in most they end at the same fraction of these.
+    items end well after the features; warns if in most they end at the same fraction of these.
     """
     if not lengths:
         return
     n_frames, ends = torch.tensor(list(lengths.values()), dtype=torch.float64).T
     factor = common_factor(n_frames.numpy(), ends.numpy())
-    suggestion = f"; by that, a frame lasts {1 / frame_rate / factor:.3g} s" if factor else ""
+    suggestion = f"; a frame probably lasts {1 / frame_rate / factor:.3g} s" if factor else ""
     beyond = (ends > n_frames) & differ_widely(n_frames, ends)
     name = list(lengths)[int((ends - n_frames).argmax())]
     if 2 * beyond.sum() > len(lengths):

@@ -6,7 +6,7 @@
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --clusters CLUSTERS --oneHot
 
 `OUT/<name>.<format>` holds the features of `<name><extension>`, T frames of 10 ms with D values
-(`OUT/<folder>/<name>.<format>` where files in several folders have the same name):
+(`OUT/<folder>/<name>.<format>` if files in several folders have the same name):
 
     npz   `features` (T, D) float32, `time` (T,) the middle of each frame and `totTime` (1,) the
           length of the file, both in seconds
@@ -81,7 +81,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError with the flag and what to do."""
     args = build_parser().parse_args(argv)
     check_available(args)
     return complete(args)
@@ -121,8 +121,8 @@ def check_available(args):
         )
     if args.train_mode:
         raise UserError(
-            "--train_mode: with dropout and batch norm in training mode, features would depend on "
-            "chance; leave it out"
+            "--train_mode: with dropout and batch norm in training mode, features would be random; "
+            "leave it out"
         )
 
 
@@ -150,12 +150,12 @@ def add_feature_flags(add):
     add("--addCriterion", action="store_true",
         help="phone probabilities, by the classifier in the checkpoint")
     add("--oneHot", action="store_true",
-        help="1 for the most probable phone, or the unit, 0 for others (needs --addCriterion or "
-        "--clusters)")
+        help="1 for the most probable phone, or the unit, 0 for all others (needs --addCriterion "
+        "or --clusters)")
     add("--clusters", metavar="FILE",
         help="squared distances to the centers of eval/cluster.py, or of another .pt, .npy or .txt")
     add("--seqNorm", action="store_true",
-        help="each file, or chunk, of zero mean and unit variance (implies --strict)")
+        help="scale each file, or chunk, to zero mean and unit variance (implies --strict)")
     add_feature_norm(add, " (of speakers: in a second pass)")
     add("--speaker_level", type=at_least(1), default=1, metavar="N",
         help="number of folders below pathDB that name the speaker of a file")
@@ -167,9 +167,9 @@ def add_feature_flags(add):
 
 def add_other_flags(add):
     add_device(add)
-    add("--train_mode", action="store_true", help="refused: features would depend on chance")
+    add("--train_mode", action="store_true", help="refused: features would be random")
     add("--dimReduction", metavar="FILE", help="refused: its format was never published")
-    add("--centroidLimits", nargs=2, type=int, metavar="N", help="refused, as --dimReduction")
+    add("--centroidLimits", nargs=2, type=int, metavar="N", help="refused, like --dimReduction")
 
 
 # fmt: on
@@ -245,7 +245,7 @@ def speakers_of(paths, level):
     speakers = {path: "/".join(path.split("/")[:-1][:level]) for path in paths}
     for path, speaker in speakers.items():
         if not speaker:
-            raise UserError(f"--feature_norm speaker: {path} is in no folder of a speaker")
+            raise UserError(f"--feature_norm speaker: {path} isn't in a speaker's folder")
     return speakers
 
 

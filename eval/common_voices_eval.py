@@ -61,7 +61,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked, with absolute paths. Raises UserError with the flag and the cure."""
+    """The arguments, checked, with absolute paths. Raises UserError with the flag, what to do."""
     args = build_parser().parse_args(argv)
     for name in ("output", "pathDB", "pathPhone", "pathTrain", "pathVal"):
         if vars(args).get(name) is not None:
@@ -222,7 +222,7 @@ def list_utterances(args):
 
 
 def choose_utterances(args, corpus, labels):
-    """Two lists of utterances, for training and for validation; a function of the flags alone."""
+    """Two lists of utterances, for training and for validation; they depend only on the flags."""
     training = listed_utterances(corpus, args.pathTrain)
     if args.pathVal:
         validation = listed_utterances(corpus, args.pathVal)
@@ -256,7 +256,7 @@ def build_set(args, corpus, chosen, labels, recognizer, model, title):
 
 
 def check_pace(utterances, recognizer, labels_path):
-    """Warn of utterances with more phones than CTC can output for their length; refuse if all."""
+    """Warn of utterances with more phones than CTC can output; raise UserError if all have."""
     n_outputs = recognizer.n_outputs(utterances.n_frames()).tolist()
     too_many = 0
     for utterance, available in zip(utterances.utterances, n_outputs, strict=True):
@@ -303,7 +303,7 @@ def train(args):
 
 
 def run_epochs(args, sets, model, recognizer, device):
-    """The loop over epochs; writes the log and the checkpoint of the best epoch."""
+    """Loop over epochs; writes the log and the checkpoint of the best epoch."""
     model.requires_grad_(not args.freeze).eval()
     training, validation = (
         features_of(utterances, model, device, args.batchSize, frozen=args.freeze)

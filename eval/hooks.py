@@ -9,46 +9,41 @@ from eval.probe import run_probe
 from eval.probe_options import ProbeOptions
 from segments import at_level
 from utils.capture import CaptureWriter, refuse_to_lose
-from utils.data.corpus import (
-    keep_percentage,
-    keep_total,
-    labels_by_path,
-    listed_utterances,
-)
+from utils.data.corpus import keep_percentage, keep_total, labels_by_path, listed_utterances
 from utils.misc import UserError, counted, generator_from
 from utils.run.captured import captured_names
 from utils.run.command import numbers_in
 from utils.run.console import progress
 from utils.run.resolve import works_on_checkpoint
 
-OF_SEGMENTS = frozenset(("seg_boundaries", "seg_conv", "seg_ctx"))  # captured of the upper level
+OF_SEGMENTS = frozenset(("seg_boundaries", "seg_conv", "seg_ctx"))  # captured from the upper level
 PREDICTED = frozenset(("pred", "cpcctc_align", "cpcctc_log_scores"))  # captured in the criterion
 
 
 class Hook:
-    """Something done between epochs, at every multiple of `every`; `name` is for messages."""
+    """Work done between epochs, at every multiple of `every`; `name` is for messages."""
 
     first = 0  # the first epoch in which it may be due
-    flag = ""  # that sets `every`
+    flag = ""  # the flag that sets `every`
 
     def __init__(self, name, every):
         self.name, self.every = name, every
 
     def due(self, epoch):
-        """Whether it is done after this epoch (counted from 0)."""
+        """Whether it runs after this epoch (counted from 0)."""
         return epoch >= self.first and epoch % self.every == 0
 
     def run(self, epoch, model, criterion):
-        """Do it, on all ranks; returns a dict of values to log.
+        """Do the work, on all ranks; returns a dict of values to log.
 
-        It may set modes, hidden states and `requires_grad` of the networks: where training goes
-        on afterwards, `preserved_state` restores them. Raises UserError.
+        It may change modes, hidden states and `requires_grad` of the networks: if training
+        continues afterwards, `preserved_state` restores them. Raises UserError.
         """
         raise NotImplementedError
 
 
 class CaptureHook(Hook):
-    """Computes what is to be captured, batch by batch: files and statistics of it.
+    """Computes the tensors to capture, batch by batch; writes them and collects statistics.
 
     loader: BatchLoader of the capture set; what: names to write (utils/capture.py lists them);
     collector: StatsCollector; directory: captures go to `<directory>/<epoch>/`; every: epochs
@@ -210,7 +205,7 @@ def build_hooks(args, corpus, labels, sets, stats, checkpoint, device, world):
 
 
 def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None):
-    """The CaptureHook of the --capture... flags; checkpoint: with --onlyCapture, where it is from.
+    """The CaptureHook of the --capture... flags; checkpoint: the model's, with --onlyCapture.
 
     labels: PhoneLabels or None; stats: the StatsCollector of --captureSetStats.
     """
@@ -221,7 +216,7 @@ def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None)
     if is_optional and not labels_by_path(labels, utterances, corpus):
         print(
             f"warning: {args.path_phone_data} has labels for none of the {len(utterances)} "
-            "sequences to capture: everything but phone_align is captured"
+            "utterances to capture: everything but phone_align is captured"
         )
         names.remove("phone_align")
     with_phones = "phone_align" in {*names, *stats.needs}
@@ -296,8 +291,8 @@ def unit_hook(args, corpus, labels, validation_set, *, world):
     phones = labels_by_path(labels, validation_set.utterances, corpus) if labels else {}
     if args.nClusters > (most := most_clusters(validation_set, phones)):
         raise UserError(
-            f"--nClusters {args.nClusters}: the units in training are of {counted(most, 'frame')} "
-            "of the validation set: fewer clusters"
+            f"--nClusters {args.nClusters}: units in training are clusters of "
+            f"{counted(most, 'frame')} of the validation set: choose fewer"
         )
 
     def measure(epoch, model):

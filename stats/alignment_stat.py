@@ -15,8 +15,8 @@ class AlignmentOccupancyStat(Stat):
     of about one frame each means that CPC-CTC behaves as plain CPC. Logged: `frames_<name>`, the
     mean number of frames of a prediction; `self_loop` and `skipped_frames`, the fractions of frames
     aligned to the self loop and to the learned blank (0 without them); `skipped_predictions`, the
-    fraction of the other predictions without a frame. The latter is common if the alignment is the
-    most likely prediction of each frame (not a path), or with `--CPCCTCSkipBeg` or
+    fraction of the other predictions without a frame. These are common since the alignment takes
+    the most likely prediction of each frame (it isn't a path), and with `--CPCCTCSkipBeg` or
     `--CPCCTCSkipEnd`. The picture shows the means, and the predictions of each matched frame.
 
     The value: {"windows": number of alignments, "frames": (M, P) counts, "used": (P,) counts}.
@@ -46,7 +46,7 @@ class AlignmentOccupancyStat(Stat):
         }
 
     def _n_predictions(self):
-        """P according to the flags of the run; less without flags."""
+        """P according to the flags of the run; too low without flags."""
         extra = ("CPCCTCLearnBlank", "CPCCTCSelfLoop")
         return self.flags.get("nPredicts", 0) + sum(bool(self.flags.get(flag)) for flag in extra)
 

@@ -1,4 +1,4 @@
-"""How well boundaries at peaks of the change between frames agree with the labels.
+"""Agreement of boundaries, placed at peaks of the change between frames, with the labels.
 
 A boundary is the index of the last frame before it. The method is that of Kreuk, Keshet and Adi,
 "Self-supervised contrastive learning for unsupervised phoneme segmentation", Interspeech 2020:
@@ -32,7 +32,7 @@ def match_one_to_one(predicted, true, tolerance=TOLERANCE):
 
 
 def prominent_pairs(predicted, true, prominence, tolerance=TOLERANCE):
-    """As many pairs as `match_one_to_one` makes, of the most prominent peaks possible.
+    """As many pairs as `match_one_to_one` finds, with the most prominent peaks possible.
 
     prominence: (n,) of each predicted boundary. Only for pictures: it takes n matchings.
     """
@@ -73,9 +73,9 @@ def segmentation_metrics(counts, matching="strict"):
     """precision, recall, f1, r_value and over_segmentation, a dict, from `counts` (..., 5).
 
     strict: each boundary counts once, in the best one-to-one matching
-    lenient: it counts if any other is near, as in Kreuk et al. and most papers since; two
-        predictions near one boundary are both right (Strgar and Harwath, "Phoneme segmentation
-        using self-supervised speech models", SLT 2022)
+    lenient: a boundary counts if one of the other kind is near, as in Kreuk et al. and most papers
+        since; two predictions near one boundary are both right (Strgar and Harwath, "Phoneme
+        segmentation using self-supervised speech models", SLT 2022)
 
     Over-segmentation is recall / precision - 1, with strict matching predicted / true - 1.
     The R-value penalises over-segmentation: O. Räsänen, U. Laine and T. Altosaar, "An improved

@@ -33,8 +33,8 @@ class BoundaryStat(Stat):
 
     Logged: `precision`, `recall`, `f1`, `r_value` and `over_segmentation` at the prominence with
     the best R-value, and this `prominence`. Since it is chosen on the set that is measured, the
-    figures only serve to compare models; eval/segmentation.py gives those to publish. The picture
-    shows the metrics at every prominence, and one window.
+    figures only serve to compare models; eval/segmentation.py computes figures for publication.
+    The picture shows the metrics at every prominence, and one window.
 
     Frames without a label (-1) are left out.
 
@@ -63,7 +63,7 @@ class BoundaryStat(Stat):
         change = scaled_to_one(lowest_where(~labelled, change))
         prominence = peak_prominence(change)
         peaks = prominence.where(labelled, 0)
-        counts = counts_by_prominence(end_to_end(peaks), np.flatnonzero(end_to_end(boundaries)))
+        counts = counts_by_prominence(concatenated(peaks), np.flatnonzero(concatenated(boundaries)))
         shown = int(labelled.sum(1).argmax())
         example = {"change": change, "prominence": prominence, "boundaries": boundaries}
         return {
@@ -100,8 +100,8 @@ def has_boundaries(value):
     return bool(value["counts"][0, -1] > 0)
 
 
-def end_to_end(windows):
-    """An array of all windows (B, N), with gaps across which nothing is matched."""
+def concatenated(windows):
+    """All windows (B, N) in one array, with gaps across which no boundaries are matched."""
     return F.pad(windows, (0, TOLERANCE)).flatten().cpu().numpy()
 
 

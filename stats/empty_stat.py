@@ -33,7 +33,9 @@ program, so that stats written for it need only a new import.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 
 class Stat:
@@ -52,11 +54,11 @@ class Stat:
     # All flags of the run (`StatsCollector` sets them).
     flags: Mapping[str, object] = MappingProxyType({})
 
-    def getStatName(self):
+    def getStatName(self) -> str:
         """The name of the stat, unique in the run; a prefix of the names of its logged values."""
         raise NotImplementedError
 
-    def computeForBatch(self, batch):
+    def computeForBatch(self, batch: Mapping[str, torch.Tensor]) -> Any:
         """The value of one batch.
 
         `batch` maps names to tensors on the model's device, without gradients, with a row for each
@@ -65,10 +67,10 @@ class Stat:
         """
         raise NotImplementedError
 
-    def mergeStatResults(self, prev, current):
-        """The value of two sets of windows together, from their values; may modify `prev`."""
+    def mergeStatResults(self, prev: Any, current: Any) -> Any:
+        """The value of two sets of windows combined, from their values; may modify `prev`."""
         raise NotImplementedError
 
-    def logStat(self, statValue, epochNr):
+    def logStat(self, statValue: Any, epochNr: int) -> dict[str, float]:
         """The numbers to log for the whole set, a dict name -> number; also writes any pictures."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Are the frames of a phone like each other, and unlike those of other phones?"""
+"""Are the frames of a phone similar to each other, and different from those of other phones?"""
 
 import math
 
@@ -15,8 +15,8 @@ class PhoneSimilarityStat(Stat):
 
     All pairs of different frames in the set count, even neighbours within a phone: the mean over
     the pairs of two classes is the product of the classes' mean unit vectors, so one pass suffices
-    and pairs aren't enumerated. Frames of zeros have no direction and are left out, as
-    are frames without a label (-1).
+    and pairs aren't enumerated. Frames of zeros have no direction and are left out, as are frames
+    without a label (-1).
 
     Logged: `within`, the mean similarity within a class, and `between`, that of two classes, each
     class or pair of classes counting once. Features that separate phones have a `within` well above

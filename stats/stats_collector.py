@@ -1,7 +1,12 @@
 """Feeds batches to the stats of a run and collects their values."""
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from stats.empty_stat import Stat
 from utils.misc import UserError
 
 
@@ -13,16 +18,16 @@ class StatsCollector:
     merges the `values` of the others into its own, and logs.
     """
 
-    def __init__(self, stats=(), flags=None):
+    def __init__(self, stats: Iterable[Stat] = (), flags: Mapping[str, object] | None = None):
         self.flags = dict(flags or {})
         self.stats, self.values, self.needs = {}, {}, frozenset()
         for stat in stats:
             self.registerStat(stat)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.stats)
 
-    def registerStat(self, stat):
+    def registerStat(self, stat: Stat) -> None:
         """Add a stat. Raises UserError if its name is taken."""
         name = stat.getStatName()
         if name in self.stats:
@@ -32,27 +37,27 @@ class StatsCollector:
         self.needs |= stat.needs
 
     @property
-    def directories(self):
-        """Name -> directory of its pictures, of each stat that draws some."""
+    def directories(self) -> dict[str, Path]:
+        """Name of each stat that draws pictures -> their directory."""
         return {n: stat.directory for n, stat in self.stats.items() if hasattr(stat, "directory")}
 
-    def zeroStats(self):
+    def zeroStats(self) -> None:
         """Forget all batches."""
         self.values = {}
 
     @torch.no_grad()
-    def batchUpdate(self, batch):
+    def batchUpdate(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Add a batch: a dict name -> tensor, with a row for each window."""
         self.merge({name: stat.computeForBatch(batch) for name, stat in self.stats.items()})
 
-    def merge(self, values):
+    def merge(self, values: Mapping[str, Any]) -> None:
         """Add the `values` of another collector."""
         for name, value in values.items():
             if name in self.values:
                 value = self.stats[name].mergeStatResults(self.values[name], value)
             self.values[name] = value
 
-    def logStats(self, epoch):
+    def logStats(self, epoch: int) -> dict[str, float]:
         """Draw the pictures; returns the values of all stats, a dict `<stat>_<name>` -> number.
 
         Stats without a batch or without values are left out.

@@ -1,10 +1,13 @@
 """The registry of stats, and building them from `--captureSetStats`."""
 
+import argparse
 import os
 import re
+from collections.abc import Iterable
 
 from stats.alignment_stat import AlignmentOccupancyStat
 from stats.boundary_stat import BoundaryStat
+from stats.empty_stat import Stat
 from stats.phone_similarity_stat import PhoneSimilarityStat
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
@@ -20,7 +23,7 @@ STATS = {
     "phoneSim": PhoneSimilarityStat,
 }
 
-# The flag that a run needs to have a captured tensor that not every run has.
+# Captured tensor that not every run has -> the flag that a run needs to have it.
 _FLAG_FOR = {
     "phone_align": "--path_phone_data",
     "cpcctc_align": "--CPCCTC",
@@ -28,14 +31,14 @@ _FLAG_FOR = {
 }
 
 
-def build_stats(args):
+def build_stats(args: argparse.Namespace) -> StatsCollector:
     """The StatsCollector of `--captureSetStats`. Raises UserError for specs that can't work."""
     stats = parse_stats(args.captureSetStats) if args.captureSetStats else []
     check_needs(stats, capturable_names(args))
     return StatsCollector(stats, vars(args))
 
 
-def parse_stats(specs):
+def parse_stats(specs: str) -> list[Stat]:
     """The list of stats specified by `name:argument,argument_name:argument,...`.
 
     Raises UserError, listing the choices, for an unknown name, a wrong number of arguments, or an
@@ -44,11 +47,11 @@ def parse_stats(specs):
     return [_parse_one(spec) for spec in split_specs(specs)]
 
 
-def with_absolute_directories(specs):
+def with_absolute_directories(specs: str) -> str:
     """The specs with absolute directories, so that they don't depend on the working directory.
 
-    Wrong specs don't change; nor does anything if the working directory's path has a comma or a
-    colon, which specs can't hold.
+    Invalid specs are returned as they are, and so are all if the path of the working directory has
+    a comma or a colon, which specs can't contain.
     """
     absolute = "_".join(map(_with_absolute_directory, split_specs(specs)))
     return specs if re.search("[,:]", os.getcwd()) else absolute
@@ -73,7 +76,7 @@ def _names_of(stat, values):
 
 def _parse_one(spec):
     name, _, arguments = spec.partition(":")
-    misplaced = re.search(r"([^_,/]*):", arguments)  # it should have begun another spec
+    misplaced = re.search(r"([^_,/]*):", arguments)  # it should begin another spec
     if name not in STATS or misplaced:
         raise UserError(
             f"--captureSetStats: no stat {misplaced[1] if misplaced else name!r} (in {spec!r}); "
@@ -88,12 +91,12 @@ def _parse_one(spec):
     return stat(*arguments)
 
 
-def usage(*names):
+def usage(*names: str) -> str:
     """The syntax of these stats (of all, without names), for messages and help."""
     return ", ".join(f"{name}:{','.join(STATS[name].arguments)}" for name in names or STATS)
 
 
-def check_needs(stats, available):
+def check_needs(stats: Iterable[Stat], available: Iterable[str]) -> None:
     """Raise UserError if a stat needs a captured tensor that isn't among those `available`."""
     for stat in stats:
         for missing in sorted(stat.needs - set(available)):

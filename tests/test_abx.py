@@ -112,7 +112,7 @@ def slow_across(items):
 
 
 def random_task(n_items=60, phones=3, contexts=2, speakers=3, seed=0, dim=5, levels=None):
-    """Items and their frames, which with `levels` are among so many: then there are ties."""
+    """Items and their frames; with `levels`, frames take this many values, so there are ties."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n):
@@ -262,7 +262,7 @@ def test_score_is_the_same_in_small_rounds(monkeypatch):
     assert torch.equal(cell_errors(groups, cells, frames, "cosine"), expected)
 
 
-def test_features_that_tell_phones_apart_have_no_errors():
+def test_features_that_separate_phones_have_no_errors():
     items, frames = random_task(n_items=80)
     one_hot = torch.eye(3)[items.phone.repeat_interleave(frames.sizes)]
     perfect = Frames(normalize_with_singularity(one_hot), frames.starts, frames.sizes)
@@ -639,7 +639,7 @@ def test_broken_features_are_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_fastabx_agrees_or_is_said_to_be_missing(stored, tmp_path, capsys):
+def test_fastabx_agrees_or_is_reported_missing(stored, tmp_path, capsys):
     flags = ["--max_size_group", "4"]
     if importlib.util.find_spec("fastabx") is None:
         with pytest.raises(SystemExit):

@@ -183,7 +183,7 @@ def test_colours_of_noise():
     assert_close((bands[0] / bands[1]).log2(), [0, 4], 0.05)
 
 
-def test_dropout_silences_what_it_says():
+def test_dropout_silences_the_given_samples():
     gaps = torch.tensor([0, 7, 90]), torch.tensor([3, 0, 10])
     silent = effects.drop_out(torch.ones(3, 100), *gaps) == 0
     assert [row.nonzero().flatten().tolist() for row in silent] == [
@@ -259,7 +259,7 @@ def test_any_number_of_processes_draws_the_same_and_nothing_from_the_global_gene
             assert torch.equal(batch.past, alone[position].past)
 
 
-def test_every_position_and_side_has_draws_of_its_own():
+def test_every_position_and_side_has_its_own_draws():
     args = parsed("--augment_past", "--augment_future", "--augment_type", "pitch")
     places = [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]
     drawn = set()
@@ -483,7 +483,7 @@ def test_recordings_that_were_moved_are_named_again(tiny_corpus, tmp_path, capsy
         ([*CHAIN, "--augment_prob", "0"], "--augment_prob 0.0: must be from 0.01"),
         (
             [*CHAIN, "--augment_prob", "0.5", "--samplingType", "sequential"],
-            "stays clean; leave it out",
+            "stay clean; leave it out",
         ),
         ([*CHAIN, "--cpc_mode", "none"], "--augment_type has no effect with --cpc_mode none"),
         (

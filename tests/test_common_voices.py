@@ -68,7 +68,7 @@ def test_frozen_model_stays_as_it_was_while_the_loss_falls(speech, tmp_path):
 
 
 def test_phones_are_learned_and_measured(speech, tmp_path, capsys):
-    """Other seeds end at 0 %, too; at a learning rate of 0.01, rounding makes 3 % or 25 % of it."""
+    """Other seeds end at 0 %, too; at a learning rate of 0.01, rounding can make it 3 % or 25 %."""
     out = tmp_path / "out"
     words = "--seqNorm --kernelSize 6 --lr 0.005".split()
     assert learn(speech, out, *words, "--pathVal", speech / "test.txt", epochs=30) == 0

@@ -132,7 +132,7 @@ def test_voice_has_the_pitch_of_the_speaker(pitch):
     assert SAMPLE_RATE / period == pytest.approx(pitch, rel=0.15)  # it falls within an utterance
 
 
-def test_vowels_and_sibilants_begin_and_end_where_the_boundaries_say():
+def test_vowels_and_sibilants_begin_and_end_at_the_boundaries():
     """Energy starts and stops within 8 ms of the boundary, noise and voice alike."""
     for symbol in ("AA", "S", "SH", "IY"):
         waveform, boundaries = speak(["SIL", symbol, "SIL"], A_MAN, np.random.default_rng(1))
@@ -264,7 +264,7 @@ def accuracy_of_linear_probe(train, train_classes, test, test_classes):
     return np.mean(classes[scores.argmax(1)] == test_classes)
 
 
-def test_phones_and_speakers_can_be_told_apart_by_linear_probes(demo, utterances):
+def test_linear_probes_separate_phones_and_speakers(demo, utterances):
     features = {name: log_mel(*utterance) for name, utterance in utterances.items()}
     frames, phones, means, speakers = {}, {}, {}, {}
     for part in ("train", "test"):
@@ -282,7 +282,7 @@ def test_phones_and_speakers_can_be_told_apart_by_linear_probes(demo, utterances
         frames["train"], phones["train"], frames["test"][heard], phones["test"][heard]
     )
     assert majority < 0.2
-    assert 0.4 < every < 0.8  # one frame tells much, and leaves much to the context
+    assert 0.4 < every < 0.8  # one frame shows much, its neighbours more
     assert 0.33 < speech < 0.8
     speaker = accuracy_of_linear_probe(
         means["train"], speakers["train"], means["test"], speakers["test"]
@@ -550,7 +550,7 @@ def test_new_ids_begin_with_silence(tmp_path):
     assert list(symbols) == ["SIL", "AH0_B", "AH1_S", "B_E", "sil"]
 
 
-def test_labels_and_symbols_are_replaced_only_if_told(tmp_path, capsys):
+def test_labels_and_symbols_are_replaced_only_with_force(tmp_path, capsys):
     ctm, out = tmp_path / "a.ctm", tmp_path / "out"
     call = [str(ctm), str(out)]
     ctm.write_text("u1 1 0 0.02 A\n")
@@ -787,7 +787,7 @@ def test_split_warns_of_folders_that_are_no_speakers(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_split_replaces_other_lists_only_if_told(tmp_path, capsys):
+def test_split_replaces_other_lists_only_with_force(tmp_path, capsys):
     root, out = empty_corpus(tmp_path / "audio", {"a": 20, "b": 20}), tmp_path / "out"
     before = split(root, out)
     assert split(root, out) == before
@@ -846,7 +846,7 @@ def test_files_are_found_by_their_names(tmp_path):
 
 
 @pytest.mark.parametrize(("flag", "advice"), [(None, "place"), ("--out", "place with --out")])
-def test_an_error_in_writing_names_the_path_and_the_way_out(flag, advice):
+def test_an_error_in_writing_names_the_path_and_what_to_do(flag, advice):
     said = "^there: can't be written (No space left on device); free some space, or name another "
     with (
         pytest.raises(UserError, match=f"{re.escape(said)[2:]}{advice}$"),

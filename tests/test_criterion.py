@@ -109,7 +109,7 @@ def reference_predictions(criterion, context, speaker, recur_over_batch=False):
 
 
 def reference_cpc(criterion, config, context, encoded, speaker, negatives, original):
-    """Losses and accuracies of plain CPC by cross-entropy; `original`: with that one's defects."""
+    """Losses and accuracies of plain CPC by cross-entropy; `original`: with its defects."""
     if config["mode"] == "reverse":
         context, encoded = context.flip(1), encoded.flip(1)
     over_batch = original and config["rnnMode"] == "RNN"
@@ -125,7 +125,7 @@ def reference_cpc(criterion, config, context, encoded, speaker, negatives, origi
 
 
 def reference_cpcctc(criterion, config, context, encoded, speaker, negatives, original):
-    """Losses (1, M) of CPC-CTC by definition; `original`: with that one's defects."""
+    """Losses (1, M) of CPC-CTC by definition; `original`: with its defects."""
     if config["mode"] == "reverse":
         context, encoded = context.flip(1), encoded.flip(1)
     if config["normalize_enc"]:
@@ -384,8 +384,8 @@ def test_heads_golden(case, ways_of_heads):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("rnn_mode", RNN_MODES)
-def test_heads_together_are_the_heads_one_by_one(rnn_mode, training, monkeypatch):
-    """In their predictions and in every gradient, where no draws of dropout differ."""
+def test_batched_heads_equal_single_heads(rnn_mode, training, monkeypatch):
+    """In predictions and every gradient, if no draws of dropout differ."""
     monkeypatch.setattr(transformers, "DROPOUT", 0.0)
     network = PredictionNetwork(3, 16, 16, 9, rnn_mode=rnn_mode).double().train(training)
     for parameter in network.parameters():  # biases start at zero, and should matter
@@ -403,7 +403,7 @@ def test_heads_together_are_the_heads_one_by_one(rnn_mode, training, monkeypatch
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_transformer_layers_side_by_side_drop_out(training):
+def test_batched_transformer_layers_drop_out(training):
     layers = nn.Sequential(*transformers.build_transformer(16, 3, 9, abspos=False)).train(training)
     context = torch.randn(4, 9, 16)
     first, second = (transformers.batched_forward(layers, context) for _ in range(2))
@@ -420,8 +420,8 @@ def test_recurrent_heads_work_in_float32_under_autocast(rnn_mode):
 
 
 @pytest.mark.parametrize("rnn_mode", ["transformer", "linear", "ffd", "conv4"])
-def test_more_heads_together_are_no_more_operations(rnn_mode):
-    """Of device, backward included, on a device that isn't a CPU and computes nothing."""
+def test_batching_more_heads_takes_no_more_operations(rnn_mode):
+    """Operations of the device, backward included, counted on one that computes nothing."""
     counts = []
     for n_predictions in (2, 8):
         network = PredictionNetwork(n_predictions, 16, 16, 9, rnn_mode=rnn_mode).to("meta")
@@ -445,7 +445,7 @@ def test_heads_see_the_past_only(rnn_mode):
 
 @pytest.mark.parametrize("rnn_mode", RNN_MODES)
 def test_heads_treat_sequences_alone(rnn_mode):
-    """An RNN head, too: that of the original recurred over the batch."""
+    """An RNN head, too; the original's recurred over the batch."""
     network = PredictionNetwork(2, 16, 16, 9, rnn_mode=rnn_mode).eval()
     context = torch.randn(4, 9, 16)
     assert_close(network(context)[2:3], network(context[2:3]))
@@ -604,7 +604,7 @@ def test_soft_align_sums_over_all_alignments(n_frames, n_symbols, skips, blank):
     log_probs = F.logsigmoid(3 * torch.randn(7, n_frames, n_symbols, dtype=torch.float64))
     log_probs[:, :2, -1] = FORBIDDEN
     log_probs[3] = FORBIDDEN  # nothing else is left
-    log_probs[4, 0] = 5 * FORBIDDEN  # dear, but there is no way around
+    log_probs[4, 0] = 5 * FORBIDDEN  # costly, but unavoidable
     log_probs.requires_grad_()
     weights = torch.rand(7, dtype=torch.float64)
     expected, alignment = reference_soft_align(log_probs, *skips, blank=blank)
@@ -621,7 +621,7 @@ def test_soft_align_sums_over_all_alignments(n_frames, n_symbols, skips, blank):
 
 @pytest.mark.parametrize("blank", [NO_BLANK, LEARNED_BLANK, FORBIDDEN_BLANK])
 def test_soft_align_is_ctc(blank):
-    """Where `F.ctc_loss` can say it: the sum over symbols of each frame's probabilities is 1."""
+    """Where `F.ctc_loss` applies: each frame's probabilities sum to 1 over symbols."""
     log_probs = torch.randn(6, 9, 4, dtype=torch.float64).log_softmax(dim=2)
     cost, _ = soft_align(log_probs, blank=blank)
     first = FORBIDDEN if blank == FORBIDDEN_BLANK else -1e5  # no blank: one that never pays
@@ -776,7 +776,7 @@ ALIGNED = PLAIN | {
     ],
 )
 def test_criteria_against_references(changes):
-    """The whole of each, with the negatives that they draw themselves, and its gradients."""
+    """Each as a whole, with the negatives that it draws, and its gradients."""
     aligned = "nMatched" in changes
     config = (ALIGNED if aligned else PLAIN) | changes
     criterion = criterion_from(config).double()
@@ -827,7 +827,7 @@ def test_the_right_frame_as_its_own_negative(aligned, monkeypatch):
 
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("value", [0.0, 0.3])
-def test_a_network_that_says_the_same_everywhere_is_right_nowhere(aligned, value):
+def test_a_network_with_constant_output_is_never_right(aligned, value):
     """All frames equal, so every comparison is a tie, up to rounding."""
     criterion = small_criterion(aligned, n_negatives=40).eval()
     with torch.no_grad():
@@ -864,7 +864,7 @@ def test_gradients_repeat_bit_for_bit(aligned):
 
 
 class Watch(TorchDispatchMode):
-    """Notes the largest tensor and counts operations by name, backward ones included."""
+    """Records the largest tensor and counts operations by name, backward ones included."""
 
     def __init__(self):
         super().__init__()
@@ -1168,7 +1168,7 @@ def test_networks_know_what_their_losses_are(given, n_phones, step_name, has_acc
 
 
 class DoublingModel(nn.Module):
-    """Notes what it is called with; context and encoded are the waveform, times a weight."""
+    """Records its arguments; context and encoded are the waveform, times a weight."""
 
     def __init__(self):
         super().__init__()
@@ -1460,7 +1460,7 @@ def test_chance_is_what_frames_give_that_are_all_the_same(options):
     for head in criterion.wPrediction.predictors[1:]:
         head.weight.data = criterion.wPrediction.predictors[0].weight.data
     losses = criterion(*inputs).losses
-    if options and criterion.n_extra:  # these predict something else than the heads: all zeros
+    if options and criterion.n_extra:  # these columns aren't from heads: all zeros
         losses = criterion(inputs[0], 0 * inputs[1], inputs[2]).losses
     chance = criterion.chance()
     assert losses.mean().item() == pytest.approx(chance.loss, rel=1e-5)

@@ -31,9 +31,9 @@ from utils.run.rules import check_compilers
 
 
 class Recording(TorchDispatchMode):
-    """A CUDA graph for the CPU: notes operations, and does them again on the same memory.
+    """A CUDA graph for the CPU: records operations, and replays them on the same memory.
 
-    It has to do them also while it notes them, and so takes back afterwards what that changed.
+    It has to execute them while it records them, and undoes their effects afterwards.
     """
 
     def __enter__(self):
@@ -69,7 +69,7 @@ class Recording(TorchDispatchMode):
 
 
 class Stream:
-    """Notes who waits for whom."""
+    """Records who waits for whom."""
 
     def __init__(self, log, name):
         self.log, self.name = log, name
@@ -81,12 +81,12 @@ class Stream:
         self.log.append(f"{self.name} waits for {event}")
 
     def record_event(self):
-        return f"what {self.name} was told"
+        return f"the work of {self.name}"
 
 
 @pytest.fixture
 def streams(monkeypatch):
-    """What streams did, with stand-ins for CUDA's."""
+    """The actions of stand-ins for CUDA's streams."""
     log = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(log, "other"))
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
@@ -121,7 +121,7 @@ def graphs(monkeypatch, streams):
     ],
 )
 def test_replayed_steps_are_the_steps(words, tiny_corpus, tmp_path, request):
-    """To the last bit: in weights, in moments, in logs; also where some batches are smaller."""
+    """Bit for bit in weights, moments and logs; also if some batches are smaller."""
     plain = trained(tiny_corpus, tmp_path / "plain", *words, epochs=3)
     graphs = request.getfixturevalue("graphs")
     replayed = trained(tiny_corpus, tmp_path / "replayed", *words, epochs=3)
@@ -130,7 +130,7 @@ def test_replayed_steps_are_the_steps(words, tiny_corpus, tmp_path, request):
 
 
 def test_a_device_that_refuses_to_record(tiny_corpus, tmp_path, graphs, monkeypatch, capsys):
-    """The run goes on as it does without recording, and says so once."""
+    """The run continues as without recording, and reports it once."""
 
     def refuse(graph):
         raise RuntimeError("capture failed\nand more")
@@ -154,7 +154,7 @@ def renewed_generator(monkeypatch):
 
 
 def test_a_recording_that_cannot_be_ended(streams, monkeypatch, capsys):
-    """It says why the passes failed, and goes back to the stream before."""
+    """The note gives the reason, and the previous stream is restored."""
 
     @contextlib.contextmanager
     def noted(stream):
@@ -185,14 +185,14 @@ def test_a_recording_that_cannot_be_ended(streams, monkeypatch, capsys):
     assert renewed == ["a copy"]
 
 
-def test_a_recorded_run_that_was_stopped_goes_on(tiny_corpus, tmp_path, graphs):
+def test_a_recorded_run_that_was_stopped_resumes(tiny_corpus, tmp_path, graphs):
     whole = trained(tiny_corpus, tmp_path / "whole", epochs=3)
     trained(tiny_corpus, tmp_path / "parts", epochs=1)
     assert_same(whole, trained(tiny_corpus, tmp_path / "parts", epochs=3))
 
 
 def test_all_epochs_copy_on_one_stream(streams, monkeypatch):
-    """Of each stream, PyTorch keeps the memory that it freed."""
+    """PyTorch keeps freed memory separately for each stream."""
     made, device = [], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(Stream([], "")) or made[0])
     monkeypatch.setattr(Batch, "to", lambda self, device: self)
@@ -202,7 +202,7 @@ def test_all_epochs_copy_on_one_stream(streams, monkeypatch):
 
 
 def test_only_what_the_device_waits_for_is_waiting(monkeypatch):
-    """Of three fetched batches, while it has 0.5 s of work each: 0.25, 0.75 and 1 s for them."""
+    """For three batches, fetched in 0.25, 0.75 and 1 s while it has 0.5 s of work each."""
     now, busy_until = [0.0], [0.0]
 
     class Event:
@@ -233,7 +233,7 @@ def test_only_what_the_device_waits_for_is_waiting(monkeypatch):
 
 
 def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypatch):
-    """And each is waited for on its own, not with the next one."""
+    """And each is waited for separately, not with the next one."""
     monkeypatch.setattr(Batch, "to", lambda self, device: streams.append("copy") or self)
     batches = [(i, Batch(*[torch.zeros(1)] * 5)) for i in range(3)]
     handed_out = on_device(batches, torch.device("cuda"))
@@ -242,7 +242,7 @@ def test_the_next_batch_is_copied_before_this_one_is_given_out(streams, monkeypa
         assert (position, batch) == batches[i]
         streams.append(f"use {i}")
     assert list(handed_out) == []
-    copy, wait = ["other waits for own", "copy"], ["own waits for what other was told"]
+    copy, wait = ["other waits for own", "copy"], ["own waits for the work of other"]
     assert streams == [
         *copy, *copy, *wait, "use 0", *copy, *wait, "use 1", *wait, "use 2"
     ]  # fmt: skip
@@ -277,19 +277,19 @@ def test_a_compiler_without_triton_is_refused(tiny_corpus, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("cuda", "variable", "told"),
+    ("cuda", "variable", "message"),
     [
         (False, "CXX", "a C++ compiler, and there is no g++ here"),
         (True, "CC", "no gcc or clang here"),
     ],
 )
-def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, told):
+def test_a_machine_without_a_compiler_is_refused(monkeypatch, cuda, variable, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setenv(variable, sys.executable)
     check_compilers(cuda)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", os.devnull)
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_compilers(cuda)
 
 
@@ -307,7 +307,7 @@ def test_attention_leaves_cudnn_out():
 
 
 def test_only_full_batches_are_compiled(tiny_corpus, tmp_path, monkeypatch):
-    """For fixed sizes; those of other sizes and the hooks' don't make the compiler start again."""
+    """For fixed sizes; batches of other sizes and those of hooks cause no compilation."""
     sizes, compiled = [], torch.nn.Module.compile
 
     def eager(graph, inputs):
@@ -329,8 +329,8 @@ def test_only_full_batches_are_compiled(tiny_corpus, tmp_path, monkeypatch):
             assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_gpu_without_room_is_told_in_one_line(capsys):
-    told = (
+def test_a_gpu_out_of_memory_is_reported_in_one_line(capsys):
+    message = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
         "of which 1.05 GiB is free. Including non-PyTorch memory, this process has 78.05 GiB "
         "memory in use. Of the allocated memory 77.00 GiB is allocated by PyTorch.\nMore lines"
@@ -338,7 +338,7 @@ def test_a_gpu_without_room_is_told_in_one_line(capsys):
 
     @command
     def program(argv):
-        raise torch.OutOfMemoryError(told)
+        raise torch.OutOfMemoryError(message)
 
     with ends_refused(capsys, r"Tried to allocate 2.00 GiB. .* 1.05 GiB is free. Smaller batches"):
         program()

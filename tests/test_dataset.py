@@ -18,14 +18,7 @@ import soundfile
 import torch
 
 import dataset
-from dataset import (
-    SAMPLINGS,
-    AudioDataset,
-    BatchLoader,
-    Position,
-    allowed_bad_files,
-    build_sets,
-)
+from dataset import SAMPLINGS, AudioDataset, BatchLoader, Position, allowed_bad_files, build_sets
 from feature_loader import load_waveform
 from tests.helpers import REAL_SPEECH, golden_cases, needs_real_speech
 from utils.data import audio, listing, packs, workers
@@ -107,8 +100,8 @@ def small_set(corpus, **options):
     return AudioDataset(corpus, corpus.utterances, WINDOW, **options)
 
 
-def end_to_end(audio):
-    """What a pack of all files holds, read file by file in float."""
+def concatenated(audio):
+    """The audio in a pack of all files, read file by file in float."""
     paths = [os.path.join(audio.root, u.path) for u in audio.utterances]
     return np.concatenate([soundfile.read(path, dtype="float32")[0] for path in paths])
 
@@ -236,7 +229,7 @@ def test_golden_windows(case, index, speech):
     assert sum(u.samples for u in corpus.utterances) == golden["tot_size"]
     assert AudioDataset(corpus, corpus.utterances, golden["win"]).n_windows == golden["n_dataset"]
     in_pack = corpus.utterances
-    if golden["labels"] == "packs":  # which files it holds is told by their lengths alone
+    if golden["labels"] == "packs":  # its files are known only by their lengths
         in_pack = [u for u in in_pack if u.samples in np.diff(golden["seqLabel0"])]
     audio = AudioDataset(
         corpus,
@@ -397,7 +390,7 @@ def test_subsets_that_count_as_speakers_are_warned_of(sign, between, capsys):
 @pytest.mark.parametrize(
     "paths",
     [
-        [path.partition("/")[2] for path in LIBRISPEECH],  # a subset by itself
+        [path.partition("/")[2] for path in LIBRISPEECH],  # a subset alone
         LIBRISPEECH[:2],  # a single one has its own warning
         [*LIBRISPEECH, "mine/hello.flac"],
         ["19/1/x/a.flac", "26/1/x/a.flac"],
@@ -604,7 +597,7 @@ def test_lists_that_name_nothing(small_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"fLaC\x00\x00\x22\x10\n", b"a-1 " + b"12 " * 100 + b"\n"])
-def test_what_is_no_list_of_names_is_said_so(content, tmp_path):
+def test_a_file_that_is_no_list_of_names_is_refused(content, tmp_path):
     (tmp_path / "list.txt").write_bytes(b"a-1\n" + content)
     with pytest.raises(UserError, match="doesn't look like a list of names") as refused:
         read_utterance_list(tmp_path / "list.txt")
@@ -982,7 +975,7 @@ def only_waveform(audio):
 def test_waveforms_are_exact(small_corpus):
     audio = small_set(small_corpus)
     assert audio.dtype == torch.int16
-    expected = torch.from_numpy(end_to_end(audio))[: audio.n_windows * WINDOW]
+    expected = torch.from_numpy(concatenated(audio))[: audio.n_windows * WINDOW]
     assert torch.equal(only_waveform(audio), expected)
 
 
@@ -995,7 +988,7 @@ def test_kinds_of_files(tmp_path, extension, kind):
     write_audio(tmp_path, {f"s/one{extension}": wave, f"s/two{extension}": wave[::-1]}, kind=kind)
     audio = small_set(scan_corpus(tmp_path, extension))
     assert (audio.dtype == torch.int16) == (kind in ("PCM_16", "ULAW"))
-    assert torch.equal(only_waveform(audio), torch.from_numpy(end_to_end(audio)))
+    assert torch.equal(only_waveform(audio), torch.from_numpy(concatenated(audio)))
     assert abs(only_waveform(audio)[:16_000].numpy() - wave).max() < 0.05
 
 
@@ -1052,12 +1045,12 @@ def test_audio_and_labels_are_cut_to_the_shorter(small_corpus, tmp_path, capsys)
         small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
 
 
-def test_labels_that_differ_by_a_frame_or_two_are_no_news(small_corpus, tmp_path, capsys):
-    for n_labels, is_news in ((52, False), (53, True)):  # b-2 has 50 frames
+def test_labels_that_differ_by_a_frame_or_two_cause_no_warning(small_corpus, tmp_path, capsys):
+    for n_labels, warns in ((52, False), (53, True)):  # b-2 has 50 frames
         path = tmp_path / "labels.txt"
         path.write_text(f"b-2 {' '.join(['3'] * n_labels)}\n")
         small_set(small_corpus, phone_labels=read_phone_labels(path), labelled_only=True)
-        assert ("than their labels" in capsys.readouterr().out) == is_news
+        assert ("than their labels" in capsys.readouterr().out) == warns
 
 
 def labels_by_factor(tmp_path, factor, names=None):
@@ -1079,7 +1072,7 @@ def test_labels_of_other_audio_are_refused(small_corpus, tmp_path):
     labels = labels_by_factor(tmp_path, 1)
     names, rows = list(labels.labels), list(labels.labels.values())
     swapped = labels._replace(labels=dict(zip(names, rows[::-1], strict=True)))
-    with pytest.raises(UserError, match="6 of 7 files .* are they those of other audio"):
+    with pytest.raises(UserError, match="6 of 7 files .* do they belong to other audio"):
         small_set(small_corpus, phone_labels=swapped)
 
 
@@ -1138,8 +1131,8 @@ def test_training_and_validation_set(small_corpus, tmp_path, capsys):
     assert "shorter or longer than their labels" in said
 
 
-def test_an_epoch_of_which_nothing_is_left_is_decoded_all_the_same(small_corpus):
-    """All ranks decode together: one that did it alone, for a probe, would leave them waiting."""
+def test_an_epoch_with_nothing_left_is_still_decoded(small_corpus):
+    """All ranks decode together: one that did so alone, for a probe, would wait for the others."""
     loader = BatchLoader(small_set(small_corpus), 4, "uniform", seed=0, training=True)
     assert list(loader.epoch(0, Position(0, 2**31, 0))) == []
     assert loader.dataset._only_pack is not None
@@ -1387,7 +1380,7 @@ def test_batches_hold_what_they_say(small_corpus, sampling, training, packs):
             places = [loader.locate(window) for window in batch.window]
             for row, (path, offset) in enumerate(places):
                 speaker, (samples, _) = files[path]
-                inside = samples[offset : offset + WINDOW]  # a window may go on in the next file
+                inside = samples[offset : offset + WINDOW]  # a window may continue in the next file
                 assert batch.waveform[row, 0, : len(inside)].tolist() == inside.tolist()
                 assert batch.speaker[row] == speaker
                 goes_on = before is not None and row < len(before) and sampling == "sequential"
@@ -1406,7 +1399,7 @@ def test_batches_hold_what_they_say(small_corpus, sampling, training, packs):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_capture_windows_are_one_list_that_batches_cut(small_corpus, world_size):
     """Consecutive windows over the sorted files, whatever the batch size and the processes."""
-    expected = torch.from_numpy(end_to_end(small_set(small_corpus)) * 32768).short()
+    expected = torch.from_numpy(concatenated(small_set(small_corpus)) * 32768).short()
     n_windows = sum(LENGTHS.values()) // WINDOW
     for batch_size in (1, 4, 100):
         found = {}
@@ -1450,7 +1443,7 @@ def test_processes_share_an_epoch(small_corpus, sampling, world_size):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_going_on_from_any_position(small_corpus, sampling, world_size):
+def test_resuming_from_any_position(small_corpus, sampling, world_size):
     """The rest of an epoch, bit by bit, also where the position is beyond the end of a pack."""
     options = {"world": World(world_size - 1, world_size)}
     loader = loader_of(small_corpus, sampling, **options)
@@ -1466,7 +1459,7 @@ def test_going_on_from_any_position(small_corpus, sampling, world_size):
     assert list(loader.epoch(3, Position(3, 10**6, 0))) == []
 
 
-def test_going_on_decodes_no_earlier_pack(small_corpus, monkeypatch):
+def test_resuming_decodes_no_earlier_pack(small_corpus, monkeypatch):
     loader = loader_of(small_corpus, "uniform", training=False)
     decoded = watch_decoding(monkeypatch)
     packs = split_into_packs(loader.dataset.samples, loader.dataset.max_size_loaded)
@@ -1511,7 +1504,7 @@ def test_each_epoch_decodes_each_file_once_in_another_order(small_corpus, monkey
 
 
 def test_packs_are_planned_when_they_are_due(own_corpus, monkeypatch):
-    """And then forgotten; windows of earlier packs are found all the same, bad files or not."""
+    """And then forgotten; windows of earlier packs are still found, bad files or not."""
     corpus, plans = scan_corpus(own_corpus), []
     (own_corpus / "b/x/b-1.flac").write_bytes(b"fLaC")  # found out while it is decoded
 

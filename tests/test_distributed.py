@@ -79,7 +79,7 @@ def gradients(network, step, number):
 
 @command
 def meet(words):
-    """Work together in every way there is; each process saves what it got."""
+    """Use every way of communication; each process saves its results."""
     directory, corpus = words
     torch.set_num_threads(1)
     with StopSignals() as stop, joined_world(stop, torch.device("cpu")) as world:
@@ -128,7 +128,7 @@ def writes_are_seen(world, audio):
 
 @pytest.fixture(scope="module")
 def met(tmp_path_factory):
-    """What two processes saved, and the corpus, with a bad file in it, that they read."""
+    """The results that two processes saved, and the corpus that they read, with a bad file."""
     root = write_tiny_corpus(tmp_path_factory.mktemp("met"))
     bad = sorted(root.glob("audio/*/*/*.flac"))[4]
     bad.write_bytes(bad.read_bytes()[:-2000])
@@ -136,7 +136,7 @@ def met(tmp_path_factory):
     return [torch.load(root / f"{rank}.pt", weights_only=True) for rank in range(2)], root
 
 
-def test_processes_tell_each_other(met):
+def test_processes_exchange_values(met):
     (first, second), _ = met
     for found in (first, second):
         assert found["gathered"] == [0, 1]
@@ -224,7 +224,7 @@ def test_machines_may_have_different_numbers_of_processes(tiny_corpus, tmp_path)
 
 
 class Deserted(World):
-    """One that is alone after so many messages."""
+    """A World whose other process is gone after this many messages."""
 
     def __init__(self, messages):
         super().__init__(size=2, local_size=2)
@@ -246,7 +246,7 @@ def test_shared_memory_is_free_when_a_process_is_gone(messages, tmp_path, monkey
 
 
 def test_shared_memory_without_room_is_replaced_by_a_file(tmp_path, monkeypatch, capsys):
-    """And that is said: it may be slow."""
+    """With a note, since it may be slow."""
 
     def full(handle, offset, size):
         if os.readlink(f"/proc/self/fd/{handle}").startswith(str(tmp_path / "shm")):
@@ -290,7 +290,7 @@ def test_a_process_that_waits_for_others_holds_no_shared_memory(monkeypatch):
         Deserted(0).shared_tensor(1000, torch.int16)
 
 
-def test_one_that_is_alone_needs_no_one():
+def test_a_single_process_waits_for_no_one():
     world = World()
     assert world.all_gather(3) == [3]
     assert world.on_rank_zero(lambda: 4) == 4
@@ -353,7 +353,7 @@ def killed(words):
     return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_two_processes_stop_together_and_go_on_exactly(tiny_corpus, tmp_path, undisturbed, capfd):
+def test_two_processes_stop_together_and_resume_exactly(tiny_corpus, tmp_path, undisturbed, capfd):
     words = words_of(tiny_corpus, tmp_path, *EXAMPLE)
     assert launch(2, asked_to_stop, words) == 143
     resume = checkpoint_resume(tmp_path)
@@ -412,7 +412,7 @@ def checkpoint_resume(directory):
     return torch.load(directory / "checkpoint_resume.pt", weights_only=True)
 
 
-def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, monkeypatch):
+def test_one_process_resumes_the_run_of_two(tiny_corpus, tmp_path, capsys, monkeypatch):
     """And sees each batch that is left of the epoch once."""
     one_epoch = ["--nEpoch", 1]
     train_step, seen = train.train_step, []
@@ -437,7 +437,7 @@ def test_one_process_goes_on_with_the_run_of_two(tiny_corpus, tmp_path, capsys, 
 
 
 def test_one_process_forgets_the_hidden_state_of_two(tiny_corpus, tmp_path, monkeypatch):
-    """That of the first isn't where the rows of the last batch ended, which another one had."""
+    """Rank 0's isn't where the rows of the last batch ended, since another rank had that batch."""
     words = words_of(tiny_corpus, tmp_path, "--samplingType", "sequential")
     assert launch(2, asked_to_stop, words) == 143
     train_step, seen = train.train_step, []
@@ -476,8 +476,8 @@ def test_probes_and_stats_of_two_processes_are_logged(undisturbed):
     assert (undisturbed / "probes" / "1" / "phone" / "logs.json").is_file()
 
 
-def told_of_an_error(words):
-    """Process 1 ends with an error; then the other one has something to tidy up yet."""
+def ended_by_an_error(words):
+    """Process 1 ends with an error; the other one still has something to clean up."""
     pipe, tidy = words
     if os.environ["RANK"] == "1":
         os.open(pipe, os.O_WRONLY)
@@ -489,12 +489,12 @@ def told_of_an_error(words):
 
 def test_a_process_that_ends_with_an_error_lets_the_other_tidy_up(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert launch(2, told_of_an_error, [str(tmp_path / name) for name in ("pipe", "tidy")]) == 2
+    assert launch(2, ended_by_an_error, [str(tmp_path / name) for name in ("pipe", "tidy")]) == 2
     assert (tmp_path / "tidy").exists()
 
 
 def failing_capture(words):
-    """`train.main` in which process 1 can't write; each notes at its end what was saved then."""
+    """`train.main` in which process 1 can't write; at its end, each records what was saved."""
     rank = os.environ["RANK"]
     if rank == "1":
         CaptureWriter.write = refuse
@@ -545,7 +545,7 @@ def test_half_an_environment_of_torchrun_is_refused(name, monkeypatch):
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, 0, ""),  # another rank says it
     ],
 )
-def test_the_environment_of_torchrun_wins_over_a_flag_and_says_so(
+def test_the_environment_of_torchrun_wins_over_a_flag_with_a_note(
     monkeypatch, capsys, environment, started, note
 ):
     monkeypatch.setattr(os, "environ", environment)
@@ -568,7 +568,7 @@ def meet_on(device):
         raise AssertionError("has met")
 
 
-def test_what_the_machine_lacks_is_told_once(tiny_corpus, tmp_path, monkeypatch, capsys):
+def test_what_the_machine_lacks_is_reported_once(tiny_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(train, "launch", None)  # refused before
@@ -577,7 +577,7 @@ def test_what_the_machine_lacks_is_told_once(tiny_corpus, tmp_path, monkeypatch,
         train.main(words)
 
 
-def with_words_of_its_own(words):
+def with_its_own_flags(words):
     """`train.main` of which process 1 has another directory or list."""
     *words, flag, value = words
     return train.main([*words, flag, value] if os.environ["RANK"] == "1" else words)
@@ -587,17 +587,17 @@ def test_machines_without_a_shared_directory_are_refused(tiny_corpus, tmp_path, 
     words = words_of(tiny_corpus, tmp_path / "run")
     assert run(*words, "--nEpoch", 1) == 0
     elsewhere = ["--pathCheckpoint", str(tmp_path / "elsewhere")]
-    assert launch(2, with_words_of_its_own, words + elsewhere) == 2
+    assert launch(2, with_its_own_flags, words + elsewhere) == 2
     assert "not all processes find the same checkpoint" in capfd.readouterr().err
 
 
 def test_machines_with_different_lists_are_refused(tiny_corpus, tmp_path, capfd):
     words = words_of(tiny_corpus, tmp_path, "--pathVal", tiny_corpus / "train.txt")
-    assert launch(2, with_words_of_its_own, words) == 2
+    assert launch(2, with_its_own_flags, words) == 2
     assert "not all processes have the same training and validation" in capfd.readouterr().err
 
 
-def test_an_error_of_all_is_told_once(tiny_corpus, tmp_path, capfd):
+def test_an_error_of_all_is_reported_once(tiny_corpus, tmp_path, capfd):
     (tmp_path / "list.txt").write_text("nothing-like-it\n")
     words = words_of(tiny_corpus, tmp_path / "run", "--pathVal", tmp_path / "list.txt")
     assert run(*words, "--nGPU", 2, "--device", "cpu") == 2
@@ -655,7 +655,7 @@ def test_the_place_of_a_process(environment, found, monkeypatch):
     assert find_place() == found
 
 
-def test_a_step_meets_on_its_first_host_unless_told_otherwise(monkeypatch):
+def test_a_step_meets_on_its_first_host_by_default(monkeypatch):
     for given in ({}, {"MASTER_ADDR": "other", "MASTER_PORT": "77"}):
         monkeypatch.setattr(os, "environ", CYCLIC | given)
         enter_slurm_step()
@@ -796,7 +796,7 @@ def srun(hosts, names, words, directory, restarts=0):
     return tasks
 
 
-def test_a_run_goes_on_without_the_host_that_died(two_hosts, tiny_corpus, tmp_path, undisturbed):
+def test_a_run_resumes_without_the_host_that_died(two_hosts, tiny_corpus, tmp_path, undisturbed):
     """Two hosts on one machine; the run resumes with rank 0 on the host that had rank 1."""
     run_directory = tmp_path / "run"
     words = words_of(tiny_corpus, run_directory, *EXAMPLE, "--resume_every", 1, "--logging_step", 1)

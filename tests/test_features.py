@@ -29,11 +29,7 @@ from feature_loader import (
     load_phone_classifier,
     to_one_hot,
 )
-from model import (
-    ConcatenatedModel,
-    CPCModelNullspace,
-    build_model,
-)
+from model import ConcatenatedModel, CPCModelNullspace, build_model
 from tests.helpers import REAL_SPEECH, ROOT, assert_close, golden_cases, needs_real_speech
 from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.normalisation import seq_normalization
@@ -113,7 +109,7 @@ def test_load_model_without_weights_has_the_same_architecture(tmp_path):
     assert not torch.equal(model.gEncoder.conv1.weight, saved.gEncoder.conv1.weight)
 
 
-def test_load_best_takes_the_best_and_says_if_there_is_none(tmp_path):
+def test_load_best_takes_the_best_and_reports_if_there_is_none(tmp_path):
     args = flags()
     best = build_model(args)
     path = save_ours(tmp_path / "a", args, best=best.state_dict())
@@ -469,7 +465,7 @@ def test_features_are_those_of_the_chunks(tmp_path, model, n_samples, strict, se
     assert_close(build_feature_batch(model, path, max_size=size, batch_size=3, **options), expected)
 
 
-def test_hidden_state_goes_on_within_a_file_and_not_from_file_to_file(tmp_path, model):
+def test_hidden_state_is_kept_within_a_file_but_not_between_files(tmp_path, model):
     waveform = write_noise(tmp_path / "a.wav", 8000)
     model.gAR.keep_hidden = True
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The kernels against their plain twin: on the CPU, by Triton's interpreter.
 
-Triton decides when it is imported whether it compiles or interprets, so a process of its own
-interprets. How the kernels do on a GPU is tested with `fused_errors`, too, in test_gpu.py.
+Triton decides when it is imported whether it compiles or interprets, so a separate process
+interprets. On a GPU, test_gpu.py tests the kernels, with `fused_errors` as well.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ def random_inputs(n_anchors, n_predictions, n_positives, n_negatives, dim, *, sc
 
 
 def results(form, pool, predictions, candidates, n_positives):
-    """What `form` computes, and gradients for upstream gradients drawn at random; expanded ones."""
+    """Outputs of `form`, and its gradients for random upstream gradients; expanded ones."""
     leaves = [leaf.detach().requires_grad_() for leaf in (pool, predictions)]
     scores = form.apply(*leaves, candidates, n_positives)
     generator = torch.Generator().manual_seed(0)

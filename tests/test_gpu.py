@@ -56,7 +56,7 @@ from utils.run.stopping import StopSignals
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 GPU = ["--device", "cuda", "--nGPU", "1"]
-WIDE = ["--hiddenEncoder", "64", "--hiddenGar", "64"]  # enough for attention in kernels of its own
+WIDE = ["--hiddenEncoder", "64", "--hiddenGar", "64"]  # enough for dedicated attention kernels
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_any_network_on_a_gpu(words, tiny_corpus, tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("words", [[], ["--compile"], ["--samplingType", "sequential"]])
-def test_a_gpu_goes_on_where_it_stopped(words, tiny_corpus, tmp_path):
+def test_a_gpu_resumes_where_it_stopped(words, tiny_corpus, tmp_path):
     whole = trained(tiny_corpus, tmp_path / "whole", *GPU, *words, epochs=2)
     trained(tiny_corpus, tmp_path / "parts", *GPU, *words, epochs=1)
     parts = trained(tiny_corpus, tmp_path / "parts", *GPU, *words, epochs=2)
@@ -148,7 +148,7 @@ def test_a_gpu_goes_on_where_it_stopped(words, tiny_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
-def test_a_run_goes_on_on_another_device(devices, tiny_corpus, tmp_path):
+def test_a_run_resumes_on_another_device(devices, tiny_corpus, tmp_path):
     words = ["--nGPU", "1", "--samplingType", "sequential"]  # which keeps hidden states
     whole = trained(tiny_corpus, tmp_path / "whole", *words, "--device", "cpu")
     for epochs, device in enumerate(devices, start=1):
@@ -160,7 +160,7 @@ def test_a_run_goes_on_on_another_device(devices, tiny_corpus, tmp_path):
 
 @pytest.mark.parametrize("words", [[], ["--compile"]])
 def test_a_gpu_stops_at_a_loss_that_is_not_finite(words, tiny_corpus, tmp_path, capsys):
-    """And leaves the weights, although it looks at the loss steps later."""
+    """And leaves the weights as they were, although it checks the loss steps later."""
     trained(tiny_corpus, tmp_path, *GPU, epochs=1)
     before = checkpoint(tmp_path, 0)
     words = [*GPU, *words, "--pathCheckpoint", tmp_path, "--nEpoch", 2, "--learningRate", "1e30"]
@@ -169,7 +169,7 @@ def test_a_gpu_stops_at_a_loss_that_is_not_finite(words, tiny_corpus, tmp_path, 
     assert_same(before, checkpoint(tmp_path, 0), without=())
 
 
-def test_a_gpu_without_room_is_told_in_one_line(tiny_corpus, tmp_path, capsys):
+def test_a_gpu_out_of_memory_is_reported_in_one_line(tiny_corpus, tmp_path, capsys):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
@@ -271,7 +271,7 @@ def test_an_epoch_after_a_failed_recording_and_a_lack_of_memory(
 
 @pytest.mark.parametrize("compiled", [[], ["--compile"]])
 def test_the_budget_of_a_step(compiled, tiny_corpus, tmp_path, monkeypatch):
-    """Once all runs: no memory from the driver, no waiting, no copy from pageable memory."""
+    """Once it is running: no memory from the driver, no waiting, no copy from pageable memory."""
     steps, reserved, step, finish = [], [], train.train_step, train.finish_epoch
     profile = torch.profiler.profile()
 

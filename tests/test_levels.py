@@ -213,7 +213,7 @@ def test_golden_hcpc_checkpoint_of_two_levels_gives_the_recorded_features(direct
 @needs_real_speech
 @pytest.mark.parametrize("directory", two_level_checkpoints())
 def test_golden_hcpc_checkpoint_of_two_levels_resumes(directory, tmp_path):
-    """With new weights instead of NaN, with which no training can go on."""
+    """With new weights instead of NaN, from which training can't resume."""
     run = shutil.copytree(directory, tmp_path / "run", copy_function=shutil.copyfile)
     run.chmod(0o755)
     file = next(run.glob("*.pt"))

@@ -431,7 +431,7 @@ def test_batches_that_shrink_and_grow(mode, n_layers):
     expected = ar(x)
     ar.hidden = None
     ar(x[:, :4])
-    assert_close(ar(x[:2, 4:8]), expected[:2, 4:8])  # the first rows go on
+    assert_close(ar(x[:2, 4:8]), expected[:2, 4:8])  # the first rows continue
     grown = ar(x[:, 8:])
     assert_close(grown[:2], expected[:2, 8:])
     ar.hidden = None
@@ -464,7 +464,7 @@ def test_hidden_state_survives_a_detour_and_a_file(mode):
 
 @pytest.mark.parametrize("mode", CPCAR.NETWORKS)
 def test_recurrent_networks_work_in_float32_under_autocast(mode):
-    """And remember in float32, so that a run in another precision can go on."""
+    """And keep hidden states in float32, so that a run in another precision can resume."""
     ar = CPCAR(6, 5, True, 1, mode)
     frames = torch.randn(2, 3, 6).bfloat16()
     expected = ar(frames.float())

@@ -39,7 +39,7 @@ FAST = ProbeOptions(n_epochs=6, batch_size=8, learning_rate=0.05, cpc_epoch=4)
 
 
 class SpectralModel(nn.Module):
-    """Stands in for a CPC model: its frames are spectra, of which phones are easily told."""
+    """Stands in for a CPC model: its frames are spectra, which separate phones easily."""
 
     dim_context, dim_encoded = 81, 40
 
@@ -104,14 +104,14 @@ def phone_probe(corpus, labels):
 # ------------------------------------------------------------------------------ what a probe finds
 
 
-def test_phones_that_differ_are_told_apart(phone_probe):
+def test_different_phones_are_separated(phone_probe):
     result = phone_probe().run()
     assert result.metric > 0.9
     assert result.baseline < 0.4
     assert result.metric_name == "acc"
 
 
-def test_speakers_that_differ_are_told_apart(corpus):
+def test_different_speakers_are_separated(corpus):
     result = Probe("speaker", SpectralModel(), *make_sets(corpus), 3, options(n_epochs=30)).run()
     assert result.metric > result.baseline + 0.1
     assert result.measured_on["training"]["frames"] == result.measured_on["training"]["windows"]
@@ -143,7 +143,7 @@ def test_a_probe_of_labels_at_another_time_is_noticed(corpus, labels, phone_prob
 
 
 @pytest.mark.parametrize(("rate", "n_epochs"), [(0.01, 12), (1e-9, 1)])
-def test_a_ctc_probe_that_learned_nothing_says_so(rate, n_epochs, phone_probe, capsys):
+def test_a_ctc_probe_that_learned_nothing_is_reported(rate, n_epochs, phone_probe, capsys):
     phone_probe(ctc=True, learning_rate=rate, n_epochs=n_epochs).run()
     assert (NO_BETTER in capsys.readouterr().out) == (n_epochs == 1)
 
@@ -199,7 +199,7 @@ def test_accuracies_of_single_phones(phone_probe):
     }
 
 
-def test_says_what_it_measured(phone_probe, capsys):
+def test_the_summary_names_what_was_measured(phone_probe, capsys):
     probe = phone_probe(n_epochs=1, get_encoded=True)
     result = probe.run()
     assert result.measured_on["layer"] == "encoded"
@@ -370,7 +370,7 @@ def test_a_bank_is_even_over_classes_and_speakers():
     assert speakers[mask & (classes == 1)].bincount().tolist() == [25, 25]
 
 
-def test_neighbours_tell_phones_apart(phone_probe):
+def test_neighbours_separate_phones(phone_probe):
     probe = phone_probe(knn=(1, 5), n_epochs=1)
     result = probe.run()
     assert result.knn == probe.logs["knn"]["val_acc"]
@@ -655,7 +655,7 @@ def test_command_concatenates_features(probe_command, checkpoint, tmp_path):
     assert logs["measured_on"]["dimensions"] == 16 + 16
 
 
-def test_command_trains_the_model_only_if_told(probe_command, checkpoint, tmp_path):
+def test_command_trains_the_model_only_on_request(probe_command, checkpoint, tmp_path):
     before = load_tensors(checkpoint)["gEncoder"]
     for flags, same in (((), True), (("--unfrozen",), False), (("--no_pretraining",), False)):
         out, _ = probe_command(*flags, out=tmp_path / str(flags))
@@ -685,7 +685,7 @@ def test_null_space_modes(probe_command, phones, tmp_path):
         assert (weight @ model.nullspace.weight.T).abs().max() < 1e-5
 
 
-def test_a_null_space_of_several_models_side_by_side_is_loaded_again(
+def test_a_null_space_of_concatenated_models_is_loaded_again(
     probe_command, phones, checkpoint, tmp_path
 ):
     other = write_checkpoint(tmp_path / "other", arMode="GRU", nLevelsGRU=1)
@@ -754,7 +754,7 @@ def test_command_probes_units(probe_command, phones, tmp_path, capsys):
         (["published"], 20480),
     ],
 )
-def test_windows_are_those_of_the_run_unless_told(
+def test_windows_are_those_of_the_run_by_default(
     tiny_corpus, tmp_path, monkeypatch, capsys, load, n_samples
 ):
     monkeypatch.chdir(tmp_path)

@@ -147,7 +147,7 @@ def test_every_command_chooses_how_threads_wait_before_it_imports_anything_else(
 
 
 def environment_after(code, **variables):
-    """What OpenMP's variables are after Python code, in a process where just these are set."""
+    """OpenMP's variables after Python code, in a process in which only these are set."""
     others = {name: v for name, v in os.environ.items() if name not in CHOICES}
     code += f"; import os; print({{n: v for n, v in os.environ.items() if n in {CHOICES}}})"
     command = [sys.executable, "-c", code]
@@ -200,7 +200,7 @@ def steps(monkeypatch, busy, *, n=console.STEPS_WATCHED + 3, **state):
     assert [watched(i) for i in range(n)] == list(range(n))
 
 
-def test_a_line_names_threads_where_steps_are_starved(monkeypatch, capsys):
+def test_a_note_names_threads_if_steps_are_starved(monkeypatch, capsys):
     steps(monkeypatch, [1.0])
     line = capsys.readouterr().out
     assert line.count("\n") == 1
@@ -219,6 +219,6 @@ def test_a_line_names_threads_where_steps_are_starved(monkeypatch, capsys):
         ([0.1], {"world": SimpleNamespace(size=2)}),
     ],
 )
-def test_other_steps_bring_no_such_line(monkeypatch, capsys, busy, state):
+def test_other_steps_cause_no_such_note(monkeypatch, capsys, busy, state):
     steps(monkeypatch, busy, **state)
     assert capsys.readouterr().out == ""

@@ -245,7 +245,7 @@ def test_the_speaker_is_named_by_the_folder_where_there_is_one(file, speaker):
     assert plot_capture.title_of(window).endswith(f", speaker {speaker}")
 
 
-def test_missing_audio_is_said_or_refused(tmp_path, capsys):
+def test_missing_audio_is_reported_or_refused(tmp_path, capsys):
     capture = write_capture(tmp_path / "3", ["phone_align"], pathDB=tmp_path / "gone")
     plot_capture.main([str(capture), "--windows", "0"])
     assert "gone/7/a.wav: No such file or directory; drawn without audio" in capsys.readouterr().out
@@ -304,7 +304,7 @@ needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium here (Debi
 
 
 class Page(html.parser.HTMLParser):
-    """What is on a page: its tags, its text, the cells of each row of its tables."""
+    """The content of a page: its tags, its text, the cells of each row of its tables."""
 
     def __init__(self, content):
         super().__init__()
@@ -467,7 +467,7 @@ def speed(epoch, **more):
 
 
 def invented_set(title):
-    """What the report asks of an AudioDataset."""
+    """The part of an AudioDataset that the report uses."""
     return SimpleNamespace(
         title=title, utterances=[0], n_unlabelled=0, hours=1.0, n_windows=1, size_window=160,
         speakers=np.array([0]),
@@ -493,7 +493,7 @@ def report_of(
     return Path(args.pathCheckpoint, REPORT).read_text(encoding="utf-8")
 
 
-def test_the_page_says_how_far_the_run_is_and_how_good(tmp_path):
+def test_the_page_shows_how_far_the_run_is_and_how_good(tmp_path):
     chance = Chance(5.6, 0.008)
     read = Page(report_of(arguments(tmp_path), invented_logs(11), chance=chance))
     assert [a for name, a in read.tags if name == "h1"]
@@ -558,7 +558,7 @@ def test_stats_stand_together_and_numbered_values_share_a_chart(tmp_path):
         ({}, "None so far: there is a capture every 5 epochs."),
     ],
 )
-def test_what_is_absent_is_said_with_the_reason(tmp_path, flags, words):
+def test_what_is_absent_is_explained(tmp_path, flags, words):
     logs = {key: values for key, values in invented_logs(2).items() if "_repr_" not in key}
     logs = {key: values for key, values in logs.items() if "_best_" not in key}
     assert words in Page(report_of(arguments(tmp_path, **flags), logs)).text
@@ -577,7 +577,7 @@ def test_flags_are_shown_as_given_and_only_those_that_differ(tmp_path):
 
 
 def test_a_run_that_was_just_begun_is_shown(tmp_path):
-    """Even where an earlier one has left its record."""
+    """Even if an earlier one has left its record."""
     args = arguments(tmp_path)
     report_of(args, invented_logs(3), ["train.py", "old"])
     logs = {"epoch": [], "saveStep": 5, "before_training": invented_logs(1)["before_training"]}
@@ -814,7 +814,7 @@ def test_a_resumed_run_keeps_its_speed_and_its_commands(tmp_path):
     ["", "{torn", "[]", "null", '{"epochs": 3, "calls": {"epoch": 1}}',
      '{"epochs": [1, {"epoch": "x"}, {"epoch": true, "machine": "m"}], "calls": [{"epoch": 2}]}'],
 )  # fmt: skip
-def test_a_damaged_record_is_begun_anew(tmp_path, content):
+def test_a_damaged_record_is_replaced(tmp_path, content):
     args = arguments(tmp_path)
     Path(args.pathCheckpoint).mkdir()
     Path(args.pathCheckpoint, RECORD).write_text(content)
@@ -954,10 +954,10 @@ def test_numbers_are_short(value, text):
     assert line_chart.readable(value) == text
 
 
-def test_the_pointer_is_told_the_values_of_an_epoch():
+def test_the_pointer_shows_the_values_of_an_epoch():
     lines = [Line("a", [(0, 1.0), (2, 2.5)], "training"), Line("b", [(2, 3.0)], "validation")]
-    told = re.findall(r"<title>(.*?)</title>", draw_lines("x", lines), re.DOTALL)
-    assert told == ["epoch 0\na: 1", "epoch 2\na: 2.5\nb: 3"]
+    titles = re.findall(r"<title>(.*?)</title>", draw_lines("x", lines), re.DOTALL)
+    assert titles == ["epoch 0\na: 1", "epoch 2\na: 2.5\nb: 3"]
 
 
 # ------------------------------------------------------------------------------------- in a browser
@@ -990,7 +990,7 @@ parent.document.documentElement.setAttribute("data-found", JSON.stringify(found)
 
 
 def browse(path, profile, *words):
-    """Open a page in a browser of its own; what it prints."""
+    """Open a page in a separate browser; returns its output."""
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run "
         "--hide-scrollbars"

@@ -272,7 +272,7 @@ def test_figures_of_a_model_match_loops_over_the_boundaries_it_writes(
     assert "measured, too" not in said
 
 
-def test_words_and_phones_of_features_that_say_them_are_all_found(
+def test_words_and_phones_of_features_that_encode_them_are_all_found(
     segment, label_features, tiny_corpus, tmp_path, capsys
 ):
     """Phones 0 and 1 are one word here, as are 2 and 3: a boundary between them is of no word."""

@@ -16,12 +16,7 @@ from stats.empty_stat import Stat
 from stats.phone_similarity_stat import PhoneSimilarityStat, class_similarity
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
-from stats.stats_utils import (
-    STATS,
-    check_needs,
-    parse_stats,
-    with_absolute_directories,
-)
+from stats.stats_utils import STATS, check_needs, parse_stats, with_absolute_directories
 from tests.helpers import assert_close, golden_cases
 from utils.data.labels import write_symbols
 from utils.misc import UserError
@@ -128,7 +123,7 @@ def test_repr_diff_does_not_count_undefined_distances(tmp_path):
 @pytest.mark.parametrize(
     ("metric", "said"), [("cosine", "cosine distance"), ("coscorr", "coscorr")]
 )
-def test_the_picture_of_repr_diff_says_what_is_measured(tmp_path, metric, said):
+def test_the_picture_of_repr_diff_names_what_is_measured(tmp_path, metric, said):
     stat = ReprDiffStat(metric, "ctx_repr", "0.5", tmp_path)
     assert stat._draw({0.5: 2}, 0.5, 0).axes[0].get_xlabel() == f"{said} (bins of 0.5)"
 
@@ -149,7 +144,7 @@ def test_boundaries_of_piecewise_constant_features_are_all_found(metric, tmp_pat
     assert imread(tmp_path / f"boundaries_conv_repr_{metric}_4.png").std() > 0.05
 
 
-def test_boundaries_are_missed_where_features_say_nothing(tmp_path):
+def test_boundaries_are_missed_with_uninformative_features(tmp_path):
     _, labels = speech_like(n_windows=20)
     noise = torch.randn(20, 60, 16)
     stat = BoundaryStat("cosine", "ctx_repr", str(tmp_path))
@@ -436,7 +431,7 @@ def test_values_do_not_grow_with_the_number_of_batches(tmp_path):
     assert len(set(sizes)) == 1
 
 
-def test_collector_starts_anew(tmp_path):
+def test_a_collector_can_be_reset(tmp_path):
     collector, batch = StatsCollector(every_stat(tmp_path)), everything()
     collector.batchUpdate(batch)
     first = collector.logStats(0)

@@ -61,7 +61,7 @@ def run_directory(sound, tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_damaged_run_is_refused_or_goes_on(seed, run_directory, sound, tmp_path, capsys):
+def test_a_damaged_run_is_refused_or_resumes(seed, run_directory, sound, tmp_path, capsys):
     rng = random.Random(seed)
     shutil.copytree(run_directory, tmp_path / "run")
     damage_run(rng, tmp_path / "run", tmp_path / "canary")

@@ -108,7 +108,7 @@ def assert_same(one, other, without=("args",)):
 def test_the_curve_of_a_seed_stays_as_it_is(
     words, start, training, validation, tiny_corpus, tmp_path
 ):
-    """What makes training faster must not change it.
+    """Making training faster must not change it.
 
     At this learning rate the rounding of one processor or another stays below 1e-7 of the losses
     of two epochs (at 0.01 it grows to 4e-3 in three); other negatives in a single step, or rows in
@@ -131,7 +131,7 @@ def test_the_curve_of_a_seed_stays_as_it_is(
     ],
     ids=["decay", "cpc-ctc", "kept hidden state, packs", "dropout"],
 )
-def test_a_run_that_goes_on_ends_like_one_that_never_stopped(words, tiny_corpus, tmp_path):
+def test_a_resumed_run_ends_like_one_that_never_stopped(words, tiny_corpus, tmp_path):
     whole = trained(tiny_corpus, tmp_path / "whole", *words, epochs=4)
     trained(tiny_corpus, tmp_path / "parts", *words, epochs=2)
     assert run("--pathCheckpoint", tmp_path / "parts", "--nEpoch", 4) == 0
@@ -163,7 +163,7 @@ def test_without_the_flag_a_run_takes_the_kind_of_audio_there_is_and_stays_with_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_run_stopped_inside_an_epoch_goes_on_from_that_step(
+def test_a_run_stopped_inside_an_epoch_resumes_from_that_step(
     number, tiny_corpus, tmp_path, monkeypatch
 ):
     words = ["--samplingType", "sequential", "--max_size_loaded", "60000", *EXAMPLE]
@@ -188,7 +188,7 @@ def test_a_run_stopped_inside_an_epoch_goes_on_from_that_step(
     assert not (directory / "checkpoint_resume.pt").exists()
 
 
-def test_a_run_stopped_in_validation_goes_on_with_it(tiny_corpus, tmp_path, monkeypatch):
+def test_a_run_stopped_in_validation_resumes_with_it(tiny_corpus, tmp_path, monkeypatch):
     whole = trained(tiny_corpus, tmp_path / "whole")
     validate = train.validate
 
@@ -206,7 +206,7 @@ def test_a_run_stopped_in_validation_goes_on_with_it(tiny_corpus, tmp_path, monk
     assert_same(whole, checkpoint(directory, 1))
 
 
-def test_a_stop_right_after_the_last_save_leaves_nothing_to_go_on_with(
+def test_a_stop_right_after_the_last_save_leaves_nothing_to_resume(
     tiny_corpus, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run_files, "draw_curves", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -216,7 +216,7 @@ def test_a_stop_right_after_the_last_save_leaves_nothing_to_go_on_with(
 
 
 def test_a_stop_that_a_hook_makes_another_error_of_is_a_stop(tiny_corpus, tmp_path, monkeypatch):
-    """As C code does that calls Python and takes any exception for a wrong argument."""
+    """As C code can, which calls Python and takes any exception for a wrong argument."""
 
     def take_it_for_a_wrong_argument(*_):
         try:
@@ -466,7 +466,7 @@ def test_keep_counts_saved_epochs_and_has_the_best_weights_anyway(
     assert_equal_trees(state["best"], every["gEncoder"], "best")
 
 
-def test_the_logs_say_how_often_this_call_saves_and_logs(tiny_corpus, tmp_path):
+def test_the_logs_hold_how_often_this_call_saves_and_logs(tiny_corpus, tmp_path):
     trained(tiny_corpus, tmp_path, epochs=1)
     words = ["--nEpoch", 2, "--save_step", 3, "--logging_step", 4]
     assert run("--pathCheckpoint", tmp_path, *words) == 0
@@ -547,7 +547,7 @@ def test_a_log_file_on_a_full_disk_stops_no_run(tiny_corpus, tmp_path, monkeypat
     trained(tiny_corpus, tmp_path, epochs=1)
 
 
-def test_another_corpus_is_said_and_the_next_epoch_begins(
+def test_another_corpus_is_reported_and_the_next_epoch_begins(
     tiny_corpus, tmp_path, monkeypatch, capsys
 ):
     flags = [*SMALL, "--pathCheckpoint", tmp_path / "run", "--resume_every", 2, "--nEpoch", 1]
@@ -608,7 +608,7 @@ def test_a_checkpoint_without_what_training_needs_is_refused(part, tiny_corpus, 
     del state[part]
     torch.save(state, tmp_path / "checkpoint_0.pt")
     assert run("--pathCheckpoint", tmp_path, "--nEpoch", 2) == 2
-    assert "training can't go on from it" in capsys.readouterr().err
+    assert "training can't resume from it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--nEpoch", "2"], ["--restart"]])
@@ -635,7 +635,7 @@ def test_training_needs_a_directory_and_keeps_to_its_run(tiny_corpus, tmp_path, 
     assert run("--pathCheckpoint", tmp_path, "--hiddenGar", 16, "--nEpoch", 2) == 0
     printed = capsys.readouterr().out
     assert "warning: --hiddenGar: using the checkpoint's value, 8" in printed
-    assert "a new one needs another directory" in printed
+    assert "a new run needs another directory" in printed
 
 
 def test_a_refused_command_leaves_no_directory(tiny_corpus, tmp_path):
@@ -734,14 +734,14 @@ def test_a_mutated_checkpoint_is_refused_in_one_line(name, inside_an_epoch, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_resume.pt"]
 
 
-def test_an_unmutated_checkpoint_goes_on(inside_an_epoch, tmp_path):
+def test_an_unmutated_checkpoint_resumes(inside_an_epoch, tmp_path):
     shutil.copy(inside_an_epoch, tmp_path)
     assert run("--pathCheckpoint", tmp_path) == 0
     assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
 
 
 @pytest.mark.parametrize(("processors", "threads"), [(2, 2), (1, 1)])
-def test_a_run_goes_on_with_its_threads_where_they_fit(
+def test_a_run_resumes_with_its_threads_if_they_fit(
     processors, threads, inside_an_epoch, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -771,7 +771,7 @@ def test_the_time_of_an_interrupted_epoch_is_that_of_all_its_parts(inside_an_epo
     assert parts["waited"] >= 5e5 > whole["waited"]
 
 
-def test_a_checkpoint_without_the_time_of_its_epoch_goes_on(inside_an_epoch, tmp_path):
+def test_a_checkpoint_without_the_time_of_its_epoch_resumes(inside_an_epoch, tmp_path):
     state = torch.load(inside_an_epoch, weights_only=True)
     del state["clock"]
     torch.save(state, tmp_path / "checkpoint_resume.pt")
@@ -808,7 +808,7 @@ def test_damaged_checkpoints_are_never_a_fresh_start(tiny_corpus, tmp_path, caps
     assert "no checkpoint there can be read" in capsys.readouterr().err
 
 
-def test_without_a_validation_list_some_sequences_are_set_aside(tiny_corpus, tmp_path, capsys):
+def test_without_a_validation_list_some_utterances_are_set_aside(tiny_corpus, tmp_path, capsys):
     words = ["--pathDB", tiny_corpus / "audio", "--pathCheckpoint", tmp_path, "--nEpoch", 1]
     assert run(*words, *SMALL) == 0
     printed = capsys.readouterr().out
@@ -841,7 +841,7 @@ def written(path, text):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--pathCheckpoint", "RUN"]])
-def test_a_pipe_that_is_closed_ends_the_program_without_a_word(words, tiny_corpus, tmp_path):
+def test_a_closed_pipe_ends_the_program_silently(words, tiny_corpus, tmp_path):
     flags = [*on(tiny_corpus), *SMALL, "--nEpoch", "1", *words]
     reading, writing = os.pipe()
     os.close(reading)
@@ -863,7 +863,7 @@ def test_a_finished_run_is_known_without_its_audio(tiny_corpus, tmp_path, capsys
 
 
 @pytest.mark.parametrize("parser", [build_parser(), linear_separability.build_parser()])
-def test_help_says_every_default_once(parser, monkeypatch):
+def test_help_names_every_default_once(parser, monkeypatch):
     monkeypatch.setenv("COLUMNS", "5000")
     text = parser.format_help().partition("\noptions:")[2].partition("\ncommands:")[0]
     explained = dict(re.findall(r"^ +--(\w+)([^\n]*(?:\n {10,}.*)?)", text, flags=re.M))
@@ -915,8 +915,8 @@ def test_weights_for_speakers_are_never_given_to_others(words, tmp_path, capsys)
     assert state["speakers"] == names
     (corpus / "audio" / names[0]).rename(corpus / "audio" / f"{names[-1]}x")
     assert run("--pathCheckpoint", tmp_path / "run", "--nEpoch", 2, "--ignore_cache") == 2
-    told = capsys.readouterr().err
-    assert f"other speakers: {names[0]}, {names[-1]}x are in one" in told
+    error = capsys.readouterr().err
+    assert f"other speakers: {names[0]}, {names[-1]}x are in only one" in error
     assert "speakers" not in trained(corpus, tmp_path / "plain", epochs=1)
 
 
@@ -926,9 +926,7 @@ def test_what_is_to_be_loaded_must_be_there(tiny_corpus, tmp_path, capsys):
     assert f"--load {tmp_path}/none.pt: no such directory or file" in capsys.readouterr().err
 
 
-def test_a_run_begun_with_a_model_keeps_hidden_states_if_its_own_sampling_says_so(
-    tiny_corpus, tmp_path
-):
+def test_a_run_started_from_a_model_keeps_hidden_states_by_its_own_sampling(tiny_corpus, tmp_path):
     assert trained(tiny_corpus, tmp_path / "a", epochs=1)["hidden"] is None
     flags = [*on(tiny_corpus), *SMALL, "--samplingType", "sequential", "--load", tmp_path / "a"]
     assert run(*flags, "--nEpoch", 1, "--pathCheckpoint", tmp_path / "b") == 0
@@ -952,7 +950,7 @@ def test_flags_are_judged_by_the_criterion_that_is_loaded(tiny_corpus, tmp_path,
     assert (tmp_path / "c" / "0" / "cpcctc_align").is_dir()
 
 
-def test_a_run_begun_with_a_projected_model_goes_on_whatever_its_width(tiny_corpus, tmp_path):
+def test_a_run_started_from_a_projected_model_resumes_whatever_its_width(tiny_corpus, tmp_path):
     """Its features have a width that the transformer under the projection couldn't have."""
     trained(tiny_corpus, tmp_path / "a", "--arMode", "transformer", epochs=1)
     state = checkpoint(tmp_path / "a", 0)
@@ -993,7 +991,7 @@ def as_the_original_writes_it(directory):
     path.write_text(json.dumps(logs))
 
 
-def test_a_run_of_the_original_goes_on_with_its_learning_rate_not_halved_twice(
+def test_a_resumed_run_of_the_original_does_not_halve_its_learning_rate_twice(
     tiny_corpus, tmp_path
 ):
     words = ["--schedulerStep", "2", "--learningRate", "0.01", "--arMode", "GRU"]
@@ -1044,7 +1042,7 @@ def test_kept_hidden_state_begins_at_zero_in_each_pass_set_and_pack(
 
 @needs_real_speech
 @pytest.mark.skipif(not (GOLDEN / "checkpoint").is_dir(), reason="no checkpoint of the original")
-def test_a_golden_run_of_the_original_goes_on(tmp_path):
+def test_a_golden_run_of_the_original_resumes(tmp_path):
     shutil.copytree(GOLDEN / "checkpoint", tmp_path / "run", copy_function=shutil.copyfile)
     (tmp_path / "run").chmod(0o755)
     epochs = len(json.loads((tmp_path / "run" / "checkpoint_logs.json").read_text())["epoch"])
@@ -1123,7 +1121,7 @@ def test_probes_and_captures_of_a_resumed_run_can_be_turned_off(tiny_corpus, tmp
     assert "using the checkpoint's value" not in capsys.readouterr().out
 
 
-def test_a_capture_says_that_it_replaces_another(tiny_corpus, tmp_path, capsys):
+def test_a_capture_reports_that_it_replaces_another(tiny_corpus, tmp_path, capsys):
     flags = capture_flags(tiny_corpus, tmp_path / "captures")
     trained(tiny_corpus, tmp_path / "run", *flags, epochs=1)
     assert "replacing" not in capsys.readouterr().out
@@ -1149,12 +1147,12 @@ def test_a_probe_without_a_window_is_noticed_at_the_start(tiny_corpus, tmp_path,
 
 
 @pytest.mark.parametrize(("rate", "is_stuck"), [("1e-9", True), ("1e-2", False), ("0", False)])
-def test_a_run_that_learns_nothing_says_so(rate, is_stuck, tiny_corpus, tmp_path, capsys):
+def test_a_run_that_learns_nothing_is_reported(rate, is_stuck, tiny_corpus, tmp_path, capsys):
     trained(tiny_corpus, tmp_path, "--learningRate", rate, "--rnnMode", "linear", epochs=3)
     assert ("note: the loss, " in capsys.readouterr().out) == is_stuck
 
 
-def test_a_dead_start_is_told_from_a_slow_one_in_its_first_epoch(
+def test_a_dead_start_is_distinguished_from_a_slow_one_in_its_first_epoch(
     tiny_corpus, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(starts, "FEWEST_STEPS", 1)
@@ -1206,7 +1204,7 @@ def test_files_without_labels_are_captured_as_with_labels(tiny_corpus, tmp_path)
     assert seen == {True, False}
 
 
-def test_a_capture_of_unlabelled_sequences_holds_all_but_their_labels(
+def test_a_capture_of_unlabelled_utterances_holds_all_but_their_labels(
     tiny_corpus, tmp_path, capsys
 ):
     flags = capture_flags(tiny_corpus, tmp_path / "capture")
@@ -1249,7 +1247,7 @@ def test_results_that_can_not_be_written_are_noticed_at_the_start(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_pictures_of_stats_stay_where_they_were_when_a_run_goes_on_from_elsewhere(
+def test_pictures_of_stats_stay_where_they_were_when_a_run_resumes_from_elsewhere(
     tiny_corpus, tmp_path, monkeypatch
 ):
     for name in ("here", "there"):
@@ -1330,7 +1328,7 @@ def test_the_other_modes_of_cpc_run(mode, tiny_corpus, tmp_path):
     trained(tiny_corpus, tmp_path, "--cpc_mode", mode, epochs=1)
 
 
-def test_a_hook_that_never_comes_is_said_at_the_start(tiny_corpus, tmp_path, capsys):
+def test_a_hook_that_never_runs_is_reported_at_the_start(tiny_corpus, tmp_path, capsys):
     words = ["--supervised_classif_metric", "--speaker_sep", "--linsep_logs_dir", tmp_path / "l"]
     trained(tiny_corpus, tmp_path / "run", *words)
     assert (

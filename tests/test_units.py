@@ -396,7 +396,7 @@ def test_a_file_without_a_frame_is_left_out(tmp_path, tiny_corpus, model_file):
 
 def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_path, capsys):
     words = ["--unit_quality_each_epochs", "1", "--nClusters"]
-    with ends_refused(capsys, "--nClusters 5000: the units in training are of"):
+    with ends_refused(capsys, "--nClusters 5000: units in training are clusters of"):
         train.main([*map(str, [*on(tiny_corpus), "--pathCheckpoint", tmp_path, *words]), "5000"])
     plain = trained(tiny_corpus, tmp_path / "none")
     labels = ["--path_phone_data", tiny_corpus / "phones.txt"]
@@ -404,7 +404,7 @@ def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_p
     new = {key for key in found["logs"] if key.startswith("units_")}
     assert {"units_perplexity", "units_pnmi", "units_pnmi_by_chance", "units_boundary_f1"} <= new
     first, second = found["logs"]["units_perplexity"]
-    assert first is None  # like a probe, never at epoch 0
+    assert first is None  # as for probes, never at epoch 0
     assert 1 < second <= 4
     assert_equal_trees(plain["gEncoder"], found["gEncoder"], "gEncoder")
     assert plain["logs"]["locLoss_val"] == found["logs"]["locLoss_val"]

@@ -526,7 +526,7 @@ def test_a_switch_that_is_turned_off_counts_as_not_given(paths):
     assert checked(*paths, *off) == checked(*paths)
 
 
-def test_a_list_that_is_gone_can_be_given_anew(tmp_path):
+def test_a_list_that_is_gone_can_be_given_again(tmp_path):
     (tmp_path / "new").write_text("a")
     stored = {"pathTrain": str(tmp_path / "old"), "random_seed": 3}
     args, _ = resumed(["--pathTrain", str(tmp_path / "new")], stored, tmp_path)
@@ -820,7 +820,7 @@ def test_running_means_weigh_windows():
     assert running.means_since_mark() == [[7.0, 7.0], [1.0, 1.0]]
 
 
-def test_a_clock_goes_on_from_its_state(monkeypatch):
+def test_a_clock_continues_from_its_state(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("utils.run.logs.time", SimpleNamespace(perf_counter=lambda: now[0]))
     clock = Clock()
@@ -840,7 +840,7 @@ def test_a_clock_goes_on_from_its_state(monkeypatch):
     assert str(later) == "3 windows/s, data wait 33.3 %"
 
 
-def test_running_means_go_on_from_their_state():
+def test_running_means_continue_from_their_state():
     batches = [(torch.rand(1, 3), torch.rand(1, 3), n, torch.rand(())) for n in (2, 3, 1)]
     whole, first, second = RunningMeans(), RunningMeans(), RunningMeans()
     for batch in batches:
@@ -939,7 +939,7 @@ def held_elsewhere(directory, with_child=False):
         process.join()
 
 
-def test_a_second_program_is_refused_and_told_who_has_the_directory(tmp_path):
+def test_a_second_program_is_refused_with_the_name_of_the_first(tmp_path):
     with held_elsewhere(tmp_path) as (pid, _):
         started = json.loads((tmp_path / LOCK_NAME).read_text())["started"]
         with pytest.raises(UserError) as refused, locked(tmp_path, "--x"):
@@ -1055,7 +1055,7 @@ def test_a_damaged_lock_file_keeps_nobody_out(content, tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -1254,7 +1254,7 @@ def test_an_earlier_capture_is_replaced_and_nothing_else(tmp_path):
     assert CaptureReader(directory).n_windows == len(written["ctx_repr"])
 
 
-def test_the_writer_says_what_it_replaced(tmp_path):
+def test_the_writer_reports_what_it_replaced(tmp_path):
     assert CaptureWriter(tmp_path, ["ctx_repr"], epoch=0).removed == 0
     write(tmp_path, [4, 4], ["ctx_repr", "pred"])
     assert CaptureWriter(tmp_path, ["ctx_repr"], epoch=0).removed == 4
@@ -1408,7 +1408,7 @@ def test_names_of_predictions_are_in_the_order_of_the_criterion(flags, names):
     assert prediction_names(3, flags) == names
 
 
-def test_memory_without_room_is_told_in_one_line(capsys):
+def test_a_lack_of_memory_is_reported_in_one_line(capsys):
     with ends_refused(capsys, rf"tried to allocate {2**60} bytes. .* Smaller batches"):
         command(lambda argv: torch.empty(2**58))()
     with pytest.raises(RuntimeError, match="[Ss]hape"):  # another error is as it was

@@ -85,7 +85,7 @@ def test_flags_of_the_features(tmp_path, audio, model_file, words, options):
 def test_features_normalised_by_speaker(tmp_path, audio, model_file, capsys):
     words = "--format", "pt", "--feature_norm", "speaker"
     assert build(audio, tmp_path / "out", model_file, *words) == 2
-    assert "--feature_norm speaker: a.wav is in no folder of a speaker" in capsys.readouterr().err
+    assert "--feature_norm speaker: a.wav isn't in a speaker's folder" in capsys.readouterr().err
     (audio / "s").mkdir()
     for name in ("a.wav", "b.wav"):
         (audio / name).rename(audio / "s" / name)
@@ -148,7 +148,7 @@ def test_files_with_the_same_name_keep_their_folders(tmp_path, audio, model_file
     assert len(np.load(tmp_path / "out/more/a.npy")) == 20
 
 
-def test_a_stopped_call_goes_on(tmp_path, audio, model_file, capsys):
+def test_a_stopped_call_resumes(tmp_path, audio, model_file, capsys):
     words = (audio, tmp_path / "out", model_file, "--format", "npy")
     assert build(*words) == 0
     before = (tmp_path / "out" / "b.npy").read_bytes()
@@ -185,7 +185,7 @@ def test_bad_files_are_named_and_the_others_done(tmp_path, audio, model_file, ca
         (["--format", "af"], "ArrayFire"),
         (["--dimReduction", "x"], "never published"),
         (["--centroidLimits", "0", "1"], "never published"),
-        (["--train_mode"], "depend on chance"),
+        (["--train_mode"], "features would be random"),
         (["--oneHot"], "--oneHot needs --addCriterion"),
         (["--addCriterion"], "holds no criterion"),
         (["--addCriterion", "--getEncoded"], "leave out --getEncoded"),

@@ -11,7 +11,7 @@ in a window, M matched frames, W = S - M anchors (the frames predicted from) and
     ctx_repr           (B, S, A)     float32   output of the autoregressive network
     seg_boundaries     (B, S)        int64     1 at the first frame of each segment, else 0
     seg_conv           (B, S, D)     float32   encoded segments, each repeated over its frames
-    seg_ctx            (B, S, D)     float32   contexts of segments, the same
+    seg_ctx            (B, S, D)     float32   contexts of segments, likewise
     speaker_align      (B,)          int64     speaker
     phone_align        (B, S)        int64     phone label of each frame, -1 in files without labels
     pred               (B, W, E, P)  float32   predictions, in the order of `prediction_names`
@@ -22,6 +22,7 @@ in a window, M matched frames, W = S - M anchors (the frames predicted from) and
 import os
 import re
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ INDEX = "index.json"
 _FILE_NAME = re.compile(r"(?P<name>.+)_batch(?P<first>\d+)-(?P<last>\d+)\.pt")
 
 
-def prediction_names(n_predictions, flags):
+def prediction_names(n_predictions: int, flags: Mapping[str, object]) -> list[str]:
     """Names of the P predictions in the order of the criterion: blank, self loop, 1, 2, ...
 
     flags: a dict of the run's flags. Without them (the original's captures have no index) the
@@ -82,7 +83,7 @@ class CaptureWriter:
                 (self.directory / name).mkdir(parents=True, exist_ok=True)
 
     def write(self, first, tensors, locations):
-        """Write one batch: windows `first`, `first + 1`, ..., as many as there are locations.
+        """Write one batch: windows `first`, `first + 1`, ..., one per location.
 
         tensors: name -> tensor with a row for each window; names that aren't captured are ignored
         locations: (file, offset in samples) of each window
@@ -128,7 +129,7 @@ def refuse_to_lose(directory, what):
 
 
 def _as_stored(tensor):
-    """A CPU tensor of the stored type, with a storage that holds nothing else."""
+    """A CPU tensor of the type to be stored, whose storage holds nothing else."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
     stored = tensor.detach().to("cpu", dtype).contiguous()
     whole = stored.untyped_storage().nbytes() == stored.nbytes
@@ -163,7 +164,7 @@ def _remove_capture(directory):
 class CapturedWindow(NamedTuple):
     """Everything captured of one window, and where it begins (None without an index).
 
-    A window may continue into the next file: the one that the next window begins in.
+    A window may continue into the next file, in which the next window begins.
     """
 
     window: int
@@ -184,7 +185,7 @@ class CaptureReader:
     or a file is missing or damaged.
     """
 
-    def __init__(self, directory, names=None):
+    def __init__(self, directory: str | os.PathLike, names: Iterable[str] | None = None):
         self.directory = Path(directory)
         found = _find_capture(self.directory)
         missing = sorted(set(names or ()) - found.keys())
@@ -215,13 +216,13 @@ class CaptureReader:
                 f"missing, though {INDEX} lists them; capture again"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ranges)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return map(self._batch, self.ranges)
 
-    def window(self, window):
+    def window(self, window: int) -> CapturedWindow:
         """The `CapturedWindow` with index `window`."""
         at = bisect_right(self.ranges, (window, float("inf"))) - 1
         if at < 0 or window > self.ranges[at][1]:
@@ -233,7 +234,7 @@ class CaptureReader:
         tensors = {name: batch[row] for name, batch in self._batch(self.ranges[at]).items()}
         return CapturedWindow(window, tensors, *self.location(window))
 
-    def location(self, window):
+    def location(self, window: int) -> tuple[str | None, int | None]:
         """(file, offset in samples) where a window begins; (None, None) without an index."""
         return self._locations.get(window, (None, None))
 

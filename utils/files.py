@@ -53,9 +53,9 @@ def _umask():
 
 @contextlib.contextmanager
 def writing_to(path, flag=None, errors=OSError):
-    """Turn an OSError of the block into a UserError that names `path` and the way out.
+    """Turn an OSError of the block into a UserError that names `path` and what to do.
 
-    flag: the flag that names another place, if there is one; errors: exceptions to catch
+    flag: the flag that chooses the place, if there is one; errors: exceptions to catch
     """
     try:
         yield
@@ -96,7 +96,7 @@ def check_regular(path):
 
 
 def check_content(path):
-    """Raise OSError for an empty file, too: of one, libraries say what misleads."""
+    """Raise OSError for an empty file, too, of which libraries give misleading reports."""
     check_regular(path)
     if not os.path.getsize(path):
         raise OSError("empty")
@@ -162,7 +162,7 @@ def _holds(path, lines):
 def save_json(path, value):
     """Write `value` as indented JSON, atomically.
 
-    Python holds file names that aren't UTF-8 with lone surrogates; `\\udcff` is their JSON form.
+    Python has lone surrogates in file names that aren't UTF-8; in JSON they look like `\\udcff`.
     """
     encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
     with atomic_path(path) as temporary, open(temporary, "w", **encoding) as file:
@@ -221,7 +221,7 @@ def load_tensors(path, device="cpu"):
 
 
 def _is_pickled(path):
-    """Whether a file looks like one of `torch.save` or pickle."""
+    """Whether a file looks as if `torch.save` or pickle had written it."""
     with open(path, "rb") as file:
         return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
 

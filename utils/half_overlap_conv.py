@@ -19,9 +19,9 @@ class HalfOverlapConv(nn.Conv1d):
 
     @torch.no_grad()
     def keep_halves(self):
-        """Lay the weight out in memory as `forward` uses it, for the inference of short inputs.
+        """Store the weight in the memory layout that `forward` uses, for short inputs at inference.
 
-        Their time is mostly that of copying the weight to this layout.
+        Otherwise most of their time would go into copying the weight to this layout.
         """
         self.weight.data = self.weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 

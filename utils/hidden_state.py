@@ -6,11 +6,11 @@ from torch import nn
 
 
 class KeepsHidden:
-    """A recurrent network that starts each row where the same row of the last batch ended.
+    """A recurrent network that can start each row where the same row of the last batch ended.
 
-    It does so with `keep_hidden`, without gradient through the state; otherwise rows start from the
-    zero state. `hidden` is the state kept from the last batch, or None. A class derived from this
-    one has `network`, an nn.LSTM, nn.GRU or nn.RNN.
+    It does with `keep_hidden`, without gradient through the state; otherwise rows start from the
+    zero state. `hidden` is the state kept from the last batch, or None. Subclasses have `network`,
+    an nn.LSTM, nn.GRU or nn.RNN.
     """
 
     keep_hidden = False
@@ -35,7 +35,7 @@ class KeepsHidden:
         return _map_state(resume, self.hidden)
 
     def keep(self, end):
-        """Take note of the final state of a batch."""
+        """Store the final state of a batch."""
         if self.keep_hidden:
             self.hidden = _map_state(torch.Tensor.detach, end)
 

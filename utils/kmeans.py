@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from utils.misc import UserError
 
 BLOCK = 8192  # points whose distances to all centers are in memory at once
-SEEDED_ON = 20_000, 20  # points that a start looks at: in all, and per center
-FINALISTS = 3  # starts that are continued on all points: parts of them don't rank these well
-STARTS = 500  # divided by the number of centers: with more of these, the luck of one matters less
+SEEDED_ON = 20_000, 20  # points that a start uses: at least, and per center
+FINALISTS = 3  # best starts, continued on all points: a part of the points ranks them only roughly
+STARTS = 500  # divided by the number of centers: with many, a single lucky one matters less
 
 
 class Clustering(NamedTuple):
@@ -40,7 +40,7 @@ def squared_distances(points, centers, normalize=False):
 
 def assign(points, centers):
     """The nearest of `centers` (k, D) to each point of (N, D): ids (N,), squared distances (N,)."""
-    origin = centers.mean(0)  # differences of large squares would lose their digits
+    origin = centers.mean(0)  # differences of large squares would lose precision
     centers = centers - origin
     nearest = [squared_distances(b - origin, centers).min(dim=1) for b in points.split(BLOCK)]
     ids = torch.cat([block.indices for block in nearest])
@@ -57,19 +57,19 @@ def kmeans(
     spherical=False,
     n_starts=None,
 ):
-    """Cluster points (N, D) on any device; a `Clustering`.
+    """Cluster points (N, D) on any device; returns a `Clustering`.
 
-    tolerance: stop where an iteration lowers the inertia by less than this fraction
+    tolerance: stop when an iteration lowers the inertia by less than this fraction
     spherical: scale centers to unit length, for points of unit length (Dhillon and Modha, 2001)
-    n_starts: on random parts of the points, the best of which are continued on all (default: more
-        of them for fewer clusters)
+    n_starts: starts on random parts of the points, the best of which continue on all points
+        (default: more for fewer clusters)
 
-    A cluster without points moves to the point that is farthest from its center. Deterministic by
-    `generator` (on a GPU up to rounding). Raises UserError if there are fewer different points than
-    clusters.
+    A cluster without points moves to the point that is farthest from its center. The result depends
+    on `generator` only (on a GPU up to rounding). Raises UserError if there are fewer different
+    points than clusters.
     """
     if len(points) < n_clusters:
-        raise UserError(f"{n_clusters} clusters of only {len(points)} frames: fewer, or more audio")
+        raise UserError(f"{n_clusters} clusters of {len(points)} frames: use fewer, or more audio")
     options = {"tolerance": tolerance, "spherical": spherical, "max_iterations": max_iterations}
     starts, inertia = [], attrgetter("inertia")
     for _ in range(n_starts or max(1, STARTS // n_clusters)):

@@ -1,4 +1,4 @@
-"""Small things that every floor of the program uses: units, errors, positions, seeds."""
+"""Small helpers used throughout the program: units, errors, positions, seeds."""
 
 import hashlib
 import unicodedata
@@ -11,8 +11,8 @@ from torch._compile import _disable_dynamo as not_compiled  # noqa: F401
 
 SAMPLE_RATE = 16_000  # Hz; the only sample rate that encoders accept
 SAMPLES_PER_FRAME = 160  # one frame (encoder output or phone label) is 10 ms
-BOUNDARY_RATE = "boundariesPerSecond"  # begins the names, in the logs, of that of a policy
-OF_SEGMENTS = "_segments"  # ends the names, in the logs, of the losses of the upper of two levels
+BOUNDARY_RATE = "boundariesPerSecond"  # prefix, in the logs, of a policy's boundary rate
+OF_SEGMENTS = "_segments"  # suffix, in the logs, of the upper level's losses and accuracies
 LONGEST_SHOWN = 200  # characters of one name, path or reason in a message
 
 
@@ -46,7 +46,7 @@ class Position(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far training has come: its epoch, and the optimiser's steps in that and in all epochs."""
+    """The progress of training: the epoch, and optimiser steps in this and in all epochs."""
 
     epoch: int = 0
     steps_in_epoch: int = 0
@@ -99,9 +99,9 @@ def first_few(items, limit=5):
 
 
 def nfc(text):
-    """The text in Unicode's composed form: a Mac writes é in file names as e and an accent.
+    """The text in Unicode's composed form: in file names, macOS writes é as e and an accent.
 
-    Names are compared in this form only, else two that look the same could differ.
+    Names are always compared in this form, or two that look the same could differ.
     """
     return unicodedata.normalize("NFC", text)
 

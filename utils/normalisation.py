@@ -7,7 +7,7 @@ import torch
 from utils.misc import UserError
 
 FEATURE_NORMS = ("none", "speaker", "utterance")
-SMALLEST_VARIANCE = 1e-8  # is added to each variance
+SMALLEST_VARIANCE = 1e-8  # added to each variance
 
 
 def seq_normalization(features):
@@ -20,8 +20,8 @@ def seq_normalization(features):
 class GroupStatistics:
     """Mean and unbiased variance of the features of each group, such as a speaker.
 
-    Speakers are harder to tell apart by features normalised like this, phones easier (van Niekerk
-    et al., Interspeech 2021, arXiv:2108.00917).
+    Features normalised this way separate speakers less well, and phones better (van Niekerk et al.,
+    Interspeech 2021, arXiv:2108.00917).
     """
 
     def __init__(self, n_groups, n_features, device="cpu"):
@@ -48,16 +48,12 @@ class NormalisedFeatures:
     """The function `features_of(name)`, (T, D) or None, with the features of a file normalised.
 
     kind: "utterance" or "speaker"; speakers: name -> speaker of all files, for the latter, which
-    computes the features of each file twice. UserErrors of `features_of` come through.
+    computes the features of each file twice. UserErrors of `features_of` are passed on.
     """
 
     def __init__(self, features_of, kind, speakers):
-        self.features_of, self.kind, self.speakers, self.statistics = (
-            features_of,
-            kind,
-            speakers,
-            {},
-        )
+        self.features_of, self.kind = features_of, kind
+        self.speakers, self.statistics = speakers, {}  # statistics: speaker -> GroupStatistics
 
     def __call__(self, name):
         features = self.features_of(name)

@@ -1,4 +1,4 @@
-"""Where representations change: the distance of neighbouring frames, and its prominent peaks."""
+"""Change in representations: the distance of neighbouring frames, and its prominent peaks."""
 
 import math
 

@@ -1,10 +1,10 @@
-"""torchaudio, also where its compiled extension doesn't fit the installed torch.
+"""torchaudio, even if its compiled extension doesn't fit the installed torch.
 
     from utils.torchaudio_import import torchaudio      # inside the function that needs it
 
-The wheels on PyPI are built for CUDA: with a CPU-only torch, `import torchaudio` dies of a missing
-CUDA library although its transforms are plain PyTorch. What can't be had without the extension is
-`torchaudio.functional.forced_align`; nothing here uses it.
+The wheels on PyPI are built for CUDA: with a CPU-only torch, `import torchaudio` fails for lack of
+a CUDA library, although its transforms are plain PyTorch. Only `forced_align`, which nothing here
+uses, needs the extension.
 """
 
 import importlib

@@ -81,7 +81,7 @@ def phones_captured(corpus, case):
 
 
 def in_a_fork(check):
-    """A check of a run's command line, as one of the run: threads begin in another process."""
+    """Turn a check of a command line into one of a run; its threads begin in another process."""
 
     def finding(run):
         checked = Run(run.words, run.out.with_name("check"), function=check).finish()
@@ -94,10 +94,10 @@ def in_a_fork(check):
 
 
 def checkpoints(part):
-    """Go on with, load, capture and probe checkpoints that are damaged or malicious."""
+    """Resume from, load, capture and probe checkpoints that are damaged or malicious."""
     corpus, case = write_tiny_corpus(part.place / "corpus", seconds=(0.3, 0.6)), part.place / "case"
     commands = uses_of_a_checkpoint(corpus, case)
-    make_run(part, commands["go on"], case / "run")
+    make_run(part, commands["resume"], case / "run")
     make_run_of_original(part)
     for use, words in commands.items():
         shutil.copytree(part.place / "ours", case / "run")
@@ -120,7 +120,7 @@ def uses_of_a_checkpoint(corpus, case):
     """Name -> command line."""
     data, file, out = [*on(corpus), *TINY], case / "run" / "checkpoint_1.pt", case / "out"
     return {
-        "go on": [*data, "--resume_every", 2, "--nEpoch", 3, "--pathCheckpoint", case / "run"],
+        "resume": [*data, "--resume_every", 2, "--nEpoch", 3, "--pathCheckpoint", case / "run"],
         "load": [*data, "--pathCheckpoint", out, "--nEpoch", 1, "--loadCriterion", "--load", file],
         "capture": [*data, "--onlyCapture", "--pathCheckpoint", file, "--captureEverything",
                     "--pathCaptureDS", corpus / "all.txt", "--pathCaptureSave", out],
@@ -142,7 +142,7 @@ def make_run(part, words, directory):
 
 
 def make_run_of_original(part):
-    """The same as the original program would have kept it."""
+    """The same run as the original program would have stored it."""
     state = content(part.place / "ours" / "checkpoint_1.pt")
     directory = part.place / "original"
     directory.mkdir()
@@ -152,7 +152,7 @@ def make_run_of_original(part):
 
 
 def damage_run(rng, run, canary):
-    """Damage one or two files of a run's directory; what was done, and whether to bytes alone."""
+    """Damage one or two files of a run's directory; what was done, and whether only to bytes."""
     archives, others = sorted(run.glob("*.pt")), sorted(run.glob("*.json"))
     done, in_bytes = [], True
     for path in rng.sample(archives, k=min(len(archives), rng.choice([1, 1, 2]))):

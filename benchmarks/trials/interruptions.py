@@ -1,4 +1,4 @@
-"""Interrupting runs at random moments, by signals and by full disks, and what they come to."""
+"""Interrupting runs at random moments, by signals and by full disks, and checking their results."""
 
 import contextlib
 import resource
@@ -20,7 +20,7 @@ CHECKPOINTS_ARE_LONGER = 40_000  # bytes
 
 
 def everything(corpus, run):
-    """A run with all that a run can do, below one directory."""
+    """A run with everything that a run can do, below one directory."""
     return [
         *on(corpus), *TINY, "--pathCheckpoint", run, "--nEpoch", 4, "--resume_every", 2,
         "--max_size_loaded", 25_000, "--CPCCTC", "--CPCCTCNumMatched", 4,
@@ -41,7 +41,7 @@ def stop(part):
 
 
 def interrupt(part, total, signals):
-    """Interrupt runs at random moments, `total` times in all, and compare what they come to."""
+    """Interrupt runs at random moments, `total` times in all, and compare their results."""
     corpus, run = write_tiny_corpus(part.place / "corpus", seconds=(0.5, 0.9)), part.place / "run"
     words = everything(corpus, run)
     part.must_succeed(words)
@@ -78,7 +78,7 @@ def wait_for_a_moment(rng, trial):
 
 
 def check_interrupted(part, done, trial, number):
-    """It ended by the signal, or by itself before; what it leaves can be read."""
+    """The run ended by the signal, or normally before it; the files that it left can be read."""
     allowed = {0} if number is None else {0, -number, 128 + number}
     if trial.status not in allowed or trial.complaint() not in ("", "stopped\n"):
         part.found(done, f"after {number}: {trial.finding()}; {trial.complaint()}")
@@ -177,7 +177,7 @@ def check_kept(part, done, paths):
 
 
 def end_of_filled(part, done, trial, run):
-    """It resumed and came to the same end, or refused in one line to resume without space."""
+    """The run resumed with the same result, or refused in one line to resume without space."""
     warned = trial.printed().count("no checkpoint written")
     part.counts.update({"saves put off": warned, "runs": 1})
     finding = trial.finding()

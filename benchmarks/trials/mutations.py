@@ -4,8 +4,8 @@
     corrupt_file(random.Random(7), path)          any file: bits, ends, other contents
     corrupt_checkpoint(random.Random(7), path, canary)      what is stored, under a sound format
 
-Each returns a line that says what was done. `Random` is Python's own: the same seed means the same
-damage on every machine.
+Each returns a line that describes the damage. `Random` is Python's own: the same seed means the
+same damage on every machine.
 """
 
 import copy
@@ -128,7 +128,7 @@ def audio_files(corpus):
 
 
 def texts(corpus, *names):
-    """Lists and labels, as far as they are files still: nothing here may wait for a pipe."""
+    """Lists and labels that are still regular files: nothing here may wait for a pipe."""
     return [corpus / f"{name}.txt" for name in names if (corpus / f"{name}.txt").is_file()]
 
 
@@ -177,7 +177,7 @@ def rename_audio(rng, corpus):
 
 
 def copy_audio(rng, corpus):
-    """The same name once more: in another folder, in the root, or of another speaker."""
+    """Duplicate a name: in another folder, in the root, or for another speaker."""
     path = rng.choice(audio_files(corpus))
     folder = rng.choice(["", "10", "12/2", "13/new/deeper", "..", "audio"])
     target = corpus / "audio" / folder / path.name
@@ -244,7 +244,7 @@ def edit_labels(rng, corpus):
 
 
 def damage_listing(rng, corpus):
-    """The kept listing of the database; where there is none yet, anything in its place."""
+    """Damage the cached listing of the database; if there is none yet, put anything there."""
     path = corpus / "audio" / LISTING
     if not path.exists():
         path.write_text('{"format": 1, "extensions": {}}')
@@ -283,7 +283,7 @@ def nodes(tree, above=()):
 
 
 def mutate_tree(rng, tree):
-    """Change one to three things in a tree of dicts and lists, at any depth alike."""
+    """Change one to three entries in a tree of dicts and lists, equally likely at any depth."""
     done = []
     for _ in range(rng.choice([1, 1, 2, 3])):
         by_depth = {}
@@ -338,7 +338,7 @@ TENSOR_CHANGES = (
 
 
 def edit_json(rng, path):
-    """Change what is in a JSON file; it stays JSON, for the most part."""
+    """Change the content of a JSON file, which mostly stays JSON."""
     tree = json.loads(path.read_text())
     if rng.random() < 0.05:
         path.write_text("[" * 100_000)
@@ -387,7 +387,7 @@ def hide_code(rng, path, canary):
 
 
 def edit_archive(rng, path, canary):
-    """Leave out, swap or damage the files in the archive, whose checksums then are right again."""
+    """Leave out, swap or damage the files in the archive, and correct its checksums."""
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     one, other = rng.sample(sorted(files), 2)
@@ -408,6 +408,6 @@ def edit_archive(rng, path, canary):
 
 
 def corrupt_checkpoint(rng, path, canary):
-    """Change what a checkpoint holds. `canary` is a path that only code in the file would make."""
+    """Change the content of a checkpoint. `canary`: a path that only code in the file creates."""
     damage = rng.choice([edit_state, edit_state, edit_state, edit_state, hide_code, edit_archive])
     return damage(rng, path, canary)

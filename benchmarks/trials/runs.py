@@ -1,7 +1,7 @@
-"""Runs of train.py under watch: what they print, how they end, and what they are doing meanwhile.
+"""Watched runs of train.py: what they print, how they end, and what they are doing meanwhile.
 
 Importing PyTorch takes seconds, a tiny run tenths of one. So most runs are forked from this
-process, which has everything imported and has computed nothing; some are processes of their own.
+process, which has imported everything and computed nothing; some are separate processes.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ TINY = (
     "--sizeWindow 3200 --batchSizeGPU 4 --n_process_loader 2 --threads 1 --device cpu "
     "--save_step 1 --random_seed 7"
 ).split()
-OWN_PROCESS = 20  # one in so many runs isn't forked
-NOT_COMPARED = {"report.html", "report_data.json"}  # they say how long things took
+OWN_PROCESS = 20  # one in this many runs isn't forked
+NOT_COMPARED = {"report.html", "report_data.json"}  # they contain durations
 NOT_BEGUN = 255
 PATIENCE = 120  # seconds; a run that takes longer hangs
 MOST_MEMORY = 8 * 2**30  # bytes of addresses that a forked run may take beyond those it begins with
@@ -100,10 +100,10 @@ class Part:
 
 
 class Run:
-    """A call of `python train.py`, begun at once; or, with `function`, of that in a forked process.
+    """A call of `python train.py`, started at once; or of `function`, in a forked process.
 
     words: the command line; log: a Path beside which the output is kept (of stdout, beside `out`);
-    forked: not a process of its own; status: None until it has ended, then the exit status or minus
+    forked: not a separate process; status: None until it has ended, then the exit status or minus
     the signal.
     """
 
@@ -161,7 +161,7 @@ class Run:
         return self.status is not None
 
     def wait(self, until=lambda: False, patience=PATIENCE):
-        """Wait until something is so, or the run has ended; returns whether it has ended."""
+        """Wait for a condition, or the end of the run; returns whether it has ended."""
         deadline = time.monotonic() + patience
         while not self.ended() and not until():
             if time.monotonic() > deadline:
@@ -170,7 +170,7 @@ class Run:
         return self.status is not None
 
     def finish(self):
-        """Wait for the end, for as long as patience lasts."""
+        """Wait for the end, at most PATIENCE seconds."""
         if not self.wait():
             self.hangs = True
             self.signal(signal.SIGKILL)
@@ -188,7 +188,7 @@ class Run:
         return self.err.read_text(errors="replace")
 
     def finding(self):
-        """What is wrong with how it ended: neither a success nor a refusal in one line; or "".
+        """A description of an end that is neither a success nor a refusal in one line; else "".
 
         Decoders in C print notes of their own about broken files.
         """
@@ -201,11 +201,11 @@ class Run:
             return ""
         if self.status == 2 and not traceback and refusals == 1 and lines[-1].startswith("error: "):
             return ""
-        return f"status {self.status}: {lines[-1] if lines else 'without a word'}"
+        return f"status {self.status}: {lines[-1] if lines else 'no output'}"
 
 
 def _address_space():
-    """Bytes of addresses that this process has taken."""
+    """Bytes of address space that this process has taken."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
 
 
@@ -257,7 +257,7 @@ def differences(one, other, names=None):
 
 
 def content(path):
-    """The contents of a file that a run wrote; None where the time of day is in it."""
+    """The content of a file that a run wrote; None if it contains the time of day."""
     if path.name in NOT_COMPARED:
         return None
     if path.suffix == ".pt":

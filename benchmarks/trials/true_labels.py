@@ -1,4 +1,4 @@
-"""Whether audio, phones and speakers in training are those of the files, read here independently.
+"""Checks that audio, phones and speakers in training are those of the files, read independently.
 
 Both functions take the command line of a run that succeeded and raise AssertionError otherwise.
 """
@@ -49,7 +49,7 @@ def check_capture(words):
 
 
 class Truth:
-    """Phones and speakers of the files, read in the plainest way."""
+    """Phones and speakers of the files, read in the simplest way."""
 
     def __init__(self, args):
         self.root, self.labels = Path(args.pathDB), read_labels(args.path_phone_data)
@@ -63,7 +63,7 @@ class Truth:
         assert np.allclose(part, waveform, rtol=0, atol=1e-6), f"{path}: wrong audio"
 
     def check_phones(self, path, offset, phones):
-        """Up to the end of the file: what comes then is the next one's."""
+        """Check phones up to the end of the file: beyond it, they belong to the next one."""
         name = Path(path).name.removesuffix(".flac")
         end = soundfile.info(os.fsencode(self.root / path)).frames // 160
         labels = self.labels.get(name, [-1] * end)[:end][offset // 160 :][: len(phones)]

@@ -8,7 +8,7 @@ Ogg, Opus, MP3 and more), to 16-bit files in the same folders below OUT. With LA
 whose name without extension is the first word of one of its lines. Files that exist already aren't
 converted again, so repeating an interrupted call resumes it. Unreadable files are listed at the
 end; the exit status is then 2. Samples beyond [-1, 1], which 16 bits can't hold, are clipped and
-counted; files that consist of them are refused, silent ones named.
+counted; files with many of them are refused, and silent files are listed.
 """
 
 import math
@@ -45,9 +45,9 @@ from utils.run.command import CommandLine, at_least, command, extension
 from utils.run.machine import n_processors
 from utils.run.shared_flags import add_extension
 
-BLOCK, MARGIN = 60, 1  # seconds resampled at once, and additional ones at both ends
+BLOCK, MARGIN = 60, 1  # seconds resampled at once, and extra seconds at both ends
 CONVERTED, EXISTING = "converted", "exists already"
-LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz; what a header claims beyond is no audio
+LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz; beyond these, a header can't be right
 LARGEST_KERNEL = 2**20  # numbers in torchaudio's table; between usual rates it has up to 2**19
 
 
@@ -73,7 +73,7 @@ def main(argv=None):
 
 
 def report(args, results):
-    """Print what was done, and what of it may be wrong; results: (path, Result) pairs."""
+    """Print what was done, with warnings; results: (path, Result) pairs."""
     outcomes = [result.outcome for _, result in results]
     n_converted, n_existing = outcomes.count(CONVERTED), outcomes.count(EXISTING)
     print(f"{n_converted} files converted, {n_existing} existed already: {args.path_out}")
@@ -223,7 +223,7 @@ class Tally:
 
     @property
     def is_silent(self):
-        """Whether training will call it silent."""
+        """Whether training will report it as silent."""
         return self.extremes.is_silent
 
 
@@ -266,12 +266,12 @@ def resampled_blocks(audio, rate, resample):
 
 
 def interpolate(waveform, old, rate):
-    """As torchaudio's `resample`, by the same filter: a sinc under a Hann window, six zero
+    """Like torchaudio's `resample`, with the same filter: a sinc under a Hann window, six zero
     crossings to each side (Smith, "Digital Audio Resampling", 2002).
 
-    Its table of the filter at all distances between samples of both rates takes memory and time by
-    the product of the reduced rates, this by the number of samples alone: the filter is evaluated
-    for each.
+    torchaudio tabulates the filter at all distances between samples of both rates, which takes
+    memory and time in proportion to the product of the reduced rates. Here the filter is evaluated
+    for each sample, so only their number matters.
 
     waveform: (channels, n) float32 -> (channels, n * rate / old rounded up)
     """

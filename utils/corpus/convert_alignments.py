@@ -3,15 +3,15 @@
     python utils/corpus/convert_alignments.py ALIGNMENTS OUT --strip_stress
 
 ALIGNMENTS is a folder of Praat TextGrids, as the Montreal Forced Aligner writes them (subfolders
-are included), or with --file_extension .PHN of TIMIT's files with one `begin end phone` per line,
-in samples at 16 kHz; or a CTM file with one `name channel start duration phone` per line. Written
-to OUT:
+are included) or, with --file_extension .PHN, of TIMIT's files with one `begin end phone` per line,
+in samples at 16 kHz; or it is a CTM file with one `name channel start duration phone` per line.
+Written to OUT:
 
     converted_aligned_phones.txt    one utterance per line, `name id id ...`, an id for every 10 ms
     phones.txt                      one `id symbol` per line, silence first, the others sorted
 
 Label i is the phone at sample 160 i + 80 of the audio at 16 kHz. The name of an utterance is that
-of its TextGrid without extension, after its folders where several have the same name. To label more
+of its TextGrid without extension, after its folders if several have the same name. To label more
 audio with the ids of an earlier call or of a trained model, give its phones.txt with --phones.
 Existing files that differ are replaced only with --force, since a model may have been trained with
 their ids.
@@ -76,7 +76,7 @@ class Utterance(NamedTuple):
     name: str
     intervals: list[Interval]
     duration: float
-    begin: float = 0.0  # where its time begins in seconds
+    begin: float = 0.0  # start time in seconds
 
 
 @command
@@ -104,7 +104,7 @@ def main(argv=None):
             "CTM file of lines `name channel start duration phone`, with times in seconds"
         )
     if too_short:
-        print(f"left out, shorter than a frame: {len(too_short)}, {first_few(too_short)}")
+        print(f"left out {len(too_short)}, shorter than a frame: {first_few(too_short)}")
     symbols = symbols or number_symbols(phones, args.silence_symbol)
     labels = {name: ids_of(name, row, symbols, args) for name, row in phones.items()}
     write_files(args, labels, symbols)
@@ -125,14 +125,14 @@ def build_parser():
     add("--strip_position", action="store_true", help="AH_B, AH_I, AH_E, AH_S (Kaldi) become AH")
     add("--silence", nargs="*", metavar="SYMBOL",
         help="symbols that aren't speech, besides gaps and empty intervals; one symbol replaces "
-        f"them (default: {' '.join(NOT_SPEECH)}; of {PHN} files {' '.join(TIMIT_SILENCE)})")
+        f"them (default: {' '.join(NOT_SPEECH)}; for {PHN} files {' '.join(TIMIT_SILENCE)})")
     add("--silence_symbol", default=SILENCE, metavar="SYMBOL",
         help=f"the symbol that replaces them (default: {SILENCE})")
     add("--phones", metavar="FILE", help="phones.txt with the ids to use (default: new ids)")
     add("--tier", default="phones", help='tier of the TextGrids; "SPEAKER - TIER" is accepted if '
         "there is only one speaker")
     add_extension(add, default=DefaultExtension(".TextGrid"), files="TextGrids")
-    add("--channel", metavar="NAME", help="channel of a CTM file to convert; needed where an "
+    add("--channel", metavar="NAME", help="channel of a CTM file to convert; needed if an "
         "utterance has several (default: its only one)")
     add("--n_process", type=int, default=n_processors(), metavar="N",
         help="processes that read TextGrids (default: one per processor that may be used)")
@@ -248,7 +248,7 @@ def read_textgrid(name, path, tier_name):
 
 
 def check_origins(args, utterances):
-    """Question TextGrids that don't begin at 0 s, where the audio of their labels begins."""
+    """Refuse TextGrids if most don't begin at 0 s, as the audio does; warn if some don't."""
     late = [u for u in utterances if abs(u.begin) > ROUNDING]
     if not late:
         return
@@ -259,9 +259,9 @@ def check_origins(args, utterances):
     if 2 * len(late) > len(utterances):
         raise UserError(
             f"{said}: were they cut out of longer ones? Labels begin with the audio: shift the "
-            "times, in Praat by Modify, Shift times to"
+            "times, in Praat with Modify, Shift times to"
         )
-    print(f"warning: {said}; labels begin at 0 s all the same")
+    print(f"warning: {said}; labels begin at 0 s nevertheless")
 
 
 def faulty_line(path):

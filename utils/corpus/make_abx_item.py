@@ -48,7 +48,7 @@ def main(argv=None):
         used.update(ids.tolist())
         lines += item_lines(name, ids.tolist(), symbol_of, silence, args)
     if not lines:
-        raise UserError(f"{args.labels}: no phone has a phone that isn't silence on both sides")
+        raise UserError(f"{args.labels}: no phone has a phone other than silence on both sides")
     with writing_to(args.out):
         write_lines(args.out, [HEADER, *lines])
     speakers = {line.rpartition(" ")[2] for line in lines}
@@ -89,7 +89,7 @@ def build_parser():
 
 
 def listed_labels(labels, args):
-    """Those of the utterances in --seqList. Raises UserError if there are none."""
+    """The labels of the utterances in --seqList. Raises UserError if there are none."""
     listed = read_utterance_list(args.seqList)
     labels = {name: labels[name] for name in listed if name in labels}
     if not labels:

@@ -61,7 +61,7 @@ from utils.run.machine import n_processors
 VERSION = 1  # of the corpus: increase it when the same seed gives other bytes
 MANIFEST = "demo_corpus.json"
 TRAIN_LIST, TEST_LIST = "train_split.txt", "test_split.txt"
-N_THREADS = 2  # NumPy and the encoder release Python's lock; more threads gain little
+N_THREADS = 2  # NumPy and the encoder release the GIL; more threads gain little
 
 FIRST_SPEAKER = 201
 UTTERANCES_PER_CHAPTER = 20

@@ -4,7 +4,7 @@
     python utils/corpus/make_split.py AUDIO OUT --by speaker
 
 Writes OUT/train.txt and OUT/val.txt, for --pathTrain and --pathVal, with one file name per line,
-without extension, and without folder where no other file has its name. By utterance, speakers with
+without extension, and with folders only if other files have its name. By utterance, speakers with
 at least two utterances are in both lists, as speaker probes need; by speaker, no speaker is in
 both, to test a model on unseen voices. The same seed gives the same lists; by utterance, adding
 speakers doesn't change the split of the others. Existing lists that differ are replaced only with

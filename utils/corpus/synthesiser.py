@@ -2,7 +2,7 @@
 
 Source and filter, as in Fant, "Acoustic theory of speech production" (1960), and Klatt, "Software
 for a cascade/parallel formant synthesizer", JASA 67 (1980). Glottal pulses, and the noise of
-breath, ring a cascade of resonances: the formants of the vocal tract. The noise of fricatives and
+breath, excite a cascade of resonances: the formants of the vocal tract. The noise of fricatives and
 of bursts arises at the lips and teeth, after that cascade, and has a separate spectrum.
 
 PHONES defines the phones, `draw_speaker` a voice, and `speak` turns phones into a waveform and its
@@ -26,7 +26,7 @@ NOISE_HOP = 80  # samples: noise is filtered in overlapping frames of 10 ms, one
 BLOCK = 128  # spectra computed at a time: they stay in the processor's cache
 
 BANDWIDTHS = (60, 80, 120, 160, 200, 250, 300)  # Hz, of F1 to F7
-UPPER_FORMANTS = (3500, 4500, 5500, 6500)  # Hz, F4 to F7: they depend on the speaker alone
+UPPER_FORMANTS = (3500, 4500, 5500, 6500)  # Hz, F4 to F7: they depend only on the speaker
 
 ARTICULATION = 0.025 * SAMPLE_RATE  # samples from a boundary to the target, for tongue and lips...
 ONSET = 0.005 * SAMPLE_RATE  # ...and for the sources of sound, which switch much faster

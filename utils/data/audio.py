@@ -13,13 +13,13 @@ from utils.misc import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 LONGEST_FILE = 2**32  # samples (74 hours): a header that claims more isn't believed
 SAMPLES_PER_BYTE = 8192  # more than any codec achieves, even FLAC on digital silence
-LARGE_HEADER = 4096  # bytes: in a larger file without samples, something else must be
+LARGE_HEADER = 4096  # bytes: a larger file that claims no samples must hold some
 NO_LENGTH = "its header says 0 samples of {:,} bytes: `sox --ignore-length OLD NEW` completes it"
-BLOCK = 2**20  # samples read at once where nobody knows how many there are
+BLOCK = 2**20  # samples read at once if their number is unknown
 CHANGED = "changed since the database was listed; --ignore_cache lists it again"
 SILENT = "digital silence, or channels that cancel: all samples, averaged over channels, are equal"
 FITS_INT16 = {"PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW"}  # encodings that fit 16 bits exactly
-MOST_BEYOND = 0.1  # fraction of samples beyond [-1, 1] in loud audio; with more, it is none
+MOST_BEYOND = 0.1  # fraction of samples beyond [-1, 1] in loud audio; above it, it can't be audio
 TOO_LOUD = "many samples lie far beyond [-1, 1] (integers stored as floats? divide by 32768)"
 _first_warning = threading.Lock()  # never released
 
@@ -49,8 +49,8 @@ def read_header(path):
 class AudioFile(soundfile.SoundFile):
     """An audio file that is read from its beginning to its end, or from `seek` on.
 
-    knows_length: whether `frames` can be true. An encoder that writes to a pipe can't go back to
-        the header to fill in the length: some leave it out, others claim the largest there is.
+    knows_length: whether `frames` is plausible. An encoder that writes to a pipe can't go back to
+        the header to fill in the length: some leave it out, others claim the largest possible.
     position: the place in the file, in samples
     """
 
@@ -97,10 +97,10 @@ def open_audio(path):
 
     soundfile opens one file at a time, whatever the number of threads. So the beginning of the
     file is read first: threads then wait for slow storage in parallel, and errors of the file
-    system get proper messages. Bytes, since file names need not be valid UTF-8.
+    system get proper messages. The name is bytes, since file names need not be valid UTF-8.
 
-    A header that says 0 samples is an OSError, too: libsndfile would read none. In WAV and AU files
-    of a program that can't go back to the header, they are there nevertheless.
+    A header that says 0 samples is an OSError, too: libsndfile would read none, although there are
+    some in WAV and AU files of a program that can't go back to the header.
     """
     name = os.fsencode(path) if os.name == "posix" else path
     check_content(name)
@@ -130,7 +130,7 @@ def decode_into(waveform, path, listed_samples):
 
     waveform: (n,) int16, or float32 in [-1, 1]; channels are averaged
     listed_samples: the length of the file when its header was read
-    Returns why the file is unusable, or "" if it isn't.
+    Returns why the file is unusable, or "" if it is usable.
     """
     try:
         with open_audio(path) as file:
@@ -153,7 +153,7 @@ def decode_into(waveform, path, listed_samples):
 
 
 def warn_of_loudness(path, waveform):
-    """Print a warning if an array (n,) can hardly be audio; of the first such file only."""
+    """Print a warning if an array (n,) can hardly be audio; only for the first such file."""
     if waveform.dtype == np.int16 or np.mean(np.abs(waveform) > 1) <= MOST_BEYOND:
         return
     if _first_warning.acquire(blocking=False):
@@ -161,13 +161,13 @@ def warn_of_loudness(path, waveform):
 
 
 class Extremes:
-    """The lowest and the highest sample of audio that comes in blocks, averaged over channels."""
+    """The lowest and the highest sample of audio read in blocks, averaged over channels."""
 
     def __init__(self):
         self.n_samples, self.lowest, self.highest = 0, math.inf, -math.inf
 
     def add(self, samples):
-        """Take note of the next samples, (n,)."""
+        """Count in the next samples, (n,)."""
         self.n_samples += len(samples)
         self.lowest = min(self.lowest, samples.min(initial=math.inf))
         self.highest = max(self.highest, samples.max(initial=-math.inf))
@@ -179,7 +179,7 @@ class Extremes:
 
 
 def is_silent(waveform):
-    """Whether all samples (n,) are equal; a glance at the beginning is enough for most files."""
+    """Whether all samples (n,) are equal; for most files, the beginning is enough to see."""
     return len(waveform) > 1 and all(
         (part == waveform[0]).all() for part in (waveform[:SAMPLES_PER_FRAME], waveform)
     )

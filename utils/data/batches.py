@@ -13,9 +13,9 @@ class Batch(NamedTuple):
     speaker: torch.Tensor  # (B,) int64, speaker id at the first sample
     phone: torch.Tensor | None  # (B, L // 160) int64
     window: torch.Tensor  # (B,) int64, index into the epoch's plan (see BatchLoader.locate)
-    continues: torch.Tensor  # (B,) bool, whether the row follows its last one in the same file
+    continues: torch.Tensor  # (B,) bool, whether the row continues that of the last batch
     past: torch.Tensor | None = None  # (N, 1, L), see CPCModel.forward
-    augmented: object = None  # before `to`: what it augments the batch by, or None
+    augmented: object = None  # before `to`: the function that augments the batch, or None
 
     def to(self, device):
         """The batch on `device`, the waveform in float32."""
@@ -59,7 +59,7 @@ def on_device(batches, device):
 
 @functools.cache
 def _copying_stream(device):
-    """The process's only one: PyTorch keeps freed memory apart for each stream."""
+    """One for the process: PyTorch keeps a separate pool of freed memory for each stream."""
     return torch.cuda.Stream(device)
 
 

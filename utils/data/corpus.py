@@ -15,7 +15,7 @@ from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_fro
 from utils.run.distributed import ALONE
 
 LIBRISPEECH_FOLDERS = 2  # folders above a file: speaker and chapter
-GROUP = re.compile(r"dr\d|(train|dev|test|val)(id\w*)?", re.IGNORECASE)  # no speakers' names
+GROUP = re.compile(r"dr\d|(train|dev|test|val)(id\w*)?", re.IGNORECASE)  # not names of speakers
 LONGEST_NAME = 255  # of a file name, on any common system
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # LibriSpeech: SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-...
@@ -51,7 +51,7 @@ class Corpus(NamedTuple):
 def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_threads=8):
     """Find every file below `root` whose name ends with `extension` and read its header.
 
-    A DefaultExtension stands for the kind of audio there is (`choose_extension`).
+    A DefaultExtension is replaced by that of the audio there is (`choose_extension`).
 
     The speaker of a file is the first `speaker_level` folders of its path, joined by "/" ("" if
     there are none); speaker ids number these names in sorted order. Unusable files are included,
@@ -73,9 +73,9 @@ def scan_corpus(root, extension=".flac", speaker_level=1, ignore_cache=False, n_
 
 
 def open_corpus(args, speakers_matter=True, world=ALONE):
-    """The Corpus of --pathDB; `args` gets the extension of its files.
+    """The Corpus of --pathDB; sets `args.file_extension` to that of its files.
 
-    Warns, if speakers matter, where --pathDB may be a folder too high.
+    If speakers matter, warns when --pathDB may be one folder too high.
     """
     options = {"ignore_cache": args.ignore_cache, "n_threads": args.n_process_loader}
     place = args.pathDB, args.file_extension, args.speaker_level
@@ -91,7 +91,7 @@ def sort_utterances(utterances):
 
 
 def warn_of_speakers(corpus):
-    """Warn where the folders taken as speakers may not be speakers; --speaker_level settles it."""
+    """Warn if the folders taken for speakers may not be speakers; --speaker_level chooses them."""
     warn_of_single_speaker(corpus)
     if not any("/" in speaker for speaker in corpus.speakers):
         warn_of_subsets(corpus)
@@ -101,10 +101,10 @@ def warn_of_speakers(corpus):
 def warn_of_groups(corpus):
     """Warn if speakers hold folders that may be the speakers, as TIMIT's dialect regions do.
 
-    Told from chapters of one speaker by the names: those of regions or subsets, or of files that
-    are in several of these folders, as the sentences that all speakers of TIMIT read.
+    They differ from the chapters of a speaker by names: those of regions or subsets, or of files
+    found in several of these folders, like the sentences that all speakers of TIMIT read.
     """
-    folders = {}  # (speaker, name of a file) -> folders with such a file
+    folders = {}  # (speaker, name of a file) -> folders with a file of this name
     for utterance in corpus.utterances:
         parts = utterance.path.split("/")
         if len(parts) <= LIBRISPEECH_FOLDERS:
@@ -179,10 +179,10 @@ def utterances_by_key(utterances, keys):
 
 
 def select_utterances(utterances, names, list_path):
-    """The utterances called by `names`, sorted by name; `list_path` is for messages.
+    """The utterances that `names` refer to, sorted by name; `list_path` is for messages.
 
-    A name that several files have needs their folders before it, as in speaker/name. Reports names
-    without a file; raises UserError if all are, or if one stands for several files.
+    A name that several files have needs folders before it, as in speaker/name. Reports names
+    without a file; raises UserError if no name has one, or if a name stands for several files.
     """
     wanted = set(names)
     found = utterances_by_key(utterances, wanted)
@@ -194,7 +194,7 @@ def select_utterances(utterances, names, list_path):
         return chosen
     message = (
         f"{list_path}: {len(missing)} of {len(wanted)} names have no file in the database: "
-        f"{first_few(missing)} (names have no extension, and no folder or the first ones "
+        f"{first_few(missing)} (write names without extension, alone or after the first folders "
         "below the root; --ignore_cache finds new files)"
     )
     if not chosen:
@@ -204,9 +204,9 @@ def select_utterances(utterances, names, list_path):
 
 
 def labels_by_path(labels, utterances, corpus):
-    """Path -> labels of those of the `utterances` of `corpus` that `labels` (PhoneLabels) has.
+    """Path -> labels, for all `utterances` of `corpus` that `labels` (PhoneLabels) include.
 
-    Raises UserError if a line of labels may be that of several files in the corpus.
+    Raises UserError if a line of labels may belong to several files of the corpus.
     """
     found, chosen = utterances_by_key(corpus.utterances, labels.labels), {}
     for utterance in utterances:
@@ -229,9 +229,9 @@ def split_utterances(
 ):
     """Training and validation utterances, from two lists.
 
-    Without a training list, that is the whole corpus; without a validation list, 1 % of the
-    training utterances are set aside, at random by `seed`, or where these haven't a single window
-    of `size_window` samples, as many as `enough_for_a_batch` takes.
+    Without a training list, the whole corpus is used; without a validation list, 1 % of the
+    training utterances are set aside at random (`seed`) or, if these don't hold a single window of
+    `size_window` samples, as many as `enough_for_a_batch` takes.
     """
     training = listed_utterances(corpus, train_list)
     if not validation_list:
@@ -272,7 +272,7 @@ def set_aside(utterances, fraction, seed):
 def enough_for_a_batch(utterances, seed, n_samples):
     """Set aside usable utterances of all speakers in turn, `n_samples` and one of each if possible.
 
-    At most half of them are set aside, and the last one of a speaker only where it takes that.
+    At most half of them are set aside, and the last one of a speaker only if there is no other way.
     Returns (the others, these).
     """
     n_usable = Counter(u.speaker for u in utterances if not u.problem)
@@ -302,7 +302,7 @@ def _shuffled(utterances, seed):
 
 
 def _parted(utterances, chosen):
-    """The utterances whose indices aren't in the set `chosen`, and those whose are."""
+    """The utterances whose indices aren't in the set `chosen`, and those whose indices are."""
     return (
         [u for index, u in enumerate(utterances) if index not in chosen],
         [u for index, u in enumerate(utterances) if index in chosen],

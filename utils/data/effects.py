@@ -1,4 +1,4 @@
-"""Audio effects in plain PyTorch: batched over rows, on any device, and nothing here is random.
+"""Audio effects in plain PyTorch: batched over rows, on any device, without randomness.
 
 A waveform is (B, L) float32 at 16 kHz, and so is what an effect returns: speech stays where it is
 in time, so that an augmented window can stand for the clean one frame by frame. Parameters are
@@ -19,7 +19,7 @@ INAUDIBLE = 1e-8  # mean square, -80 dB: there is no signal-to-noise ratio below
 
 
 def fast_length(n):
-    """The smallest length from `n` on that an FFT is fast for: only factors 2, 3 and 5."""
+    """The smallest length from `n` on with a fast FFT: its only factors are 2, 3 and 5."""
     return next(length for length in itertools.count(n) if 30**40 % length == 0)
 
 
@@ -47,10 +47,10 @@ def shift_pitch(waveform, cents, max_cents):
 def stretch(waveform, ratio, n_segments):
     """Stretch each row by its ratio (B,) in time: (B, L) -> (B, n_segments * HOP).
 
-    Each segment is taken from where, near its place in time, the input best continues the segment
-    before: where the normalised cross-correlation is highest. As long as it is within reach, that
-    is where the input itself continues, so segments drift to one side. The search leans to the
-    other, by what leaves no mean lag on speech.
+    Each segment is taken from the place, near its own in time, where the input best continues the
+    previous segment: where the normalised cross-correlation is highest. While within reach, that is
+    where the input itself continues, so segments drift to one side. The search therefore leans to
+    the other side, just enough to leave no mean lag on speech.
     """
     padded, latest = F.pad(waveform, (0, SEGMENT + SEARCH)), waveform.size(1)
     centres = torch.arange(n_segments, device=waveform.device) * HOP + SEGMENT / 2
@@ -144,7 +144,7 @@ def reverberate(waveform, responses):
 
 
 def from_direct_path(response):
-    """A recorded impulse response (n,) from its direct path on, which becomes 1.
+    """A recorded impulse response (n,) from its direct path on, which is scaled to 1.
 
     Otherwise speech would come later than in the clean window, and at another level.
     """
@@ -180,8 +180,8 @@ def reject_band(waveform, low, high):
 def add_noise(waveform, noise, snr, *band):
     """Add noise (B, L) at the signal-to-noise ratio `snr` (B,) in dB, by the energies of the rows.
 
-    band: the edges in Hz, (B,) each, to which the noise is limited first. Rows that are silent, in
-    one or the other, stay as they are.
+    band: the edges in Hz, (B,) each, of the band that the noise is limited to first. Rows in which
+    speech or noise is silent stay as they are.
     """
     noise = only_band(noise, *band) if band else noise
     signal_power, noise_power = waveform.square().mean(1), noise.square().mean(1)
@@ -191,7 +191,7 @@ def add_noise(waveform, noise, snr, *band):
 
 
 def coloured(white, slope):
-    """White noise, (B, L), whose power is made to fall as frequency to the power `slope`, (B,)."""
+    """Shape white noise (B, L) so that its power falls as the `slope`-th power of the frequency."""
     n = white.size(1)
     octaves = (torch.fft.rfftfreq(n, 1 / SAMPLE_RATE) / LOWEST).clamp(min=1).log2()
     return torch.fft.irfft(torch.fft.rfft(white) * 2 ** (-slope[:, None] / 2 * octaves), n)

@@ -19,7 +19,7 @@ FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
 LABELS, SYMBOLS = "converted_aligned_phones.txt", "phones.txt"
 SILENCE = "SIL"
 USUAL_DIFFERENCE = 2  # frames by which alignments often differ from their audio
-LARGE_DIFFERENCE = 3, 0.05  # frames, and as a fraction of the audio: what is above both is no noise
+LARGE_DIFFERENCE = 3, 0.05  # frames, and fraction of the audio: above both, it is a mismatch
 SAME_FACTOR = 0.03  # relative difference of two files' factors that still counts as the same
 
 
@@ -47,7 +47,7 @@ def frame_symbols(intervals, duration, between=SILENCE):
 
 
 def differ_widely(found, expected):
-    """Whether each length differs by more than alignments do; arrays or tensors, in frames."""
+    """Whether each length differs by more than alignments usually do; arrays or tensors, frames."""
     frames, fraction = LARGE_DIFFERENCE
     return (abs(found - expected) > frames) & (abs(found - expected) > fraction * expected)
 
@@ -78,9 +78,9 @@ def compare_lengths(labels, samples, paths, path, title):
     wide = differ_widely(labels, n_frames)
     if 2 * wide.sum() > len(labels):
         factor = common_factor(labels, n_frames)
-        cause = "are they those of other audio, or of audio that was cut in another way?"
+        cause = "do they belong to other audio, or to audio that was cut differently?"
         if factor:
-            cause = f"by their number, a label lasts {10 / factor:.3g} ms instead of 10 ms"
+            cause = f"judging by their number, a label lasts {10 / factor:.3g} ms instead of 10 ms"
         raise UserError(
             f"{path}: {wide.sum()} of {len(labels)} files of the {title} are much shorter or "
             f"longer than their labels, such as {worst}; {cause}"
@@ -140,10 +140,10 @@ def read_symbols(path):
 
 
 def phone_ids(names, symbols, n_phones, path, optional=()):
-    """The numbers of the phones that `--silence` names, by symbol or number.
+    """The ids of the phones that `--silence` names, by symbol or id.
 
-    symbols: dict number -> symbol, or empty; path: of the labels; optional: names that may be
-    missing. Raises UserError if another one is.
+    symbols: dict id -> symbol, or empty; path: of the labels; optional: names that may be missing.
+    Raises UserError if any other name is unknown.
     """
     known = {str(number): number for number in range(n_phones)}
     known |= {symbol: number for number, symbol in symbols.items()}
@@ -155,7 +155,7 @@ def phone_ids(names, symbols, n_phones, path, optional=()):
 
 
 def symbols_beside(labels, n_phones=0):
-    """The symbols (id -> symbol) in the phones.txt in the folder of a label file.
+    """The symbols (id -> symbol) in the phones.txt beside a label file.
 
     labels: path of the label file, or None. Returns {} if there is no valid symbol file, or not
     every id below n_phones has a symbol.

@@ -12,7 +12,7 @@ from utils.run.command import DefaultExtension
 
 LISTING = ".cpc_listing.json"  # in the root of the database
 FORMAT = 1
-AUDIO = frozenset(  # endings of names, in lower case, of what libsndfile reads
+AUDIO = frozenset(  # extensions of the files that libsndfile reads, in lower case
     ".aif .aifc .aiff .au .caf .flac .mp3 .nist .oga .ogg .opus .rf64 .snd .sph .w64 .wav".split()
 )
 SECONDS_OF_WRITING = 10  # writing the listing changes its own folder
@@ -22,7 +22,7 @@ COLUMNS = {"path": str, "samples": int, "rate": int, "fits_int16": bool, "proble
 def list_audio_files(root, extension, ignore_cache=False, n_threads=8):
     """All files below `root` whose names end with `extension`, as columns: name -> list.
 
-    extension: a DefaultExtension stands for what `choose_extension` finds
+    extension: a DefaultExtension is replaced by what `choose_extension` finds
 
     Columns are the path relative to `root` and the fields of `Header`. Unless `ignore_cache`, they
     come from the listing of an earlier call, and only files that were unusable are opened again.
@@ -78,7 +78,7 @@ def _folders_of(paths):
 
 
 def _changed(folder):
-    """When a file was last added to a folder or removed; 0 if the folder is gone."""
+    """The time when a file was last added to or removed from a folder; 0 if the folder is gone."""
     try:
         return os.stat(folder).st_mtime
     except OSError:
@@ -96,8 +96,8 @@ def _read_headers(root, paths, n_threads):
 def choose_extension(root, extension, kinds=AUDIO, tree=None):
     """`extension` if the user gave it; otherwise that of the only kind of files below `root`.
 
-    kinds: extensions in lower case, of which several mean several kinds. Then the DefaultExtension
-    is taken, which a message reports, or, if there are no such files, a UserError names the kinds.
+    kinds: extensions in lower case. If files of several kinds are found, the DefaultExtension is
+    used, with a message; if no file has it, a UserError lists the kinds.
     tree: the result of `_walk`, if it is known
     """
     if not isinstance(extension, DefaultExtension):
@@ -122,9 +122,9 @@ def choose_extension(root, extension, kinds=AUDIO, tree=None):
 def find_files(root, extension, tree=None):
     """Sorted paths, relative to `root` and with "/", of all files ending with `extension`.
 
-    Leaves out what begins with a dot, such as the `._name` that a Mac writes beside a file, and
-    says how many files that were. Reports unreadable folders. Raises UserError, with the extensions
-    found, if none is left. tree: the result of `_walk`, if it is known
+    Leaves out hidden files, such as the `._name` that macOS writes beside a file, and prints their
+    number. Reports unreadable folders. Raises UserError, with the extensions found, if none is
+    left. tree: the result of `_walk`, if it is known
     """
     paths, hidden, unreadable = tree or _walk(root)
     if unreadable:
@@ -141,7 +141,7 @@ def find_files(root, extension, tree=None):
 
 
 def _walk(root):
-    """Paths of all files below `root`, of those that a dot hides, and unreadable folders.
+    """Paths of all files below `root`, of hidden files (by a dot), and unreadable folders.
 
     Follows links to folders, except to those that contain the link.
     """

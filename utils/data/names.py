@@ -1,4 +1,4 @@
-"""Files by their names without folder and extension, as lists, labels and items refer to them."""
+"""Finding files by name, without folder and extension, as lists, labels and items name them."""
 
 import os
 from collections import Counter
@@ -13,9 +13,9 @@ def name_of(path, extension):
 
 
 def keys_of(path, name):
-    """The names of a file in lists and labels: its own, also after the first folders of its path.
+    """The names that lists and labels may use for a file: with none, some or all of its folders.
 
-    s1/day/a.wav is a, s1/a and s1/day/a.
+    For s1/day/a.wav they are a, s1/a and s1/day/a.
     """
     folders = nfc(path).split("/")[:-1]
     return [name, *("/".join([*folders[:n], name]) for n in range(1, len(folders) + 1))]
@@ -38,7 +38,7 @@ def refuse_ambiguous(source, key, paths):
 
 
 def files_by_key(root, extension, wanted, source):
-    """Key -> path relative to `root` of the files that `wanted` keys, read from `source`, name.
+    """Key -> path relative to `root`, for the `wanted` keys, which were read from `source`.
 
     Keys are those of `keys_of`. Raises UserError if one stands for two files, or no file ends with
     `extension`.
@@ -54,9 +54,9 @@ def files_by_key(root, extension, wanted, source):
 
 
 def files_by_shortest_key(root, extension):
-    """Key -> path relative to `root` of all files below it.
+    """Key -> path relative to `root`, for all files below it.
 
-    The key is the file's name where no other file has it, else its path without extension.
+    The key is the file's name if no other file has it, else its path without extension.
     """
     paths = find_files(root, extension)
     counts = Counter(name_of(path, extension) for path in paths)

@@ -22,7 +22,7 @@ class Pack(NamedTuple):
     audio: torch.Tensor  # (samples,) int16 or float32
     labels: torch.Tensor | None  # (samples // 160,) int16
     layout: Layout
-    plan: PackPlan | None = None  # where one was asked for
+    plan: PackPlan | None = None  # if one was asked for
 
 
 def allocate_audio(samples, dtype):
@@ -45,15 +45,15 @@ def allocate_audio(samples, dtype):
 class TwoBuffers:
     """The memory for all packs of a run that the processes of a machine share, used in turn.
 
-    Filling memory that was used before is several times faster than filling new memory, for which
-    all would have to wait besides.
+    Filling memory that was used before is several times faster than filling new memory, and all
+    processes would have to wait for that.
     """
 
     def __init__(self):
-        self.buffers = []  # the one handed out last is the last
+        self.buffers = []  # the last one is the one handed out most recently
 
     def allocate(self, dataset, world):
-        """The buffer whose pack is done with, for any pack of `dataset`. All must call this."""
+        """The buffer no longer in use, for any pack of `dataset`. All processes must call this."""
         if len(self.buffers) < 2:
             size = largest_pack(dataset.samples, dataset.max_size_loaded)
             self.buffers.append(world.shared_tensor(size, dataset.dtype))
@@ -82,7 +82,7 @@ class PackDecoding:
         size = int(self.layout.boundaries[-1])
         if buffers:
             self.audio = buffers.allocate(dataset, world)[:size]
-        elif world.group is not None:  # if only on another machine: all must call this
+        elif world.group is not None:  # all must call this, even if only another machine shares it
             self.audio = world.shared_tensor(size, dataset.dtype)
         else:
             self.audio = allocate_audio(size, dataset.dtype)
@@ -106,7 +106,7 @@ class PackDecoding:
                 self.dataset.skip(bad)
             if self.world.local_rank == 0:
                 close_gaps(self.audio, self.layout.boundaries, good)
-            self.world.raise_everywhere()  # nobody reads before that is done
+            self.world.raise_everywhere()  # no process reads the audio before this
         layout = Layout.of(files[good], self.dataset.samples)
         audio = self.audio[: int(layout.boundaries[-1])]
         return Pack(audio, self.dataset.labels_of(layout.files), layout, self._plan(layout))
@@ -118,8 +118,8 @@ class PackDecoding:
         return plan if len(layout.files) == len(self.layout.files) else self.plan(layout)
 
     def _results(self):
-        """Wait for the threads of all processes. Returns a dict: index in the pack -> what
-        `_decode` found, without files that are as they should be."""
+        """Wait for the threads of all processes. Returns a dict: index in the pack -> result of
+        `_decode`, for bad and silent files only."""
         own = zip(self.own, self.workers.results("decoding", " files"), strict=True)
         found = self.world.all_gather({i: result for i, result in own if any(result)})
         return {i: result for part in reversed(found) for i, result in part.items()}
@@ -128,7 +128,7 @@ class PackDecoding:
 def _decode(dataset, layout, audio, i):
     """Decode file `i` of a pack into its place.
 
-    Returns why it is unusable ("" if it isn't), and whether it is digital silence.
+    Returns why it is unusable ("" if it is usable), and whether it is digital silence.
     """
     utterance = dataset.utterances[layout.files[i]]
     waveform = audio[layout.boundaries[i] : layout.boundaries[i + 1]].numpy()

@@ -87,7 +87,7 @@ def _by_pieces(order, lengths, speakers, size, generator):
 
 
 def largest_pack(lengths, max_size):
-    """No pack of `split_into_packs` has more samples, however the files are shuffled."""
+    """The most samples that a pack of `split_into_packs` can have, however files are shuffled."""
     return min(int(lengths.sum()), max(_limit(lengths, max_size), int(lengths.max())))
 
 
@@ -117,7 +117,7 @@ def plan_pack(layout, speakers, sampling, size_window, batch_size, generator=Non
 
 
 def count_batches(layout, speakers, sampling, size_window, batch_size, generator=None):
-    """`plan_pack(...).n_batches`, for packs that aren't due yet: no window gets its place."""
+    """`plan_pack(...).n_batches` without placing windows, for packs that aren't due yet."""
     if sampling == "sequential" and generator is not None:
         plan = plan_pack(layout, speakers, sampling, size_window, batch_size, generator)
         return plan.n_batches
@@ -168,7 +168,7 @@ def _cut_windows(boundaries, size_window, generator):
 
 
 def _windows_in(boundaries, size_window, generator):
-    """For each interval, where its first window starts in it, and how many windows it has."""
+    """For each interval, the offset of its first window, and its number of windows."""
     sizes = np.diff(boundaries)
     offsets = np.zeros_like(sizes)
     if generator is not None:
@@ -177,7 +177,7 @@ def _windows_in(boundaries, size_window, generator):
 
 
 def _random_offsets(sizes, size_window, generator):
-    """For each interval, 0 to half a window in whole frames, but at least one window remains."""
+    """For each interval, 0 to half a window in whole frames, leaving at least one window."""
     latest = np.clip(sizes - size_window, 0, size_window // 2) // SAMPLES_PER_FRAME
     drawn = torch.rand(len(sizes), generator=generator, dtype=torch.float64).numpy()
     return (drawn * (latest + 1)).astype(np.int64) * SAMPLES_PER_FRAME

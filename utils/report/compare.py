@@ -107,7 +107,7 @@ def parse_arguments(argv):
 
 
 def short_names(places):
-    """The names of the directories or, where two are the same, their paths below a common one."""
+    """The names of the directories or, if two are the same, their paths below a common one."""
     if len({place.name for place in places}) == len(places):
         return [place.name for place in places]
     common = os.path.commonpath([place.parent for place in places])
@@ -166,12 +166,12 @@ def latest(run, key):
 
 
 def majority(run, task, metric):
-    """What always naming the majority class scores, in percent, or None."""
+    """The score of always choosing the majority class, in percent, or None."""
     return latest(run, f"{task}_baseline_val_{metric}")
 
 
 def in_any(runs, find):
-    """What `find` finds in the logs of the runs, without repetitions."""
+    """Everything that `find` finds in the logs of the runs, without repetitions."""
     return list(dict.fromkeys(item for run in runs for item in find(run.logs)))
 
 
@@ -217,7 +217,9 @@ def results_section(runs):
     yield table_of(runs, result_rows(runs))
     if CRITERION & {name for name, _ in differing_flags(runs)}:
         yield soft("The criteria differ, and with them the scales of losses and accuracies.")
-    yield soft("In brackets: the epoch. Probes compare where labels, lists and probe flags agree.")
+    yield soft(
+        "In brackets: the epoch. Probes are comparable if labels, lists and probe flags agree."
+    )
     for run in runs:
         machines = dict.fromkeys(row["machine"] for row in run.epochs)
         yield soft(f"{run.name}: ", tag("code", run.directory), *(f"; {m}" for m in machines))

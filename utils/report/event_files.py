@@ -35,9 +35,9 @@ def event_writers(state, files):
 class EventWriter(Listener):
     """Writes values, pictures and flags, over the steps of the optimiser.
 
-    Values of an epoch are at the number of steps done by then, running means at that of the step
-    before. So a run that resumes can have TensorBoard drop all that it had logged later. An error
-    costs a warning, and the rest of the curves: a run is worth more than these.
+    The values of an epoch are logged at the number of steps done by then, running means one step
+    earlier. So a run that resumes can make TensorBoard drop everything it had logged later. An
+    error costs a warning, and the rest of the curves: a run is worth more than these.
     """
 
     def __init__(self, state, stats):

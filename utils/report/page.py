@@ -47,11 +47,11 @@ class RunReport:
     """Writes the report of a run.
 
     args, defaults: the flags of the run and those of an empty command line, as namespaces
-    command: list of the words of this call; sets: its AudioDatasets; labels: PhoneLabels or None
+    command: the words of this call, a list; sets: its AudioDatasets; labels: PhoneLabels or None
     stats: name -> directory of its pictures, for each stat
     machine: a description of the machine of this call
-    step_name: what the values in a row of the logs belong to, None if a row has only one
-    has_accuracy: whether the logged accuracies mean anything
+    step_name: the unit of the values in a row of the logs, None if a row has only one
+    has_accuracy: whether the logged accuracies are meaningful
     chance: the Chance of the criterion
     """
 

@@ -22,8 +22,8 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True, chance=N
 
     Thin lines are single steps, from the nearest (dark) to the farthest (light), these two labelled
     with their numbers; thick lines are means, solid for validation and dashed for training.
-    step: what the values in a row of the logs belong to, None if a row has only one
-    with_accuracy: whether the logged accuracies mean anything
+    step: the unit of the values in a row of the logs, None if a row has only one
+    with_accuracy: whether the logged accuracies are meaningful
     chance: the Chance of the criterion, a dotted line
     """
     figure = Figure(figsize=(11, 7.5))

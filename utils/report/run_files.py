@@ -40,8 +40,8 @@ class RunFiles:
     def write(self, logs, speed=None, if_due=False):
         """Write all of them; speed: the `epoch_speed` of the last epoch.
 
-        if_due: curves and report only if the last ones are old enough. What can't be written costs
-        a warning: a run is worth more than its pictures.
+        if_due: curves and report only if the last ones are old enough. A failure to write only
+        costs a warning: a run is worth more than its pictures.
         """
         try:
             if logs["epoch"]:
@@ -58,12 +58,12 @@ class RunFiles:
             print(f"warning: {self.directory}: logs and pictures not written ({error})")
 
     def complete(self, logs, stop):
-        """Write what was put off, or what a killed run hadn't written yet."""
+        """Write what was put off, or what a killed run didn't write."""
         if logs["epoch"] and not self.report.covers(logs["epoch"][-1]):
             with stop.deferred():
                 self.write(logs)
 
     def places(self):
-        """Name -> path, of what to look at."""
+        """Name -> path of the files to look at."""
         curves, report = self.directory / CURVES, self.directory / REPORT
         return {"checkpoints, logs": self.directory, "curves": curves, "report": report}

@@ -48,7 +48,7 @@ NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
 def training_section(logs, step, chance):
-    """step, chance: those of `RunReport`."""
+    """step, chance: see `RunReport`."""
     if not logs["epoch"]:
         yield soft(NOTHING_YET)
     yield charts(
@@ -68,7 +68,7 @@ def training_section(logs, step, chance):
 def compared(logs, title, key, chance, scale=1.0, level=""):
     """A chart with a training and a validation curve; chance: where to draw it, or None.
 
-    level: the ending of the names of its losses
+    level: the suffix of the names of its losses
     """
     lines = [
         Line("training", points(logs, f"{key}_train{level}", scale), "training"),

@@ -4,11 +4,11 @@ import torch
 
 from utils.misc import UserError
 
-CODES = ".targetQuantizer.embedding.weight"  # ends the name of codes of segments
+CODES = ".targetQuantizer.embedding.weight"  # suffix of the name of the codes for segments
 
 
 def parameter_groups(networks, codebook_rate):
-    """What Adam optimises: all in one group or, where codes are learned, these in a second group.
+    """Adam's groups of parameters: one for all or, if codes are learned, a second one for these.
 
     codebook_rate: the learning rate of the codes, "base_lr" of their group
     """
@@ -21,14 +21,14 @@ def parameter_groups(networks, codebook_rate):
 
 
 def load_optimizer(optimizer, state, source):
-    """Load Adam's state; settings such as `fused` stay as this program made them."""
+    """Load Adam's state; settings such as `fused` stay as this program set them."""
     settings = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     try:
         if not isinstance(state["param_groups"], list):
-            raise TypeError("its groups are no list")
+            raise TypeError("its groups aren't a list")
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -45,7 +45,7 @@ def load_optimizer(optimizer, state, source):
 
 
 def _check_moments(moments, parameter):
-    """Raise one of several errors unless Adam can go on with these."""
+    """Raise one of several errors unless Adam can continue with these."""
     shapes = {moments[key].shape for key in ("exp_avg", "exp_avg_sq")}
     strided = all(moments[key].layout == torch.strided for key in ("exp_avg", "exp_avg_sq"))
     if shapes != {parameter.shape} or not strided or torch.as_tensor(moments["step"]).numel() != 1:

@@ -1,19 +1,20 @@
-"""Imported by every command before PyTorch: threads that wait for others sleep, and don't spin.
+"""Imported by every command before PyTorch: threads that wait for others sleep instead of spinning.
 
 OpenMP's threads wait for each other hundreds of times in a step. By default they spin for
 milliseconds, on processors that other programs, or the very threads they wait for, could use: one
 other busy program makes a step several times slower. OpenMP reads its variables once, when PyTorch
-loads it. A user who has set one of them knows better.
+loads it. If the user has set one of them, nothing is changed.
 
-Only commands import this, and the linter keeps it above all that could import PyTorch. A program
-that imports `feature_loader`, `hubconf` or another module as a library keeps its own environment.
+Only commands import this, and the linter keeps it above everything that could import PyTorch. A
+program that imports `feature_loader`, `hubconf` or another module as a library keeps its own
+environment.
 """
 
 import os
 import sys
 
-# PASSIVE is for every OpenMP (Intel's then sleeps at once), the count for libgomp alone: a short
-# spin costs others little, and is to spare a calm step wake-ups (benchmarks/contention.py).
+# PASSIVE is for every OpenMP (Intel's then sleeps at once), the count only for libgomp: a short
+# spin costs others little, and saves an undisturbed step wake-ups (benchmarks/contention.py).
 SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 CHOICES = (*SETTINGS, "KMP_BLOCKTIME")
 

@@ -1,10 +1,10 @@
-"""What the flags of a run ask to capture."""
+"""The tensors that the flags of a run ask to capture."""
 
 from utils.run.flags import CAPTURED_BY
 
 
 def capturable_names(args):
-    """Names of all that can be captured in such a run."""
+    """Names of all tensors that can be captured in a run with these flags."""
     available = ["conv_repr", "ctx_repr", "speaker_align"]
     if args.multiLevel:
         available += ["seg_boundaries", "seg_conv", "seg_ctx"]
@@ -24,7 +24,7 @@ def predicts_frames(args):
 
 
 def captured_names(args):
-    """Names of what the flags say is to be captured, in a fixed order."""
+    """Names of the tensors to capture, in a fixed order."""
     if args.captureEverything:
         return capturable_names(args)
     return [name for flag, name in CAPTURED_BY.items() if getattr(args, flag)]

@@ -3,13 +3,13 @@
 A run's directory holds
 
 - `checkpoint_<epoch>.pt`, written after an epoch. The original program's keys: `gEncoder` (state of
-  the whole CPC model), `cpcCriterion`, `optimizer`, `best` (state of the best model so far). Ours
-  besides: `args`, `logs`, `position` (where training goes on), `running` (sums of the epoch in
+  the whole CPC model), `cpcCriterion`, `optimizer`, `best` (state of the best model so far). Our
+  additions: `args`, `logs`, `position` (where training resumes), `running` (sums of the epoch in
   progress), `best_accuracy`, `hidden` (kept hidden state), `fingerprint` (of the corpus),
-  `machine`, `models` (flags of each part of a model that began with `--load`), `speakers` (by
-  number, where the criterion has weights for each of them) and `format`;
-- `checkpoint_resume.pt`, the same inside an epoch, newer than every other or absent. It has a
-  `clock` besides: what of the epoch's time and windows is done;
+  `machine`, `models` (flags of each part of a model that came from `--load`), `speakers` (names by
+  id, if the criterion has weights for each speaker) and `format`;
+- `checkpoint_resume.pt`, the same inside an epoch, newer than every other or absent. It also has a
+  `clock`: the time and the windows of the epoch so far;
 - `checkpoint_args.json` and `checkpoint_logs.json`, copies of `args` and `logs` for people and for
   the original program. They are read only beside a checkpoint of the original.
 
@@ -36,18 +36,18 @@ from utils.run.flags import ARCHITECTURE, stored_arguments
 
 FORMAT = 1  # of our additions to the original's keys
 RESUME_NAME = "checkpoint_resume.pt"
-MODEL_FLAGS = ARCHITECTURE | {"samplingType"}  # it decides whether hidden states are kept
+MODEL_FLAGS = ARCHITECTURE | {"samplingType"}  # which decides whether hidden states are kept
 NULLSPACE = "nullspace.weight"
-FRAME_LEVEL = "frameLevelModel."  # begins the keys of the lower one of two levels
+FRAME_LEVEL = "frameLevelModel."  # prefix of the keys of the lower of two levels
 PART = re.compile(r"((?:models\.\d+\.)+)(.*)")  # a key of one of several concatenated models
 NUMBERED_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint file holds, completed where another program wrote it.
+    """The content of a checkpoint file, completed if another program wrote it.
 
-    `of_original` says so: the original program, its parent CPC_audio, or a published model.
+    of_original: whether one did: the original program, its parent CPC_audio, or a published model's
     """
 
     path: Path
@@ -68,7 +68,7 @@ def numbered_checkpoints(directory):
 
 
 def saved_checkpoints(directory):
-    """Paths of all checkpoints in a directory, the one inside an epoch included."""
+    """Paths of all checkpoints in a directory, including the one inside an epoch."""
     resume = Path(directory, RESUME_NAME)
     return [path for _, path in numbered_checkpoints(directory)] + [resume] * resume.is_file()
 
@@ -94,8 +94,8 @@ def open_checkpoint(path):
 def newest_checkpoint(directory):
     """The newest readable checkpoint of a run's directory; None if it has none at all.
 
-    Unreadable ones are named on the way. Raises UserError if all are unreadable, so that a run is
-    never silently begun anew over what may be saved yet.
+    Warns of unreadable ones. Raises UserError if all are unreadable, so that a run never silently
+    starts from scratch over checkpoints that might still be recovered.
     """
     directory = Path(directory)
     numbered = numbered_checkpoints(directory)
@@ -120,8 +120,8 @@ def newest_checkpoint(directory):
             return checkpoint
     if within_epoch is None and failures:
         raise UserError(
-            f"{directory}: no checkpoint there can be read ({failures[0]}); give back an intact "
-            "one, or begin anew with --restart"
+            f"{directory}: no checkpoint there can be read ({failures[0]}); put back an intact "
+            "one, or start from scratch with --restart"
         )
     return within_epoch
 
@@ -129,7 +129,7 @@ def newest_checkpoint(directory):
 def remove_stale(directory, source):
     """Delete what a killed run left behind: parts of files, and an older `checkpoint_resume.pt`.
 
-    source: the Checkpoint that is gone on from, or None; older is what it was preferred to.
+    source: the Checkpoint that the run resumes from, or None; if it was preferred, that is older.
     """
     remove_leftovers(directory)
     if source and source.path.name != RESUME_NAME:
@@ -192,7 +192,7 @@ def _complete_original(path, state):
     state["format"] = FORMAT
     state["args"] = load_json(arguments)
     state["logs"] = {}
-    with contextlib.suppress(UserError):  # its logs are welcome, not needed
+    with contextlib.suppress(UserError):  # the logs are optional
         state["logs"] = hcpc.renamed(load_json(path.parent / "checkpoint_logs.json"))
     done = int(match[1]) + 1 if match else 1
     logs = state["logs"]
@@ -209,7 +209,7 @@ def _complete_original(path, state):
 
 
 class StoredModel(NamedTuple):
-    """A model in a checkpoint, or several side by side that share a null-space projection."""
+    """A model in a checkpoint, or several concatenated ones that share a null-space projection."""
 
     arguments: list  # namespaces of architecture flags, one for each single model
     state: dict
@@ -227,9 +227,9 @@ class StoredModel(NamedTuple):
 def stored_models(
     checkpoints, *, load_best=False, gru_level=-1, nullspace=False, only_frames=False
 ):
-    """The models of one checkpoint or several whose features are side by side: StoredModels.
+    """The StoredModels of one or several checkpoints, whose features are concatenated.
 
-    Takes what `feature_loader.load_model` takes, and raises UserError as it does.
+    Parameters and errors: see `feature_loader.load_model`.
     """
     if isinstance(checkpoints, str | os.PathLike | Checkpoint):
         checkpoints = [checkpoints]
@@ -272,7 +272,7 @@ def _n_models(state):
 
 
 def state_under_null_space(state):
-    """The state of the model that a null space was taken of."""
+    """The state of the model below a null space."""
     return {key.removeprefix("cpc."): v for key, v in state.items() if key.startswith("cpc.")}
 
 
@@ -286,37 +286,37 @@ def split_state(state):
     return [parts[position] for position in sorted(parts)]
 
 
-def stored_architecture(checkpoint, begun_with_it=()):
+def stored_architecture(checkpoint, led_here=()):
     """The architecture flags of every single model in a `Checkpoint`: a list of namespaces.
 
-    The original program doesn't keep those of models that a run was begun with (`--load`): they
-    are looked up in the checkpoints that it names (`begun_with_it`: those that led here). Raises
+    The original program doesn't store those of models that a run started from (`--load`): they are
+    looked up in the checkpoints that it names (`led_here`: those that named this one). Raises
     UserError if these are gone.
     """
     stored, path = checkpoint.state["args"], checkpoint.path
-    if path in begun_with_it:
-        raise UserError(f"{path}: names itself among the checkpoints that it began with")
+    if path in led_here:
+        raise UserError(f"{path}: names itself among the checkpoints that it started from")
     if "models" in checkpoint.state:
         return [_model_flags(flags, path) for flags in checkpoint.state["models"]]
     hcpc.refuse_unsupported(stored, path)
-    begun_from = _begun_from(checkpoint) if checkpoint.of_original else []
-    missing = [name for name in begun_from if not os.path.exists(name)]
+    started_from = _started_from(checkpoint) if checkpoint.of_original else []
+    missing = [name for name in started_from if not os.path.exists(name)]
     concatenated = any(PART.fullmatch(key) for key in checkpoint.state["gEncoder"])
-    if begun_from and not missing:
-        above = (*begun_with_it, path)
-        inner = (stored_architecture(open_checkpoint(name), above) for name in begun_from)
+    if started_from and not missing:
+        above = (*led_here, path)
+        inner = (stored_architecture(open_checkpoint(name), above) for name in started_from)
         return list(itertools.chain.from_iterable(inner))
-    if concatenated or (begun_from and "hiddenEncoder" not in stored):
+    if concatenated or (started_from and "hiddenEncoder" not in stored):
         raise UserError(
-            f"{path}: doesn't say what its model is made of, but names the checkpoints that it "
-            f"began with, which aren't there: {first_few(missing) or 'none'}. Put them back, or "
-            "correct `load` in checkpoint_args.json"
+            f"{path}: doesn't describe its model, but names the checkpoints that it started from, "
+            f"which aren't there: {first_few(missing) or 'none'}. Put them back, or correct `load` "
+            "in checkpoint_args.json"
         )
     return [_model_flags(stored, path)]
 
 
-def _begun_from(checkpoint):
-    """Checkpoints of other runs that one of the original program was begun with (`--load`)."""
+def _started_from(checkpoint):
+    """Checkpoints of other runs that one of the original program started from (`--load`)."""
     stored = checkpoint.state["args"]
     names = [str(name) for name in stored.get("load") or []]
     own = str(stored.get("pathCheckpoint"))
@@ -326,7 +326,7 @@ def _begun_from(checkpoint):
 
 
 def _model_flags(stored, source):
-    """What `build_model` needs of stored arguments, as a namespace."""
+    """The stored arguments that `build_model` needs, as a namespace."""
     args = stored_arguments({k: v for k, v in stored.items() if k in MODEL_FLAGS}, source)
     if args.arMode in ("no_ar", "transformer"):  # these keep the encoder's width, whatever is asked
         args.hiddenGar = args.hiddenEncoder
@@ -378,7 +378,7 @@ def save_checkpoint(directory, state, epoch=None):
 
     `state` is what `Checkpoint.state` describes, without `format`. The `.pt` comes first: if
     anything fails after it, the JSON files are stale, never ahead. Raises OSError if the disk is
-    full; the files written before are then as they were.
+    full; the files that existed before then stay as they were.
     """
     directory = Path(directory)
     name = RESUME_NAME if epoch is None else f"checkpoint_{epoch}.pt"
@@ -394,8 +394,8 @@ def save_checkpoint(directory, state, epoch=None):
 def remove_old_checkpoints(directory, newest, n_kept, best):
     """Remove all but the last `n_kept` numbered checkpoints and that of the epoch `best`.
 
-    `newest` is the epoch whose checkpoint was just written, so that there is a sound one after
-    every other that goes. Later ones can only be leftovers that couldn't be read: they don't count.
+    `newest` is the epoch whose checkpoint was just written, so an intact one is always left. Later
+    ones can only be leftovers that couldn't be read: they don't count.
     """
     older = [(epoch, path) for epoch, path in numbered_checkpoints(directory) if epoch <= newest]
     for epoch, path in older[:-n_kept]:
@@ -404,12 +404,12 @@ def remove_old_checkpoints(directory, newest, n_kept, best):
 
 
 def copy_to_cpu(state):
-    """A state dict's own copy in host memory."""
+    """A copy of a state dict in host memory."""
     return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
 
 
 def load_weights(module, state, source):
-    """`module.load_state_dict(state)`. Raises UserError, naming the file, where they don't fit."""
+    """`module.load_state_dict(state)`. Raises UserError, naming the file, if they don't fit."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -420,9 +420,9 @@ def load_weights(module, state, source):
 
 
 def load_criterion(criterion, checkpoint, corpus):
-    """Load the criterion's weights; `corpus` says which speakers there are, and where its audio is.
+    """Load the criterion's weights; `corpus` has the speakers, and the root of the audio.
 
-    Raises UserError where they don't fit.
+    Raises UserError if they don't fit.
     """
     listing = Path(corpus.root, "_seqs_cache.txt")
     permute_speakers(checkpoint, criterion, corpus.speakers, listing)
@@ -431,26 +431,26 @@ def load_criterion(criterion, checkpoint, corpus):
 
 
 def check_speakers(checkpoint, speakers):
-    """Raise UserError if weights that belong to speakers would be given to others.
+    """Raise UserError if speakers would get the weights of others.
 
-    speakers: those of the database in the order of their numbers.
+    speakers: names of the database's speakers, in the order of their ids.
     """
     kept = checkpoint.state.get("speakers", list(speakers))  # older checkpoints have none
     changed = sorted({*kept} ^ {*speakers})
     if changed:
         raise UserError(
             f"{checkpoint.path}: its criterion has weights for each speaker of its database, and "
-            f"this one has other speakers: {first_few(changed)} are in one of the two only"
+            f"this one has other speakers: {first_few(changed)} are in only one of the two"
         )
 
 
 def permute_speakers(checkpoint, criterion, speakers, listing):
     """Renumber the speakers in a checkpoint of the original as this program numbers them.
 
-    The original numbers speakers as it meets them on the disk, and keeps that order in `listing`,
+    The original numbers speakers as it finds them on the disk, and stores that order in `listing`,
     the file `_seqs_cache.txt` beside the audio. Changes the checkpoint's state: its speaker
     embedding, and the moments of that in the optimiser; `speakers` is our order, `criterion` the
-    network that the embedding is for. Raises UserError if the order can't be known.
+    network that the embedding is for. Raises UserError if the order is unknown.
     """
     key = "speakerEmb.weight"
     weights = checkpoint.state["cpcCriterion"]
@@ -459,12 +459,12 @@ def permute_speakers(checkpoint, criterion, speakers, listing):
     if not listing.is_file():
         raise UserError(
             f"{checkpoint.path}: has a speaker embedding of the original program, which numbered "
-            f"speakers in an order of its own: {listing} is needed, which it kept beside the audio"
+            f"speakers in another order: {listing} is needed, which it wrote beside the audio"
         )
     content = load_tensors(listing)
     found = content[1] if isinstance(content, tuple) and len(content) == 2 else None
     if not isinstance(found, list) or sorted(map(str, found)) != sorted(speakers):
-        raise UserError(f"{listing}: doesn't list the speakers that are in the database")
+        raise UserError(f"{listing}: doesn't list the speakers of the database")
     order = torch.tensor([found.index(speaker) for speaker in speakers])
     number = [name for name, _ in criterion.named_parameters()].index(key)
     moments = checkpoint.state["optimizer"]["state"].get(number, {})

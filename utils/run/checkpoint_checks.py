@@ -1,7 +1,7 @@
-"""Whether the parts of a checkpoint can be what their names say, judged before they are used.
+"""Checks that the parts of a checkpoint are plausible, before they are used.
 
-A damaged or foreign file is then refused by the name of the part, instead of failing somewhere
-inside the run.
+A damaged or foreign file is refused with the name of the part, instead of failing somewhere inside
+the run.
 """
 
 import math
@@ -13,13 +13,13 @@ from utils.run.flags import stored_arguments
 from utils.run.level_flags import further_losses
 
 ROW_SERIES = ("locLoss_train", "locAcc_train", "locLoss_val", "locAcc_val")  # by prediction step
-LEVELS = ("", OF_SEGMENTS)  # endings of their names; one level has the first alone
+LEVELS = ("", OF_SEGMENTS)  # suffixes of their names; a single level has only the first
 NUMBER_SERIES = ("iter", "learningRate", "gradNorm_train")
 NUMBER = float | int
 
 
 def check_types(path, state):
-    """Raise UserError unless the parts that every use of a checkpoint needs are of their types."""
+    """Raise UserError unless the parts that every use of a checkpoint needs have their types."""
     sound = {
         "format": isinstance(state["format"], int),
         "gEncoder": all(isinstance(key, str) for key in state["gEncoder"]),
@@ -62,7 +62,7 @@ def check_resumable(checkpoint, weights):
         }
     if damaged := _unsound(sound):
         raise UserError(
-            f"{checkpoint.path}: training can't go on from it: {damaged}: missing or damaged (to "
+            f"{checkpoint.path}: training can't resume from it: {damaged}: missing or damaged (to "
             "start from its weights, use --load)"
         )
 
@@ -72,7 +72,7 @@ def _unsound(sound):
 
 
 def _is_list(value, kind, length=None):
-    """Whether a value is a list of such items, and of this length if one is given."""
+    """Whether a value is a list of items of this kind and, if given, of this length."""
     return (
         isinstance(value, list)
         and all(isinstance(item, kind) for item in value)
@@ -106,7 +106,7 @@ def _is_clock(value):
 
 
 def are_logs(logs):
-    """Whether these can be `checkpoint_logs.json`: lists over the same epochs."""
+    """Whether these can be `checkpoint_logs.json`: lists that cover the same epochs."""
     if not isinstance(logs, dict) or not isinstance(logs.get("epoch", []), list):
         return False
     lists = [series for series in logs.values() if isinstance(series, list)]
@@ -114,7 +114,7 @@ def are_logs(logs):
 
 
 def are_training_logs(logs):
-    """Whether these logs, whose lists are over the same epochs, can be those of a training run."""
+    """Whether these logs, whose lists cover the same epochs, can be those of a training run."""
     series = {key: value for key, value in logs.items() if isinstance(value, list)}
     before = logs.get("before_training", {})
     if not isinstance(before, dict):
@@ -149,7 +149,7 @@ def _is_row(value):
 
 
 def _can_be_logged(key, value):
-    """Whether this can be an epoch's value in the logs; None is that of an epoch without one."""
+    """Whether this can be an epoch's value in the logs; None stands for a missing one."""
     is_number = value is None or isinstance(value, NUMBER)
     return is_number or (_is_row(value) and key not in NUMBER_SERIES)
 

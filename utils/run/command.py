@@ -15,11 +15,11 @@ from utils.misc import ReportedElsewhere, UserError, first_few
 from utils.run.console import discard_output
 
 EXIT_USER_ERROR = 2  # exit status after a UserError
-EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status where whoever read the output has gone
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status when the reader of the output has gone
 
 
 class HelpWithDefaults(argparse.HelpFormatter):
-    """Help with the default of each flag whose text doesn't name it; keeps lines of an epilog."""
+    """Help with the default of each flag whose text doesn't name it; keeps an epilog's lines."""
 
     def _get_help_string(self, action):
         default = action.default
@@ -33,7 +33,7 @@ class HelpWithDefaults(argparse.HelpFormatter):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose usage and errors are one line each: dozens of flags would bury them.
+    """A parser whose usage and errors are one line each, since dozens of flags would bury them.
 
     description: a sentence, or a docstring whose second paragraph, indented, are examples: these
     come last in its help.
@@ -72,7 +72,7 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does, but an unknown flag is refused here, where subcommands see it, too."""
+        """Like argparse's, but refuses an unknown flag here, where subcommands see it, too."""
         namespace, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
@@ -87,7 +87,7 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"unrecognized flag {name}: did you mean {known[nearest[0]]}?")
 
     def _get_option_tuples(self, option_string):
-        """Flags that `option_string` abbreviates. Hidden ones would make it ambiguous: left out."""
+        """Flags that `option_string` abbreviates, but no hidden ones, which make it ambiguous."""
         found = super()._get_option_tuples(option_string)
         return [match for match in found if match[0].help != argparse.SUPPRESS]
 
@@ -132,7 +132,7 @@ def _number(kind, is_allowed, bound):
 
 
 def each_at_least(lowest):
-    """A whole number, or several as 10,50,199, which stay text, as in checkpoints."""
+    """A whole number, or several, such as 10,50,199, which stay text, as in checkpoints."""
 
     def convert(text):
         numbers = [at_least(lowest)(part) for part in text.split(",")]
@@ -150,8 +150,8 @@ decay_rate = _number(float, lambda n: 0 <= n < 1, "in [0, 1)")  # Adam's betas
 
 
 class DefaultExtension(str):
-    """The ending of file names that is preferred where the user gives none and there are several
-    kinds of files (`choose_extension` in utils/data/listing.py)."""
+    """The file name extension to use if the user gives none and there are several kinds of files
+    (`choose_extension` in utils/data/listing.py)."""
 
 
 AUDIO_EXTENSION = DefaultExtension(".flac")
@@ -166,7 +166,7 @@ def band(text):
 
 
 def extension(text):
-    """The ending of file names: `flac` means .flac; one with a dot, as _a.flac, stays."""
+    """A file name extension: `flac` means .flac; one with a dot, such as _a.flac, stays."""
     return f".{text}" if text and "." not in text else text
 
 
@@ -191,7 +191,7 @@ def _flush_output():
 
 
 def _in_one_line(error):
-    """A UserError, or a lack of memory (of which PyTorch writes a page), as one line of text.
+    """A UserError, or an error of missing memory (PyTorch's is a page long), as one line of text.
 
     None for any other error.
     """
@@ -207,8 +207,8 @@ def _in_one_line(error):
 def command(main):
     """Make `main(argv)` a program: a UserError becomes one line on stderr and exit status 2.
 
-    So does a lack of memory. A program whose output nobody reads any more ends silently, as if by
-    SIGPIPE.
+    So does running out of memory. A program whose output nobody reads any more ends silently, as if
+    by SIGPIPE.
     """
 
     @functools.wraps(main)

@@ -17,9 +17,9 @@ from utils.misc import BOUNDARY_RATE, OF_SEGMENTS, counted, mean, percent
 # Processes share no bar, and the lock that tqdm would make for that outlives `os._exit`.
 tqdm.set_lock(threading.RLock())
 
-SECONDS_BETWEEN_LINES = 30  # progress of long work where the output is no terminal
-LEVELS = {"": "", OF_SEGMENTS: "segments "}  # endings of names in the logs -> titles
-STEPS_WATCHED, STARVED = 10, 0.6  # the first steps of a call; of their time, what is too little
+SECONDS_BETWEEN_LINES = 30  # of progress, if the output isn't a terminal
+LEVELS = {"": "", OF_SEGMENTS: "segments "}  # suffix of names in the logs -> title
+STEPS_WATCHED, STARVED = 10, 0.6  # the first steps of a call; fraction of their time: too little
 
 # ----------------------------------------------------------------------------- where output goes
 
@@ -32,8 +32,8 @@ class NullStream(io.TextIOBase):
 
 
 class IgnoreDiskFull:
-    """A text stream that drops what its full disk has no room for: a run is worth more than its
-    log file."""
+    """A text stream that drops what doesn't fit on a full disk: a run is worth more than its log
+    file."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -61,7 +61,7 @@ def _disk_full_ignored():
 
 
 def survives_full_disk():
-    """A block that a full disk under its log file doesn't end."""
+    """A block that continues even when the disk of its log file is full."""
     return contextlib.redirect_stdout(IgnoreDiskFull(sys.stdout))
 
 
@@ -71,7 +71,7 @@ def silence():
 
 
 def discard_output():
-    """Let the interpreter's own flush, at its end, find no closed pipe."""
+    """Keep the interpreter's flush at exit from finding a closed pipe."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -143,7 +143,7 @@ class PlainProgress:
 class Listener:
     """Receives the values of a run as they become known; this one ignores them.
 
-    Values have the keys of `checkpoint_logs.json`; `clock` tells how fast the epoch was trained.
+    Values have the keys of `checkpoint_logs.json`; `clock` has the speed of training in the epoch.
     """
 
     def on_step(self, epoch, batch, n_batches, values, clock):
@@ -174,11 +174,11 @@ class Console(Listener):
         sys.stdout.flush()
 
     def before_training(self, values):
-        """Print the validation of the networks as they start."""
+        """Print the losses and accuracies in validation before the first step."""
         print(f"before training  validation {self.means(values, 'val')}")
 
     def on_epoch(self, epoch, values, clock):
-        """Print the means of an epoch and, where there are several, each validation accuracy."""
+        """Print the means of an epoch and, if there are several, each validation accuracy."""
         if "locLoss_val" not in values:  # a hook's own
             return
         training, validation = (self.means(values, part) for part in ("train", "val"))
@@ -195,7 +195,7 @@ class Console(Listener):
             print("    boundaries per second: {:.1f} drawn, {:.1f} in validation".format(*rates))
 
     def summary(self, logs, best_row, clock, files):
-        """Print the losses and accuracies of the run and where to look.
+        """Print the losses and accuracies of the run, and its files.
 
         best_row: place of the best epoch in the lists of `logs`; files: name -> path.
         """
@@ -207,7 +207,7 @@ class Console(Listener):
             print(f"{name:<20}{path}")
 
     def validation_table(self, logs, best_row, level, title):
-        """Print losses and accuracies of a level; level: the ending of their names."""
+        """Print losses and accuracies of a level; level: the suffix of their names."""
         keys = f"locLoss_val{level}", f"locAcc_val{level}"
         epochs, losses, accuracies = (logs[key] for key in ("epoch", *keys))
         rows = [
@@ -222,12 +222,12 @@ class Console(Listener):
 
 
 def note_if_starved(forward_backward, state):
-    """The same function, but a note reports if its first calls had to wait for processors.
+    """The same function, which now prints a note if its first calls had to wait for processors.
 
-    The processor time of the thread that calls it is compared with the clock. That thread has no
-    rest but to wait for the others, which without competition get to the end when it does. The time
-    of all threads would be low for small networks, too, and count those that decode. Ranks wait
-    for each other, and for a GPU: nothing is said of them.
+    The CPU time of the thread that calls it is compared with wall-clock time. That thread only
+    rests while it waits for the others, which finish when it does unless something competes. The
+    CPU time of all threads would be low for small networks, too, and include those that decode.
+    Several ranks wait for each other, or for a GPU: no note is printed for them.
     """
     if state.world.size > 1 or state.device.type != "cpu" or torch.get_num_threads() == 1:
         return forward_backward

@@ -10,9 +10,9 @@ WARM_UP = 3  # steps before recording, in which libraries choose their kernels
 
 
 def can_be_recorded(args, device, world):
-    """Whether --compile may record the passes: alone on a GPU, where every step is like the others.
+    """Whether --compile may record the passes: on a single GPU, if all steps are alike.
 
-    Not where hidden state is kept, where a loss (CTC) waits for the device, or where the number of
+    They aren't if hidden state is kept, a loss (CTC) waits for the device, or the number of
     segments changes from step to step.
     """
     alike = not (args.samplingType == "sequential" or args.supervised or args.multiLevel)
@@ -58,8 +58,8 @@ class RecordedPasses:
     def record(self, batch):
         """Record the passes without doing them; returns whether that went well.
 
-        torch.cuda.graph leaves its own stream in force where the recording can't be ended: hence
-        the outer block, which goes back to the one before.
+        torch.cuda.graph leaves its own stream current if the recording can't be ended: hence the
+        outer block, which restores the previous one.
         """
         self.batch = batch.each(torch.clone)
         graph = torch.cuda.CUDAGraph()
@@ -67,7 +67,7 @@ class RecordedPasses:
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self.results = self.passes(self.batch)
         except RuntimeError as error:
-            cause = error.__context__ or error  # why the passes failed, if then the recording did
+            cause = error.__context__ or error  # why the passes failed, if they broke the recording
             reason = str(cause).partition("\n")[0]
             print(f"note: steps are launched kernel by kernel; they can't be recorded ({reason})")
             self.leave_recording()
@@ -77,7 +77,7 @@ class RecordedPasses:
         return True
 
     def leave_recording(self):
-        """Undo what a recording that failed leaves behind.
+        """Undo what a failed recording leaves behind.
 
         The device's generator still counts its draws for the graph, and refuses any others: a copy
         of its state doesn't.

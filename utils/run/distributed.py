@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and everything that they tell each other.
+"""The processes of a run: which one this is, and all messages between them.
 
 `python train.py --nGPU N` starts them on one machine (utils/run/launch.py), torchrun or Slurm's
 srun on several (utils/run/place.py). Each trains on its own batches. PyTorch's
@@ -24,19 +24,19 @@ from utils.run.place import find_place, is_task_of_srun
 from utils.run.stopping import Stopped, let_signals_in
 
 FIRST_MEETING = timedelta(minutes=2)  # until all processes are there, and again until connected
-LONGEST_PROBE = timedelta(days=30)  # how long other ranks wait for the one that trains it
+LONGEST_PROBE = timedelta(days=30)  # how long the other ranks wait for the one that trains it
 INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable that names the network between machines
-# Freeing a wrapped network can hang: it waits, with Python's lock held, for a thread of the process
-# group, which may itself wait for the lock to free the last gradients.
+# Freeing a wrapped network can hang: it waits, holding the GIL, for a thread of the process group,
+# which may itself wait for the GIL to free the last gradients.
 _never_freed = []
 SHARED_MEMORY = "/dev/shm"
 
 
 class World:
-    """All processes of a run, as one of them sees them; without `group`, one that is alone.
+    """All processes of a run, as one of them sees them; without `group`, a single process.
 
-    rank, size: number of this process, and how many there are
-    local_rank, local_size: the same among those of this machine, which has the number `machine`
+    rank, size: the number of this process, and how many there are
+    local_rank, local_size: the same on this machine, whose number is `machine`
     stop: the StopSignals in force
     group: the processes' own group for messages (gloo, on the CPU)
     """
@@ -85,9 +85,9 @@ class World:
         self.raise_everywhere(UserError(reason) if differ else None)
 
     def stop_if_asked(self, wish=None):
-        """Raise Stopped on every rank if one of several was asked to stop.
+        """Raise Stopped on every rank if any of several was asked to stop.
 
-        Returns the `wish` of rank 0, which needs no message besides.
+        Returns the `wish` of rank 0, which comes with the same message.
         """
         if self.group is None:
             return wish
@@ -103,8 +103,8 @@ class World:
     def shared_errors(self):
         """A block that fails on every rank if it fails on one.
 
-        In it a rank must not wait for others, except in `on_rank_zero`: so it may end at any time,
-        and does so at once when asked to stop.
+        Inside it, a rank must not wait for others, except in `on_rank_zero`; so it may end at any
+        time, and does so at once when asked to stop.
         """
         if self.group is None:
             yield
@@ -136,8 +136,8 @@ class World:
         if self.group is None:
             return network
         wrapped = DistributedDataParallel(network, static_graph=True, gradient_as_bucket_view=True)
-        # Not before every step: most are constants, and copy_buffers is for the others. As an
-        # argument, PyTorch 2.13 warns of it, and 2.11 knows no other.
+        # Not before every step: most are constants, and copy_buffers is for the others. PyTorch
+        # 2.13 warns of this as an argument, and 2.11 has no other.
         wrapped.broadcast_buffers = False
         _never_freed.append(wrapped)
         return wrapped
@@ -152,10 +152,10 @@ class World:
     # ------------------------------------------------------------------------------- shared memory
 
     def shared_tensor(self, size, dtype):
-        """A tensor of zeros, (size,), that the processes of this machine have in common.
+        """A tensor of zeros, (size,), that the processes of this machine share.
 
-        Its file has no name any more once this returns: the memory is free as soon as no process
-        uses it, however they end. Raises UserError where there is no room.
+        Its file is unlinked before this returns: the memory is free as soon as no process uses it,
+        however they end. Raises UserError if there is no room.
         """
         self.all_gather(None)  # all are here: none waits while the file has a name
         path = error = None
@@ -184,7 +184,7 @@ def _as_error(message):
 
 
 def _reserve(n_bytes):
-    """Path of a new file of this size: in memory, or else where temporary files are."""
+    """Path of a new file of this size: in memory, or else in the folder for temporary files."""
     reasons = []
     for directory in (SHARED_MEMORY, tempfile.gettempdir()):
         try:
@@ -193,14 +193,14 @@ def _reserve(n_bytes):
             reasons.append(f"{directory}: {error.strerror}")
             continue
         try:
-            # Without this a full disk would show as a crash while the audio is written.
+            # Without this, a full disk would cause a crash while the audio is written.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, max(1, n_bytes))
             if reasons:
                 print(
                     f"note: {reasons[0]}: the {n_bytes / 1e9:.1f} GB of audio that processes "
-                    f"share are in a file in {directory}, which is slower where that is a disk; "
-                    "containers take --shm-size, and a smaller --max_size_loaded needs less",
+                    f"share are in a file in {directory}, which is slower if that is on a disk; "
+                    "containers have --shm-size, and a smaller --max_size_loaded needs less",
                     flush=True,
                 )
             return path
@@ -218,7 +218,7 @@ def _reserve(n_bytes):
 ALONE = World()
 
 
-# In a training step, between tensors on the ranks' devices. All ranks must call them.
+# For tensors on the ranks' devices, in a training step. All ranks must call these.
 def mean_over_ranks(tensor):
     """The mean of the ranks' tensors, in place."""
     if dist.is_initialized():
@@ -236,11 +236,11 @@ def from_rank_zero(tensor):
 
 @contextlib.contextmanager
 def joined_world(stop, device):
-    """The World of this process, for the length of a block.
+    """The World of this process, for the duration of a block.
 
     A process that was started as one of several (by utils/run/launch.py, torchrun or srun) joins
-    the others; all but rank 0 are silent. stop: the StopSignals in force; device: of what type each
-    process of a machine has one. Raises UserError if they don't find each other.
+    the others; all but rank 0 are silent. stop: the StopSignals in force; device: a device of the
+    type that every process has. Raises UserError if the processes can't reach each other.
     """
     place = find_place()
     if place.size == 1:
@@ -251,7 +251,7 @@ def joined_world(stop, device):
         _take_gpu(place.local_rank)
     if place.rank:
         console.silence()
-    with stop.deferred():  # of several processes none stops before they agree on it
+    with stop.deferred():  # none of several processes stops before all agree on it
         store, _connections = _meet(place)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
@@ -264,7 +264,7 @@ def joined_world(stop, device):
 def _meet(place):
     """The processes' common store, once each has reached every other, and these connections.
 
-    Groups that have a longer time-out would wait that long for what can't be reached.
+    Groups with a longer time-out would wait that long for a process that can't be reached.
     """
     if place.size > place.local_size:
         _check_host_name()
@@ -278,7 +278,7 @@ def _meet(place):
         connections = dist.ProcessGroupGloo(meeting, place.rank, place.size, gloo_timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"process {place.rank} of {place.size} can't reach all others, the first of them at "
+            f"process {place.rank} of {place.size} can't reach all others, the first one at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"({str(error).splitlines()[0]}); if its port is in use, set "
             f"another MASTER_PORT; if all were started, {_how_to_choose_interface()}"
@@ -288,9 +288,9 @@ def _meet(place):
 
 
 def _check_host_name():
-    """Raise UserError where other machines would get an address that means the machine itself.
+    """Raise UserError if other machines would get an address that only works on this one.
 
-    Gloo gives them that of the host name, for which Debian has 127.0.1.1 in its /etc/hosts.
+    Gloo gives them the address of the host name, for which Debian has 127.0.1.1 in /etc/hosts.
     """
     name = socket.gethostname()
     try:
@@ -318,7 +318,7 @@ def _take_gpu(local_rank):
         local_rank = 0
     if local_rank >= n_gpus:
         raise UserError(
-            f"process {local_rank} of this machine has no GPU, it sees {n_gpus}: start fewer, or "
-            "let each process see all GPUs of its machine"
+            f"process {local_rank} of this machine has no GPU, it sees {n_gpus}: start fewer "
+            "processes, or let each see all GPUs of its machine"
         )
     torch.cuda.set_device(local_rank)

@@ -23,10 +23,10 @@ from utils.run.level_flags import HEADING, add_refused, declare_levels
 from utils.run.shared_flags import LEVEL, add_probe_flags
 
 # What happens to a flag when a run is resumed. Each flag is in exactly one of these sets:
-ARCHITECTURE = set()  # what the networks are: always the checkpoint's value
-DATA_ORDER = set()  # what decides the order of the data: the checkpoint's when a run is resumed
-THIS_CALL = set()  # what concerns this call of the program alone: never the checkpoint's
-INHERITED = set()  # all others: the command line's where given there, else the checkpoint's
+ARCHITECTURE = set()  # describe the networks: always the checkpoint's value
+DATA_ORDER = set()  # decide the order of the data: the checkpoint's value when a run is resumed
+THIS_CALL = set()  # concern only this call of the program: never the checkpoint's value
+INHERITED = set()  # all others: the command line's value if given, else the checkpoint's
 
 MODEL = set()  # the part of ARCHITECTURE that describes encoder and AR network
 CONTRASTIVE_ONLY = set()  # no effect with --supervised or --cpc_mode none
@@ -47,7 +47,7 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, effect=None, 
     """Declare a flag of train.py and put it into the sets that it belongs to.
 
     heading: in --help; on_resume, also: sets above; captures, effect: their names; options: those
-    of argparse. A flag whose value is called FILE or DIR there is one of PATHS.
+    of argparse. A flag with the metavar FILE or DIR is one of PATHS.
     """
     name = flag.removeprefix("--")
     on_resume.add(name)
@@ -66,7 +66,7 @@ def declare(heading, flag, *, on_resume, also=None, captures=None, effect=None, 
     DECLARED.setdefault(heading, []).append((name, options))
 
 
-# A flag in two lines reads better than in seven, hence:
+# A flag on two lines reads better than on seven, hence:
 # fmt: off
 # ------------------------------------------------------------------------------------------ data
 
@@ -74,12 +74,12 @@ add = partial(declare, "data")
 add("--pathDB", on_resume=INHERITED, metavar="DIR",
     help="root of the audio: speaker/.../utterance + extension")
 add("--file_extension", type=extension, default=str(AUDIO_EXTENSION), on_resume=INHERITED,
-    metavar="EXT", help="ending of the audio files' names (default: that of the kind of audio that "
-    "--pathDB holds; of several kinds, .flac)")
+    metavar="EXT", help="file name extension of the audio (default: the one found below --pathDB; "
+    ".flac if there are several)")
 add("--speaker_level", type=at_least(1), default=1, on_resume=ARCHITECTURE, metavar="N",
     help="number of folders below --pathDB that name the speaker of a file; 2 for TIMIT")
 add("--pathTrain", on_resume=DATA_ORDER, metavar="FILE", help="training list: one utterance per "
-    "line, its file name without extension, or speaker/name where other files have "
+    "line, its file name without extension, or speaker/name if other files have "
     "the same name (default: all utterances)")
 add("--pathVal", on_resume=DATA_ORDER, metavar="FILE",
     help="validation list (default: 1 %% of the training utterances are held out)")
@@ -113,7 +113,7 @@ AUGMENT_TYPES = {  # value of --augment_type -> effects that it chains (augmenta
 }
 add = partial(declare, "augmentation", on_resume=DATA_ORDER, also=AUGMENTATION)
 add("--augment_type", nargs="*", choices=tuple(AUGMENT_TYPES), also=None, help="augment training "
-    "windows by these effects, in this order (Kharitonov et al., SLT 2021)")
+    "windows with these effects, in this order (Kharitonov et al., SLT 2021)")
 add("--augment_past", action="store_true", help="augment the copy that contexts come from")
 add("--augment_future", action="store_true",
     help="augment the copy that frames to predict and negatives come from")
@@ -125,21 +125,21 @@ add("--augment_prob", type=between(0.01, 1, float), default=1.0, metavar="FRACTI
 add("--shift_max", type=between(0, 1200), default=300, effect="pitch", metavar="CENTS",
     help="pitch: at most CENTS up or down")
 add("--room_scale_max", type=between(0, 100), default=100, effect="reverb", metavar="SIZE",
-    help="reverb: rooms of size 0 to SIZE, as of SoX")
+    help="reverb: rooms of size 0 to SIZE, as in SoX")
 add("--min_snr_in_db", type=between(-100, 100, float), default=5.0, effect="additive", metavar="DB",
     help="additive: lowest signal-to-noise ratio")
 add("--max_snr_in_db", type=between(-100, 100, float), default=20.0, effect="additive",
     metavar="DB", help="additive: highest signal-to-noise ratio")
 add("--additive_noise_snr", type=between(-100, 100, float), effect="additive", metavar="DB",
-    help="additive: this signal-to-noise ratio only")
+    help="additive: always this signal-to-noise ratio")
 add("--noise_band", type=band, effect="additive", metavar="LOW-HIGH",
     help="additive: only noise between these frequencies in Hz, such as 80-240")
 add("--pathDBNoise", effect="additive", metavar="DIR", help="additive: recordings of noise "
     "(default: babble of other speakers of the training set, coloured noise if there are none)")
 add("--pathSeqNoise", effect="additive", metavar="FILE",
     help="additive: list of these recordings (default: all)")
-add("--noise_extension", type=extension, metavar="EXT", help="ending of the names of noise and "
-    "impulse responses (default: that of the kind that a folder holds; of several kinds, .wav)")
+add("--noise_extension", type=extension, metavar="EXT", help="file name extension of noise and "
+    "impulse responses (default: the one found in the folder; .wav if there are several)")
 add("--pathImpulseResponses", effect="natural_reverb", metavar="DIR",
     help="natural_reverb: recorded impulse responses")
 add("--t_ms", type=at_least(0), default=100, effect="time_dropout", metavar="MS",
@@ -165,12 +165,12 @@ add("--loadOnlyFrameModel", action="store_true", on_resume=THIS_CALL,
 add("--gru_level", type=int, default=-1, on_resume=THIS_CALL, metavar="N",
     help="keep only the first N layers of the loaded AR network; needs --load (default: all)")
 add("--nullspace", action="store_true", on_resume=THIS_CALL,
-    help="the loaded checkpoint is that of a null-space model (needs --load)")
+    help="load a null-space model, and refuse any other (needs --load)")
 add("--save_step", type=at_least(1), default=5, on_resume=INHERITED, metavar="EPOCHS",
     help="epochs between checkpoints")
 add("--keep", type=at_least(0), default=0, on_resume=INHERITED, metavar="N",
-    help="keep only the last N checkpoint_<epoch>.pt and that of the best epoch; each new one "
-    "removes older ones (0: keep all)")
+    help="keep only the last N checkpoint_<epoch>.pt and the best epoch's; each new one removes "
+    "older ones (0: keep all)")
 add("--resume_every", type=at_least(0), on_resume=THIS_CALL, metavar="STEPS",
     help="training steps between saves of checkpoint_resume.pt, from which a killed run resumes "
     "inside an epoch (0: only on a stop signal; default: every 10 minutes, or every 100 times as "
@@ -178,8 +178,8 @@ add("--resume_every", type=at_least(0), on_resume=THIS_CALL, metavar="STEPS",
 add("--logging_step", type=at_least(1), default=1000, on_resume=INHERITED, metavar="STEPS",
     help="training steps between printed running means")
 add("--tensorboard", nargs="?", const=True, on_resume=INHERITED, metavar="DIR",
-    help="write curves, pictures and flags for TensorBoard to DIR, one for each run (default: "
-    "the folder tensorboard in that of --pathCheckpoint)")
+    help="write curves, pictures and flags for TensorBoard to DIR, a new one for each run "
+    "(default: the folder tensorboard in --pathCheckpoint)")
 add("--onlyCapture", action="store_true", on_resume=THIS_CALL, help="no training: capture once "
     "with the model of --pathCheckpoint (needs --pathCaptureDS)")
 add("--only_classif_metric", action="store_true", on_resume=THIS_CALL,
@@ -216,8 +216,8 @@ add("--hiddenEncoder", type=at_least(2), default=256, metavar="E",  # a norm ove
 add("--normMode", choices=("instanceNorm", "ID", "layerNorm", "batchNorm"), default="layerNorm",
     help="normalisation inside the convolutional encoder (ID: none)")
 add("--initialisation", choices=("lecun", "original"), default="lecun",
-    help="first weights of the convolutions; from the original's, plain CPC often never starts to "
-    "learn, since quiet speech drowns in the biases")
+    help="initial weights of the convolutions; with the original's, plain CPC often never starts "
+    "to learn, since quiet speech drowns in the biases")
 add("--linearOutput", action="store_true",
     help="no ReLU after the encoder's last norm (Kreuk et al., Interspeech 2020)")
 add("--arMode", choices=("GRU", "LSTM", "RNN", "no_ar", "transformer"), default="LSTM",
@@ -246,7 +246,7 @@ add("--rnnMode", default="transformer", choices=HEADS,
     help="prediction heads, one per prediction; linear is by far the fastest; with none, the "
     "context itself is the only prediction")
 add("--multihead_rnn", action="store_true", also=CONTRASTIVE_ONLY, help="one transformer head with "
-    "an output per prediction, as in CPC2; faster than a transformer for each")
+    "an output per prediction, as in CPC2; faster than one transformer per prediction")
 add("--normalizeCPCScore", action="store_true", also=CONTRASTIVE_ONLY, help="score by cosine "
     "similarity instead of dot product (Kreuk et al., Interspeech 2020; Cuervo et al. 2021)")
 add("--scoreTemperature", type=above(0), default=1.0, also=CONTRASTIVE_ONLY, metavar="T",
@@ -291,8 +291,8 @@ TWO_LEVELS = {name for name, _ in DECLARED[HEADING]}  # no effect without --mult
 add = partial(declare, "supervised training", on_resume=ARCHITECTURE, also=SUPERVISED_ONLY)
 add("--supervised", action="store_true", also=None, help="train the whole network to classify "
     "phones (with --path_phone_data) or speakers (without), instead of CPC")
-add("--CTC", action="store_true", help="train the phone classifier by CTC: on the order of "
-    "the phones, not on their frames")
+add("--CTC", action="store_true", help="train the phone classifier with CTC: on the sequence of "
+    "phones, not on their frames")
 add("--nLevelsPhone", type=at_least(1), default=1, metavar="N",
     help="layers of the phone classifier")
 add("--onEncoder", action="store_true", help="classify encoded frames instead of contexts")
@@ -303,12 +303,12 @@ add = partial(declare, "linear separability (probes)", on_resume=INHERITED, also
 add("--supervised_classif_metric", action="store_true",
     help="train probes on the frozen features during training")
 add("--speaker_sep", action="store_true", help="probe for speakers")
-add("--CTCphones", action="store_true", help="phone probe by CTC; reports phone error rate")
+add("--CTCphones", action="store_true", help="phone probe with CTC; reports phone error rate")
 add("--phone_get_encoded", action="store_true",
     help="phone probe on encoded frames instead of contexts")
 add("--linsep_classif_each_epochs", type=each_at_least(1), default=20, metavar="N",
-    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0); or at those of a list, as "
-    "10,50,199")
+    help="probe at epochs N, 2N, ... (counted from 0; never at epoch 0), or at those of a list, "
+    "such as 10,50,199")
 add("--linsep_n_epoch", type=at_least(1), default=10, metavar="N", help="epochs of a probe")
 add("--linsepBatchSizeGPU", type=at_least(1), default=8, metavar="WINDOWS",
     help="windows per batch of a probe")
@@ -327,9 +327,9 @@ add("--linsep_task_logging_step", type=at_least(1), default=1, metavar="EPOCHS",
     help="a probe's epochs between writes of its log")
 add = partial(declare, "linear separability (probes)", on_resume=INHERITED)
 add("--unit_quality_each_epochs", type=at_least(1), metavar="N",
-    help="cluster contexts of the validation set at epochs N, 2N, ... and log what these units say "
-    "of phones and speakers (eval/unit_quality.py)")
-add("--nClusters", type=at_least(2), default=50, metavar="K", help="units in that")
+    help="cluster contexts of the validation set at epochs N, 2N, ... and log how well these units "
+    "match phones and speakers (eval/unit_quality.py)")
+add("--nClusters", type=at_least(2), default=50, metavar="K", help="number of these units")
 add("--level", **LEVEL)
 
 # --------------------------------------------------------------------------------------- capture
@@ -352,7 +352,7 @@ add("--captureSegBoundaries", captures="seg_boundaries", action="store_true",
 add("--captureSegConv", captures="seg_conv", action="store_true",
     help="encoded segments, repeated over their frames (B, S, E) (needs --multiLevel)")
 add("--captureSegCtx", captures="seg_ctx", action="store_true",
-    help="contexts of segments, the same (B, S, C) (needs --multiLevel)")
+    help="contexts of segments, likewise (B, S, C) (needs --multiLevel)")
 add("--captureSpeakerAlign", captures="speaker_align", action="store_true", help="speaker ids (B,)")
 add("--capturePhoneAlign", captures="phone_align", action="store_true",
     help="phone labels (B, S) (needs --path_phone_data)")
@@ -380,9 +380,9 @@ add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
 add("--compile", action="store_true", help="compile encoder and criterion and, on a single GPU, "
     "record a step's kernels and replay them (slower start)")
 add("--threads", type=between(0, 1024), default=0, metavar="N",  # the C library aborts at far more
-    help="CPU threads of each process for computing (default: those of the checkpoint if that many "
-    "processors may be used; else one per processor, divided among the processes of a machine; on "
-    "CUDA at most 4)")
+    help="CPU threads of each process for computing (default: as in the checkpoint if there are "
+    "enough processors; else one per processor, divided among the processes of a machine; on CUDA "
+    "at most 4)")
 add("--n_process_loader", type=at_least(1), default=8, metavar="N",
     help="threads that decode audio, at most one per processor")
 
@@ -429,7 +429,7 @@ def build_parser():
 
 
 def parse_arguments(argv):
-    """Read the command line alone. Returns the arguments and the set of flags given explicitly.
+    """Parse the command line only. Returns the arguments and the set of flags given explicitly.
 
     Relative paths are made absolute, so that a run can be resumed from any directory.
     """
@@ -457,7 +457,7 @@ def flags_of_levels(args):
 def absolute(path, flag):
     """The absolute path. Raises UserError if it is empty, as from an unset variable."""
     if not path:
-        raise UserError(f"{flag}: an empty path; is a variable of the shell not set?")
+        raise UserError(f"{flag}: an empty path; is a shell variable unset?")
     return os.path.abspath(path)
 
 
@@ -478,7 +478,7 @@ def stored_arguments(stored, source):
             argv += [f"--{name}", *map(str, value)]
         elif isinstance(value, list):
             several = first_few(map(str, value))
-            raise UserError(f"{source}: --{name} has several values, {several}: give it one again")
+            raise UserError(f"{source}: --{name} has several values, {several}: give it one value")
         elif value is not None and value is not False:
             argv.append(f"--{name}={value}")
     try:

@@ -18,15 +18,15 @@ from utils.run.command import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
 from utils.run.place import is_one_of_several
 from utils.run.stopping import SIGNALS, signals_held_back
 
-DELAY = 3.0  # seconds that an unexplained failure waits for the explanation by another process
-FAREWELL = 1.5  # seconds for those that know of another's error to tell the user and to tidy up
+DELAY = 3.0  # seconds that an unexplained failure waits for another process to explain it
+FAREWELL = 1.5  # seconds for processes that know of another's error to report it and clean up
 
 
 def processes_to_start(args):
     """How many processes this program has to start: 0 if it does the work itself.
 
-    So it is where torchrun or srun started it, which a note says if `--nGPU` differs, and where one
-    process is enough. `--nGPU -1` is one for each GPU, and a single one on a CPU.
+    It does if torchrun or srun started it (a note is printed if `--nGPU` differs), or if one
+    process is enough. `--nGPU -1` means one for each GPU, and a single one on a CPU.
     """
     if args.only_classif_metric:
         return 0
@@ -34,8 +34,8 @@ def processes_to_start(args):
         started = os.environ.get("LOCAL_WORLD_SIZE", "1")
         if str(args.nGPU) not in ("-1", started) and os.environ.get("RANK", "0") == "0":
             print(
-                f"note: --nGPU {args.nGPU} has no effect: the number of processes that the "
-                f"environment gives (LOCAL_WORLD_SIZE) is {started}"
+                f"note: --nGPU {args.nGPU} has no effect: the environment sets the number of "
+                f"processes (LOCAL_WORLD_SIZE) to {started}"
             )
         return 0
     n_devices = torch.cuda.device_count() if args.device != "cpu" else 0
@@ -47,8 +47,8 @@ def launch(size, main, argv):
     """Run `main(argv)` in `size` processes; returns the exit status.
 
     Stop signals are passed on. When a process dies, the others are ended at once, since they
-    couldn't continue; after an error they have a moment to end by themselves. Raises UserError if
-    one was killed, naming it and the signal.
+    couldn't continue; after an error they first have a moment to end on their own. Raises UserError
+    if one was killed, naming it and the signal.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
@@ -68,11 +68,11 @@ def launch(size, main, argv):
 
 
 def _start(processes):
-    """Start them all. They take stop signals from when they have met (`joined_world`) on.
+    """Start them all. They accept stop signals once they have met (`joined_world`).
 
     One that stopped before would leave the others waiting for it.
     """
-    resource_tracker.ensure_running()  # which, if it came with the first, would let signals in
+    resource_tracker.ensure_running()  # started with the first process, it would let signals in
     with signals_held_back():
         for process in processes:
             process.start()
@@ -101,7 +101,7 @@ class _forwarded_signals:
 
 
 def _wait_for(processes):
-    """Wait until all processes have ended, or one without success; returns the exit status."""
+    """Wait until all processes have ended, or one has failed; returns the exit status."""
     status, left = 0, list(processes)
     while left:
         wait([process.sentinel for process in left])
@@ -111,9 +111,9 @@ def _wait_for(processes):
             if process.exitcode < 0:
                 raise UserError(
                     f"process {processes.index(process)} of {len(processes)} was ended by "
-                    f"{signal.Signals(-process.exitcode).name}, and the run with it (SIGKILL is "
-                    "how the system ends what takes too much memory); the same command resumes "
-                    "from the last save"
+                    f"{signal.Signals(-process.exitcode).name}, and the run with it (the system "
+                    "sends SIGKILL when memory runs out); the same command resumes from the last "
+                    "save"
                 )
             if process.exitcode == EXIT_USER_ERROR:
                 _let_end(left)
@@ -130,7 +130,7 @@ def _let_end(processes):
 
 
 def _run(main, argv, rank, size, port):
-    """Run `main` in each process, in an environment such as torchrun makes."""
+    """Run `main` in each process, in an environment like torchrun's."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -141,27 +141,27 @@ def _run(main, argv, rank, size, port):
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launching process holds the store
     }
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or this host's name would be looked up
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     _leave_after(main, argv)
 
 
 def run_program(main):
-    """`sys.exit(main())`; but one of several processes leaves at once, whoever started it."""
+    """`sys.exit(main())`; but one of several processes exits at once, whoever started it."""
     if is_one_of_several():
         _leave_after(main, sys.argv[1:])
     sys.exit(main())
 
 
 def _leave_after(main, argv):
-    """Call `main(argv)`, and end this process with its status: frees nothing (distributed.py)."""
+    """Call `main(argv)` and exit with its status, without freeing anything (distributed.py)."""
     try:
         status = main(argv) or 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
-        # The death of another process shows first as a connection that breaks here. The launching
-        # process, or torchrun, ends this one then: what is still here later has its own story.
+        # When another process dies, a connection breaks here first. The launching process, or
+        # torchrun, then ends this one: if it is still here later, the error is its own.
         time.sleep(DELAY)
         traceback.print_exc()
         status = 1

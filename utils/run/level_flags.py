@@ -45,7 +45,7 @@ class Refused(argparse.Action):
 
 
 def add_refused(add):
-    """Let the parser refuse the flags of hCPC that aren't supported, each by its name."""
+    """Make the parser refuse the flags of hCPC that aren't supported, each by its name."""
     for name, reason in REFUSED.items():
         hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         add(f"--{name}", action=Refused, nargs="*", const=reason, **hidden)
@@ -61,12 +61,12 @@ def segmentation_mode(text):
     return text
 
 
-# A flag in two lines reads better than in seven, hence:
+# A flag on two lines reads better than on seven, hence:
 # fmt: off
 
 
 def declare_levels(declare, architecture, inherited, model, cpcctc, heads):
-    """Declare them; architecture to cpcctc: sets of flags; heads: choices of --rnnMode."""
+    """Declare the flags; architecture to cpcctc: sets of flags; heads: choices of --rnnMode."""
     add = partial(declare, HEADING, on_resume=architecture, also=model)
     add("--multiLevel", action="store_true", help="a second level of CPC above the frames, on "
         "segments of them (Cuervo et al. 2021): find segments, take their means, encode and "
@@ -75,7 +75,7 @@ def declare_levels(declare, architecture, inherited, model, cpcctc, heads):
         help="where segments begin: cosineDissimilarity: at prominent peaks of the cosine distance "
         "of neighbouring encoded frames, scaled to 0..1 in each window; scpc: where it is higher "
         "than one and two frames away (Bhati et al., Interspeech 2021); boundaryPredictor: where a "
-        "policy decides, which learns by REINFORCE (Cuervo et al. 2022)")
+        "policy trained by REINFORCE decides (Cuervo et al. 2022)")
     add("--segmentProminence", type=above(0), default=0.05, metavar="P", help="prominence of the "
         "smallest peak that is a boundary; with scpc the height above its neighbours")
     add("--segmentOnContext", action="store_true",
@@ -89,13 +89,13 @@ def declare_levels(declare, architecture, inherited, model, cpcctc, heads):
         help="transformer layers of that policy")
     add = partial(declare, HEADING, on_resume=architecture)
     add("--rlSetup", choices=RL_SETUPS, default=RL_SETUPS[0], help="how the losses of segments "
-        "reach the policy: each window's mean, less a running mean of all (reinforceWBaseline) or "
-        "as it is (vanillaReinforce), or each segment's own, less that running mean")
+        "reach the policy: each window's mean, minus a running mean of all (reinforceWBaseline) or "
+        "as it is (vanillaReinforce), or each segment's own, minus that running mean")
     add("--meanSegment", type=above(0), default=MEAN_PHONE, metavar="FRAMES",
-        help="mean length of segments that the policy is held to: that of phones in LibriSpeech")
+        help="mean segment length that the policy is trained towards: that of LibriSpeech's phones")
     add("--targetQuantizerSegment", type=target_quantizer, default="none", metavar="KIND",
-        help="robustKmeans: from epoch 3 (the fourth) on, the nearest of some codes stands for "
-        "each segment to predict; each of the epochs 3 to 49 begins by finding them by k-means")
+        help="robustKmeans: from epoch 3 (the fourth) on, each segment to predict is replaced by "
+        "the nearest of several codes, which k-means finds at the start of epochs 3 to 49")
     add("--numCodesCodebook", type=at_least(2), default=512, metavar="N",
         help="number of these codes")
     declare(HEADING, "--codebookLearningRate", on_resume=inherited, type=at_least(0, float),
@@ -114,9 +114,9 @@ def declare_levels(declare, architecture, inherited, model, cpcctc, heads):
         help="weights of the loss of frames and that of segments, each a mean over its predictions "
         "(or matched frames); the sum is divided by the number of levels")
     add("--segmentLevel", action="store_true",
-        help="train with the loss of segments alone; it is the loss in the logs")
+        help="train with the loss of segments only, which is the loss in the logs")
     add("--freezeFrameModel", action="store_true",
-        help="the same, and the frame level stays as it was loaded")
+        help="the same, with the frame level kept as it was loaded")
 
 
 # fmt: on
@@ -135,8 +135,8 @@ def learns_boundaries(args):
 
 
 def further_losses(args):
-    """Names, in the logs, of the losses of learned boundaries and of codes for segments; among them
-    is the number of boundaries per second, which isn't minimised."""
+    """Names, in the logs, of the losses of learned boundaries and of codes for segments, and of the
+    number of boundaries per second, which isn't minimised."""
     learns_codes = args.multiLevel and args.targetQuantizerSegment != "none"
     return OF_POLICY * learns_boundaries(args) + OF_CODES * learns_codes
 
@@ -217,7 +217,7 @@ def check_segment_level(args, explicit):
 
 
 def check_policy(args, explicit):
-    """Refuse what can't work with learned boundaries, and without them what is only for these."""
+    """Refuse what can't work with learned boundaries or, without them, what only they use."""
     if not learns_boundaries(args):
         of_policy = {"nLayersBoundaryPredictor", "rlSetup", "meanSegment"}
         refuse_any(explicit & of_policy, f"needs --segmentationMode {LEARNED}")

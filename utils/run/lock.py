@@ -1,17 +1,17 @@
 """One program at a time in a directory: the lock that a training run takes on its own.
 
-The lock is the file `checkpoint.lock`, which says who holds it, together with the system's lock on
-that file (flock). What holds where:
+The lock is the file `checkpoint.lock`, which names its holder, together with the system's lock on
+that file (flock). How far it reaches:
 
-- On one machine only one program can have it. The system gives the lock back when a process dies,
+- On one machine, only one program can have it. The system releases the lock when a process dies,
   however it dies, so that the next run takes over what a killed one left.
-- Over machines that share a file system the lock holds where that file system passes flock on, as
-  NFS does unless it is mounted with `nolock`. Elsewhere what the file says has to do: one that
-  another machine wrote isn't taken over, since nothing here can tell whether its process lives.
-- A job of Slurm or torchrun that was started again takes over its own lock from a machine that
-  died. Should that machine live after all, cut off or hung, its process finds before its next save
-  that the lock names another (`lost_lock`), and ends without writing anything.
-- On a file system without any locks, the content of the file decides alone, and a note reports it.
+- On machines that share a file system, the lock works if that file system passes flock on, as NFS
+  does unless it is mounted with `nolock`. Otherwise the content of the file decides: a lock that
+  another machine wrote isn't taken over, since it can't be known here whether its process lives.
+- A restarted job of Slurm or torchrun takes over its own lock from a machine that died. If that
+  machine is alive after all, cut off or hung, its process finds before its next save that the lock
+  names another (`lost_lock`), and ends without writing anything.
+- On a file system without any locks, only the content of the file decides, and a warning is given.
 
 A process forked while the lock is held doesn't share it.
 """
@@ -30,11 +30,11 @@ from utils.run.place import current_job
 from utils.run.resolve import works_on_checkpoint
 
 LOCK_NAME = "checkpoint.lock"
-_held = {}  # the locks of this process: descriptor -> path, and what was written there
+_held = {}  # the locks of this process: descriptor -> path and written content
 
 
 def _forget_after_fork():
-    """Close what a forked child inherited: open there, it would outlive the parent's death."""
+    """Close what a forked child inherited: while it is open, the lock outlives the parent."""
     while _held:
         os.close(_held.popitem()[0])
 
@@ -65,11 +65,11 @@ def locked_for_training(path):
 
 @contextlib.contextmanager
 def locked(directory, flag):
-    """A block in which no other program is in such a block with this directory.
+    """A block that, for each directory, only one program at a time can be in.
 
-    The directory is made if it isn't there, and goes again if it was and nothing is in it at the
-    end. `flag` names it on the command line. Raises UserError if another program has the lock, if
-    another machine may have it, or if the directory can't be made or written.
+    A missing directory is made, and removed again if nothing is in it at the end. `flag` names it
+    on the command line. Raises UserError if another program has the lock, if another machine may
+    have it, or if the directory can't be made or written.
     """
     directory, process = Path(directory), os.getpid()
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
@@ -92,22 +92,22 @@ def locked(directory, flag):
 
 
 def lost_lock():
-    """A UserError if a lock that this process took names another one by now, else None."""
+    """A UserError if a lock that this process took now names another one, else None."""
     for path, written in _held.values():
         try:
             found = path.read_bytes()
         except FileNotFoundError:
-            return UserError(f"{path} is gone, as after another run: this one ends unsaved")
+            return UserError(f"{path} is gone, as after another run: this one ends without saving")
         except OSError:  # then nothing can be written there, either
             continue
         if found != written:
             who = _in_words(_as_owner(found))
-            return UserError(f"{path} was taken over by {who}: this run ends unsaved")
+            return UserError(f"{path} was taken over by {who}: this run ends without saving")
     return None
 
 
 def _take(path, flag):
-    """The descriptor of the lock file, locked by this process and with its name in it."""
+    """The descriptor of the lock file, which is locked by this process and names it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -116,7 +116,7 @@ def _take(path, flag):
                 os.close(handle)  # its holder removed the file between our two steps
                 continue
             _check_owner(handle, path, free, flag)
-            if not free:  # whoever has it locked keeps a file without a name
+            if not free:  # the process that has it locked is left with a file without a name
                 path.unlink(missing_ok=True)
                 os.close(handle)
                 continue
@@ -137,14 +137,14 @@ def _lock(handle, path):
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         print(
-            f"warning: {path.parent}: this file system has no locks: take care that no other "
-            "program trains into this directory"
+            f"warning: {path.parent}: this file system has no locks: make sure that no other "
+            "program trains in this directory"
         )
     return True
 
 
 def _is_at(handle, path):
-    """Whether the file that is open is still the one of that name."""
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
@@ -162,22 +162,22 @@ def _check_owner(handle, path, free, flag):
         of_same_job = restarted
     if not free and not restarted:
         raise UserError(
-            f"{flag} {path.parent}: another program is training into it ({who}); stop that one, or "
+            f"{flag} {path.parent}: another program is training there ({who}); stop that one, or "
             "name another directory"
         )
     if elsewhere and not of_same_job:
         raise UserError(
-            f"{flag} {path.parent}: another machine is training into it ({who}); if that process "
-            f"is gone, remove {path}"
+            f"{flag} {path.parent}: another machine is training there ({who}); if that process is "
+            f"gone, remove {path}"
         )
     if elsewhere:
-        print(f"note: {path} was taken over from {who}: it is of the same {job}")
+        print(f"note: {path} was taken over from {who}, of the same {job}")
     elif owner["host"] != "?":
         print(f"note: {path} was left behind by {who}; that process is gone")
 
 
 def _as_owner(content):
-    """Who a lock file with this content names, as a dict of ? where it is new or damaged."""
+    """The owner that a lock file with this content names, a dict; "?" where new or damaged."""
     owner = dict.fromkeys(("pid", "host", "started", "job", "restarts"), "?")
     with contextlib.suppress(ValueError):
         found = json.loads(content)
@@ -207,7 +207,7 @@ def _write_owner(handle):
 
 
 def _give_back(handle):
-    """Remove the lock file, then let go of the lock: nobody can take the file that goes."""
+    """Remove the lock file, then release the lock: nobody can lock the file in between."""
     path, _ = _held[handle]
     with contextlib.suppress(OSError):
         if _is_at(handle, path) and not lost_lock():

@@ -13,7 +13,7 @@ class RunningMeans:
     """Means, over windows, of the losses and accuracies of each prediction step.
 
     Sums stay on the device: adding to them never waits for it, reading means does. The gradient's
-    norm is averaged over batches where it is given. Each rank of `world` has the sums over its own
+    norm, if given, is averaged over batches. Each rank of `world` has the sums over its own
     windows; means and `state` are over all ranks, `batches` counts the steps of one.
     """
 
@@ -21,7 +21,7 @@ class RunningMeans:
         self.world = world
         self.sums, self.norms = 0.0, 0.0  # (2, n) float64: losses, accuracies; a float64 scalar
         self.windows, self.batches = 0, 0
-        self._marked = 0.0  # what `_totals` was when it was asked for last
+        self._marked = 0.0  # `_totals` at the last call of `means_since_mark`
 
     def add(self, losses, accuracies, windows, gradient_norm=0.0):
         """Add a batch of `windows` windows with losses (1, n) and accuracies (1, n)."""
@@ -42,7 +42,7 @@ class RunningMeans:
         return float(self.norms) / self.batches
 
     def means_since_mark(self):
-        """`means` of the batches added since this method was called last."""
+        """`means` of the batches added since the last call of this method."""
         before, self._marked = self._marked, self._totals()
         return _per_window(self._marked - before)
 
@@ -80,14 +80,14 @@ class Clock:
     """How fast windows are trained on, and the fraction of the time spent waiting for them.
 
     It stands still until it is started; made from the `state` of another, it continues that one.
-    With a CUDA device only the time counts as waiting in which that has nothing else to do.
+    With a CUDA device, only time in which the device is idle counts as waiting.
     """
 
     def __init__(self, seconds=0.0, waited=0.0, windows=0, device=None):
         self.started, self.stopped = 0.0, seconds
         self._waited, self.windows = waited, windows
         self.on_cuda = device is not None and device.type == "cuda"
-        self._pending = deque()  # begin and end of waits that the device hasn't come to yet
+        self._pending = deque()  # begin and end of waits that the device hasn't reached yet
 
     def start(self):
         self.started, self.stopped = time.perf_counter() - self.seconds, None
@@ -109,7 +109,7 @@ class Clock:
             self._count_waits()
 
     def _moment(self):
-        """Now; on CUDA, when the device will have done all that it was given so far."""
+        """Now; on CUDA, the time when the device will have finished all work queued so far."""
         if not self.on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -123,7 +123,7 @@ class Clock:
 
     @property
     def waited(self):
-        """Seconds, without waiting for the device to come to the latest."""
+        """Seconds; doesn't wait for the device to reach the latest waits."""
         self._count_waits()
         return self._waited
 
@@ -137,7 +137,7 @@ class Clock:
 
 
 def append_epoch(logs, epoch, values):
-    """Append an epoch to the lists of `checkpoint_logs.json`; what has no value gets None."""
+    """Append an epoch to the lists of `checkpoint_logs.json`; lists without a value get None."""
     done = len(logs.setdefault("epoch", []))
     logs["epoch"].append(epoch)
     for key in values:

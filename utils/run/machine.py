@@ -15,10 +15,10 @@ MOST_ON_CUDA = 4  # threads for computing: the GPU leaves them little to do
 
 
 def keep_freed_memory():
-    """Tell glibc's allocator to keep freed memory instead of returning it to the system.
+    """Make glibc's allocator keep freed memory instead of returning it to the system.
 
     Large temporaries then land on warm pages: filling freshly mapped memory is about five times
-    slower than filling memory used before. Does nothing where there is no glibc.
+    slower than filling memory used before. Does nothing without glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -49,11 +49,11 @@ def prepare_device(flag):
 
 
 def available_memory(device):
-    """Bytes that may still be taken on this device: on a CPU what the system and, in a container,
-    its limit leave; half of the machine's memory where the system doesn't say."""
+    """Bytes still available on this device: on a CPU, what the system and a container's limit
+    leave, or half of the machine's memory if the system doesn't report it."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept  # by PyTorch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept  # by PyTorch, for reuse
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kilobytes = dict(line.split()[:2] for line in file)
@@ -76,7 +76,7 @@ def _left_in_container():
 
 
 def n_processors():
-    """How many processors this process may use, by its affinity mask and its containers' quotas."""
+    """The number of processors that this process may use: affinity mask and containers' quotas."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return math.ceil(min(own, _quota()))
 
@@ -84,7 +84,7 @@ def n_processors():
 def _quota(root="/"):
     """Processors that the control groups of this process leave it: a fraction, or infinity.
 
-    A group can't use more than the groups it is in, so all are asked, in version 1 and 2.
+    A group can't use more than the groups it is in, so all are read, in version 1 and 2.
     """
     try:
         lines = Path(root, "proc/self/cgroup").read_text().splitlines()
@@ -134,9 +134,9 @@ def set_threads(device, n_threads=0, n_processes=1):
 
 
 def keep_threads(before, device, n_threads=0, n_processes=1):
-    """Set the number of threads to that of a run before, if no other was asked for and it fits.
+    """Keep the number of threads of the resumed run, if no other was asked for and it fits.
 
-    before: what its checkpoint says. A larger number that is possible is mentioned.
+    before: the number in its checkpoint. A note is printed if more are possible.
     """
     if n_threads or "OMP_NUM_THREADS" in os.environ or not isinstance(before, int):
         return
@@ -152,25 +152,25 @@ def _most_threads(device, n_processes, most=math.inf):
 
 
 def seed_generators(seed):
-    """As `torch.manual_seed` for CPU and CUDA. Without CUDA, that spends 0.5 ms on a trace."""
+    """Like `torch.manual_seed` for CPU and CUDA, which without CUDA spends 0.5 ms on a trace."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
 def set_precision(precision):
-    """Let CUDA use TensorFloat-32 as `--precision` says."""
+    """Let CUDA use TensorFloat-32, depending on `--precision`."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"  # bf16: of recurrent networks
-    # Without gradients and in bf16 it would be preferred, and relative positions make it a mask
-    # that isn't aligned as it needs (transformers.relative_scores).
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"  # bf16: for recurrent networks
+    # Without gradients and in bf16 it would be preferred, but the mask of relative positions isn't
+    # aligned as it needs (transformers.relative_scores).
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def compiled(args, batch):
     """A block in which networks run as `--compile` made them if the batch is full.
 
-    For one of another size, the compiler would start again, and make code for any size.
+    For a batch of another size, the compiler would start again, and make code for any size.
     """
     if args.compile and len(batch.window) == args.batchSizeGPU:
         return torch.compiler.set_stance("default")

@@ -1,13 +1,13 @@
-"""How often something is done that keeps a run waiting."""
+"""The pace of work that keeps a run waiting, such as saving."""
 
 import contextlib
 import time
 
 
 class Pace:
-    """When something is due again: `seconds` after it was done last, or later if it takes long.
+    """When work is due again: `seconds` after it was last done, or later if it takes long.
 
-    share: the most of a run's time that it may take; now: a clock, in seconds.
+    share: the largest fraction of a run's time that it may take; now: a clock, in seconds.
     """
 
     def __init__(self, seconds, share=0.01, now=time.monotonic):
@@ -20,7 +20,7 @@ class Pace:
 
     @contextlib.contextmanager
     def timed(self):
-        """A block that does it."""
+        """A block that does the work."""
         begun = self.now()
         try:
             yield

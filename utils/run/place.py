@@ -1,6 +1,6 @@
-"""Which of a run's processes this one is, by the environment of torchrun or of Slurm.
+"""Which of a run's processes this one is, from the environment that torchrun or Slurm sets.
 
-Slurm's variables are translated into those of torchrun, so that all else knows only these.
+Slurm's variables are translated into those of torchrun, the only ones that the rest reads.
 """
 
 import os
@@ -10,13 +10,13 @@ from typing import NamedTuple
 from utils.misc import UserError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FIRST_PORT, N_PORTS = 20_000, 10_000  # below the ports that systems hand out by themselves
+FIRST_PORT, N_PORTS = 20_000, 10_000  # below the ports that systems assign on their own
 
 
 class Place(NamedTuple):
-    """Number of this process and how many there are, in all and on this machine.
+    """The number of this process and how many there are, in all and on this machine.
 
-    machine: number that the processes of a machine have in common, and those of others don't
+    machine: a number that the processes of a machine share, and those of others don't
     """
 
     rank: int = 0
@@ -63,7 +63,7 @@ def is_task_of_srun():
 
 
 def enter_slurm_step():
-    """Where srun started this process as one of several, set the variables that torchrun sets."""
+    """If srun started this process as one of several, set the variables that torchrun sets."""
     if not is_task_of_srun() or is_one_of_several():
         return
     try:
@@ -87,7 +87,7 @@ def enter_slurm_step():
 
 
 def first_host(hosts):
-    """The first host of Slurm's list, as `scontrol show hostnames` gives it: `a[01-04,7],b` a01."""
+    """The first host of Slurm's list, as from `scontrol show hostnames`: a01 of `a[01-04,7],b`."""
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", hosts).partition(",")[0]
 
 
@@ -98,9 +98,9 @@ def tasks_per_node(text):
 
 
 def current_job():
-    """The job of Slurm or torchrun, and how often it was restarted; None, 0 outside of any.
+    """The job of Slurm or torchrun, and how often it was restarted; None, 0 without a job.
 
-    torchrun calls every job `none` that got no --rdzv-id.
+    torchrun calls jobs without --rdzv-id `none`.
     """
     if "SLURM_JOB_ID" in os.environ:
         name, restarts = f"Slurm job {os.environ['SLURM_JOB_ID']}", "SLURM_RESTART_COUNT"

@@ -34,8 +34,8 @@ def resolve(args, explicit):
         for line in warnings:
             print(f"warning: {line}")
         if warnings and not works_on_checkpoint(args):
-            print(f"the run in {args.pathCheckpoint} goes on; a new one needs another directory")
-        # The checkpoint's values count for these: what the command line says contradicts nothing.
+            print(f"resuming the run in {args.pathCheckpoint}; a new run needs another directory")
+        # These have the checkpoint's values, so values on the command line contradict nothing.
         explicit = explicit - ARCHITECTURE - DATA_ORDER
     elif args.load:
         explicit = explicit - adopt_architecture(args)
@@ -58,11 +58,11 @@ def find_checkpoint(args):
 
 
 def inherit_args(args, explicit, stored, source):
-    """Take over from `stored`, the flags in the checkpoint `source`, what `args` has to inherit.
+    """Set the flags of `args` that are inherited from `stored`, those in the checkpoint `source`.
 
-    Only what is inherited is read: other values there may be of no use to this program. Returns
-    a warning for every flag whose value, on the command line or stored, isn't used although it
-    might be expected.
+    Only these are read: other stored values may mean nothing to this program. Returns a warning for
+    every flag whose value, on the command line or stored, isn't used although the user might expect
+    it.
     """
     refuse_unsupported(stored, source)
     taken = ARCHITECTURE | inherited_flags(args, explicit, stored)
@@ -88,7 +88,7 @@ def inherited_flags(args, explicit, stored):
         gone = {name for name in DATA_ORDER & PATHS if is_gone(stored.get(name))}
         inherited |= DATA_ORDER - (gone & explicit)
     else:
-        # Captures and probes are asked for again; training lists matter to probes alone.
+        # Captures and probes must be asked for again; training lists only matter to probes.
         inherited |= DATA_ORDER - explicit - {"pathTrain", "pathVal"}
         inherited -= CAPTURE_GROUP | PROBE_GROUP
     if args.only_classif_metric:
@@ -101,7 +101,7 @@ def inherited_flags(args, explicit, stored):
 
 
 def is_gone(path):
-    """Whether a stored path is one that isn't there any more, or several (of hCPC)."""
+    """Whether a stored path no longer exists, or is a list of several (of hCPC)."""
     if isinstance(path, list):
         return True
     return isinstance(path, str) and bool(path) and not os.path.exists(path)
@@ -134,7 +134,7 @@ def adopt_architecture(args):
     adopted |= zip(("hiddenGar", "hiddenEncoder"), widths, strict=True)
     for name, value in sorted(adopted.items()):
         if getattr(args, name) != value:
-            print(f"--{name}: {value}, as in what is loaded (instead of {getattr(args, name)})")
+            print(f"--{name}: {value}, as in the loaded model (instead of {getattr(args, name)})")
             setattr(args, name, value)
     return adopted.keys() | of_model
 
@@ -146,11 +146,11 @@ def check_levels_of(models, args):
         len(parts) > 1 or NULLSPACE in models[0].state
     ):
         raise UserError(
-            "--load: a model of two levels can't be trained on beside another or below a null "
-            "space; --loadOnlyFrameModel takes its frame level alone"
+            "--load: a model of two levels can't be trained further beside another one or below a "
+            "null space; --loadOnlyFrameModel loads only its frame level"
         )
     if args.multiLevel and not args.loadOnlyFrameModel and not any(f.multiLevel for f in parts):
         raise UserError(
-            "--load: what is loaded has no level of segments: --loadOnlyFrameModel puts a new one "
-            "on top, or leave out --multiLevel"
+            "--load: the loaded model has no level of segments: --loadOnlyFrameModel puts a new "
+            "one on top, or leave out --multiLevel"
         )

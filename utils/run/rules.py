@@ -1,7 +1,7 @@
-"""The rules between the flags of train.py, judged before audio is looked for.
+"""The rules between the flags of train.py, checked before any audio is looked for.
 
-`check_...` change nothing and raise UserError with the flag and the way out. In them `explicit`
-holds the flags that the user has a say in: contradictions are judged between these.
+`check_...` change nothing and raise UserError with the flag and what to do. Their `explicit` holds
+the flags that the user chose: only contradictions between these are errors.
 """
 
 import importlib.util
@@ -61,7 +61,7 @@ def switched_off(args, explicit):
 
 
 def captured(args):
-    """The switches of what is captured, without stats."""
+    """The capture switches that are on, without stats."""
     return sorted(name for name in CAPTURE_SWITCHES if getattr(args, name))
 
 
@@ -74,8 +74,8 @@ def check_call(args, explicit):
 def check_arguments(args, explicit, resumed=False, began_with_load=False):
     """Refuse what can't work, after `complete` and before audio is looked for.
 
-    explicit: flags given, without those that the checkpoint decides; resumed: there is one;
-    began_with_load: the model wasn't built from these flags, which tell only the widths of its
+    explicit: flags given, without those that the checkpoint decides; resumed: whether there is one;
+    began_with_load: the model wasn't built from these flags, which only give the widths of its
     features.
     """
     explicit = explicit - switched_off(args, explicit)
@@ -160,7 +160,7 @@ def check_machine(args):
 
 
 def check_compilers(cuda):
-    """What PyTorch compiles with: Triton and a C compiler for a GPU, a C++ compiler for a CPU."""
+    """PyTorch needs Triton and a C compiler for a GPU, or a C++ compiler for a CPU."""
     if cuda and importlib.util.find_spec("triton") is None:
         raise UserError(
             "--compile on a GPU needs Triton, which isn't installed here; install it, or leave out "
@@ -257,7 +257,7 @@ def check_prediction_heads(args):
 
 
 def check_reach(args):
-    """The predictions must fit in the matched frames, and what is predicted in the window."""
+    """The predictions must fit into the matched frames, and the frames ahead into the window."""
     extra = args.CPCCTCSelfLoop + args.CPCCTCLearnBlank
     if args.CPCCTC and args.nPredicts + extra > args.CPCCTCNumMatched:
         more = f" and {extra} more (self loop, blank)" if extra else ""
@@ -285,7 +285,7 @@ def check_supervised(args, explicit):
         raise UserError("--CTC needs --path_phone_data FILE")
     if args.CTC and args.onEncoder:
         raise UserError(
-            "--onEncoder can't be used with --CTC: phones by CTC are read from the contexts"
+            "--onEncoder can't be used with --CTC: the CTC phone classifier reads contexts"
         )
     if not args.path_phone_data and (args.nLevelsPhone > 1 or args.onEncoder):
         raise UserError("--nLevelsPhone and --onEncoder need --path_phone_data FILE")
@@ -308,8 +308,8 @@ def check_augmentation(args, explicit):
         raise UserError(f"--augment_{flag} has no effect with --{other}")
     if args.samplingType == "sequential" and args.augment_prob < 1:
         raise UserError(
-            f"--augment_prob {args.augment_prob}: with --samplingType sequential it would always "
-            "be the same part of the corpus that stays clean; leave it out"
+            f"--augment_prob {args.augment_prob}: with --samplingType sequential, the same part of "
+            "the corpus would always stay clean; leave it out"
         )
     used = {effect for kind in args.augment_type for effect in AUGMENT_TYPES[kind]}
     for name in sorted(explicit & EFFECT_OF.keys()):
@@ -351,8 +351,7 @@ def check_probes(args, explicit):
         refuse_any(explicit & needs_labels, "needs --path_phone_data FILE")
     if args.CTCphones and args.phone_get_encoded:
         raise UserError(
-            "--CTCphones can't be used with --phone_get_encoded: phones by CTC are read from the "
-            "contexts"
+            "--CTCphones can't be used with --phone_get_encoded: the CTC phone probe reads contexts"
         )
     check_probe_flags(args, "--CTCphones" if args.CTCphones else None)
     if not args.linsep_logs_dir:
@@ -395,7 +394,7 @@ def check_capture(args, explicit):
 
 
 def check_paths(args, resumed):
-    """The paths that this call of the program reads must exist, and it must be able to write."""
+    """The paths that this call reads must exist, and those that it writes must be writable."""
     read, directories = {"path_phone_data"}, ()
     if not args.onlyCapture and not args.only_classif_metric:
         read, directories = {*read, "pathSeqNoise"}, RECORDINGS
@@ -459,6 +458,6 @@ def check_file(flag, path):
 
 
 def labels_in(folder):
-    """The phone labels in a folder of converted alignments; None where there are none."""
+    """The phone labels in a folder of converted alignments, or None."""
     labels = os.path.join(folder, "converted_aligned_phones.txt")
     return labels if os.path.isfile(labels) else None

@@ -2,14 +2,7 @@
 
 from utils.misc import UserError
 from utils.normalisation import FEATURE_NORMS
-from utils.run.command import (
-    AUDIO_EXTENSION,
-    above,
-    at_least,
-    decay_rate,
-    each_at_least,
-    extension,
-)
+from utils.run.command import AUDIO_EXTENSION, above, at_least, decay_rate, each_at_least, extension
 
 # A flag on two lines reads better than on seven, hence:
 # fmt: off
@@ -30,12 +23,12 @@ def add_device(add):
 
 def add_extension(add, *names, default=AUDIO_EXTENSION, files="audio files"):
     add(*names, "--file_extension", type=extension, default=default, metavar="EXT",
-        help=f"ending of the names of the {files} (default: that of the kind that the folder "
-        f"holds; of several kinds, {default})")
+        help=f"file name extension of the {files} (default: the one found in the folder; "
+        f"{default} if there are several)")
 
 
 def add_reading(add):
-    """Flags of reading a corpus."""
+    """Flags for reading a corpus."""
     add("--ignore_cache", action="store_true",
         help="scan the audio files again; needed when files were added or removed")
     add("--n_process_loader", type=at_least(1), default=8, metavar="N",
@@ -54,7 +47,7 @@ def add_adam(add, epsilon):
 
 def add_feature_norm(add, over):
     add("--feature_norm", choices=FEATURE_NORMS, default="none",
-        help=f"features of zero mean and unit variance over each speaker or utterance{over}")
+        help=f"scale features to zero mean and unit variance over each speaker or utterance{over}")
 
 
 def add_probe_flags(add):
@@ -62,10 +55,10 @@ def add_probe_flags(add):
     add("--linsep_hidden", type=at_least(0), default=0, metavar="D",
         help="a hidden layer of D units with ReLU in each probe (0: none)")
     add("--linsep_times", type=at_least(1), default=1, metavar="N",
-        help="train N classifiers, from other first weights and in other orders, and report mean "
+        help="train N classifiers, with different initial weights and data orders, and report mean "
         "and standard deviation")
-    add("--knn", type=each_at_least(1), metavar="K", help="classify by the K nearest training "
-        "frames, too, of at most 200,000 (by cosine); 1,10 for several K")
+    add("--knn", type=each_at_least(1), metavar="K", help="also classify by the K nearest of at "
+        "most 200,000 training frames (by cosine); 1,10 for several K")
     add_feature_norm(add, " of the set")
 
 
@@ -73,7 +66,7 @@ def add_probe_flags(add):
 
 
 def check_probe_flags(args, ctc):
-    """Refuse what doesn't go together; ctc: the flag that asks for CTC, if it is given."""
+    """Refuse what can't be combined; ctc: the flag that asks for CTC, if it is given."""
     if args.linsep_hidden and args.linsep_net_layers > 1:
         raise UserError("--linsep_hidden and --linsep_net_layers: choose one of them")
     if args.knn and ctc:

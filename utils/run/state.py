@@ -1,7 +1,7 @@
-"""The state of a training run: how far it has come, and everything that its checkpoints hold.
+"""The state of a training run: its progress, and everything that its checkpoints hold.
 
 Nothing random has a state: every step is seeded by its position in the data. So a run resumes
-exactly where it was saved, inside an epoch too.
+exactly where it was saved, even inside an epoch.
 """
 
 import math
@@ -44,12 +44,12 @@ def learning_rate(epoch, base, ramp=None, halve_every=-1):
 
 
 class RunState(Listener):
-    """What is trained, by which optimiser, and how far that has come.
+    """The networks in training, their optimiser, and the progress so far.
 
     args: the flags; networks: a Networks on `device`; the loaders: BatchLoaders of the training and
-    the validation set, whose world is that of all ranks: these have the same weights and the same
-    position; models: the flags of each part of a model that began with `--load`, or None;
-    speakers: their names by id where the criterion has weights for each, or None.
+    the validation set, whose world is that of all ranks, which have the same weights and the same
+    position; models: the flags of each part of a model that came from `--load`, or None;
+    speakers: their names by id if the criterion has weights for each, or None.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class RunState(Listener):
             eps=args.epsilon,
             fused=True,
         )
-        self.position = Position(0, 0, 0)  # where training continues
+        self.position = Position(0, 0, 0)  # where training resumes
         networks.progress = self.progress
         self.saved_position = None
         self.steps_since_save = 0
         self.save_pace = Pace(SECONDS_BETWEEN_SAVES)
-        self.save_is_agreed = False  # rank 0 found it due by that, and all ranks know
+        self.save_is_agreed = False  # rank 0 found a save due, and all ranks know
         self.epoch_means = RunningMeans(self.world)  # of the epoch in progress
         self.epoch_values = {}  # of the epoch in progress, for the logs
         self.clock = Clock(device=device)  # of the epoch in progress, or the last one
@@ -87,13 +87,13 @@ class RunState(Listener):
         self.checkpoints_to_remove = saved_checkpoints(self.directory) if args.restart else []
 
     def progress(self):
-        """How far training has come, a `Progress`."""
+        """The `Progress` of training."""
         done = sum(steps or 0 for steps in self.logs.get("iter", []))
         steps = self.epoch_means.batches
         return Progress(self.position.epoch, steps, done + steps)
 
     def set_learning_rate(self):
-        """Set that of the epoch; returns it, without that of codes of segments."""
+        """Set the learning rates of the epoch; returns the one that isn't of codes for segments."""
         args = self.args
         epoch, schedule = self.position.epoch, (args.schedulerRamp, args.schedulerStep)
         for group in self.optimizer.param_groups:
@@ -103,7 +103,7 @@ class RunState(Listener):
     # ------------------------------------------------------------------------------- one more step
 
     def count_step(self, position, batch, losses, accuracies, gradient_norm):
-        """Take note of a step that the optimiser has done on the batch at `position`."""
+        """Record a step that the optimiser has done on the batch at `position`."""
         self.epoch_means.add(losses, accuracies, len(batch.window), gradient_norm)
         # The first batch of the next step: ranks take consecutive batches.
         self.position = position._replace(batch=position.batch + self.world.size - self.world.rank)
@@ -122,7 +122,7 @@ class RunState(Listener):
     def check_finite(self):
         """Stop at the first step whose loss or gradient was not finite; it changed no weight.
 
-        Looking waits for the device, so it is done where that costs little.
+        The check waits for the device, so it is only done when that costs little.
         """
         steps, self.unchecked_steps = self.unchecked_steps, []
         norms = torch.stack([norm for *_, norm in steps]).tolist() if steps else []
@@ -136,7 +136,7 @@ class RunState(Listener):
                     UserError(
                         f"epoch {position.epoch}, pack {position.pack}, batch {position.batch}: "
                         f"the loss or its gradient isn't a finite number (files: {names}). The "
-                        "checkpoints are sound; look at these files, or lower --learningRate"
+                        "checkpoints are intact; check these files, or lower --learningRate"
                     )
                 )
 
@@ -158,7 +158,7 @@ class RunState(Listener):
         self.position, self.epoch_means = Position(epoch + 1, 0, 0), RunningMeans(self.world)
 
     def selection_metric(self, losses, accuracies):
-        """The largest makes an epoch the best: its accuracy or, where there is none, minus the
+        """The value that is largest in the best epoch: the accuracy or, if there is none, minus the
         loss."""
         return mean(accuracies) if self.networks.has_accuracy else -mean(losses)
 
@@ -172,7 +172,7 @@ class RunState(Listener):
     # -------------------------------------------------------------------------------------- saving
 
     def save(self, epoch=None):
-        """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` where no epoch has just ended.
+        """Write `checkpoint_<epoch>.pt`, or `checkpoint_resume.pt` if no epoch has just ended.
 
         Returns, on every rank, whether that went well: a full disk is no reason to stop training.
         """
@@ -181,7 +181,7 @@ class RunState(Listener):
         with self.save_pace.timed():
             self.steps_since_save, self.save_is_agreed = 0, False
             is_saved = self.write(self.contents(), epoch)
-            # Where one process has ended, torchrun and srun soon end those that are still writing.
+            # Once one process has ended, torchrun and srun soon end those that are still writing.
             return all(self.world.all_gather(is_saved))
 
     def write(self, contents, epoch):
@@ -192,8 +192,8 @@ class RunState(Listener):
             path = save_checkpoint(self.directory, contents, epoch)
         except OSError as error:
             print(
-                f"warning: {self.directory}: no checkpoint written ({error}). Earlier ones are as "
-                "they were, and the next save tries again"
+                f"warning: {self.directory}: no checkpoint written ({error}). Earlier ones are "
+                "intact, and the next save tries again"
             )
             return False
         self.saved_position = self.position
@@ -204,7 +204,7 @@ class RunState(Listener):
         return True
 
     def remove_superseded(self, newest, epoch):
-        """Now that `newest` is written: remove those of before a restart, and what --keep says."""
+        """After writing `newest`: remove checkpoints from before a restart or beyond --keep."""
         for path in self.checkpoints_to_remove:
             if path != newest:
                 path.unlink(missing_ok=True)
@@ -235,7 +235,7 @@ class RunState(Listener):
         return contents | {key: value for key, value in rest.items() if value}
 
     def machine(self):
-        """Everything that the bits of a run's results depend on, beside seed and data."""
+        """Everything but seed and data that a run's results depend on, to the last bit."""
         return {
             "device": self.device.type,
             "processes": self.world.size,
@@ -264,11 +264,11 @@ class RunState(Listener):
         clock = state.get("clock", {})  # older checkpoints have none
         self.clock = Clock(**clock, device=self.device)
         try:
-            # With several ranks that of rank 0 was saved, and no batch continues it.
+            # With several ranks, only rank 0's was saved, and no batch continues it.
             if state["machine"].get("processes", 1) == 1:
                 self.networks.model.set_hidden_state(state["hidden"])
         except (ValueError, TypeError) as error:
-            raise UserError(f"{checkpoint.path}: training can't go on from it: {error}") from error
+            raise UserError(f"{checkpoint.path}: training can't resume from it: {error}") from error
         before, now = state["machine"], self.machine()
         if all(before.get(part) == now[part] for part in ("device", "processes")):
             flags = self.args.threads, self.world.local_size
@@ -277,7 +277,7 @@ class RunState(Listener):
         self.note_data_change(state["fingerprint"])
 
     def note_machine_change(self, before):
-        """Note what is different from the machine that the run was on."""
+        """Print how this machine differs from the one that the run was on."""
         changes = [
             f"{part} {before.get(part, 'unknown')} -> {now}"
             for part, now in self.machine().items()
@@ -294,7 +294,7 @@ class RunState(Listener):
             )
 
     def note_data_change(self, fingerprint):
-        """Warn of a training or validation set that isn't that of the checkpoint any more.
+        """Warn if the training or validation set is no longer that of the checkpoint.
 
         A position in the old training set means nothing in the new one: the epoch ends there.
         """
@@ -303,8 +303,8 @@ class RunState(Listener):
         for part, before, now in zip(parts, old, new, strict=False):
             if before != now:
                 print(
-                    f"warning: the {part} set isn't the one that the run was on: its files or its "
-                    "list were changed"
+                    f"warning: the {part} set isn't the one that the run used before: its files or "
+                    "its list have changed"
                 )
         if old[0] != new[0] and self.epoch_means.batches:
             print(f"note: epoch {self.position.epoch} ends here; the next one uses the new set")

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, Ctrl-C and SIGUSR1 (Slurm's warning) end a run without a loss."""
+"""Stop signals: SIGTERM, Ctrl-C and SIGUSR1 (Slurm's warning) end a run without losing work."""
 
 import contextlib
 import os
@@ -32,16 +32,16 @@ def signals_held_back():
 
 
 def let_signals_in():
-    """Take the stop signals from now on, and those that were held back."""
+    """Accept stop signals from now on, and those that were held back."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class StopSignals:
     """Turns the first stop signal into a `Stopped`, raised where nothing is left half done.
 
-    Inside `deferred()` it is raised at the end of the block, elsewhere at once. Another signal,
-    a second or more later, ends the process on the spot. Use as a context manager; the old handlers
-    come back after it.
+    Inside `deferred()` it is raised at the end of the block, elsewhere at once. Another signal, a
+    second or more later, ends the process immediately. Use as a context manager, which restores the
+    previous handlers at its end.
     """
 
     def __init__(self):
