@@ -239,6 +239,34 @@ def test_codes_are_found_in_the_real_segments_of_the_last_epoch():
     quantiser.begin_epoch(4, generator_from(4))  # nothing to find them in
 
 
+# ---------------------------------------------------------------------------------------- losses
+
+
+def learned_networks(*words):
+    sizes = "--hiddenEncoder 8 --hiddenGar 8 --hiddenEncoderSegment 8 --hiddenGarSegment 8".split()
+    heads = "--rnnMode linear --rnnModeSegment linear".split()
+    args = build_parser().parse_args([*FLAGS, *sizes, *heads, *words])
+    return join_networks(build_criterion(args, 1), build_model(args), args)
+
+
+def test_the_losses_of_a_policy_have_their_weights():
+    networks = learned_networks("--policyWeights", "0.1", "0.2", "0.3")
+    assert_close(networks.loss_weights[0, -6:], [0.1, 0.2, 0.3, 0, 0, 1], 1e-6)
+
+
+def test_means_of_segments_are_over_the_batches_that_had_some_to_predict():
+    networks = learned_networks("--nPredicts", "1", "--CPCCTCNumMatched", "1")
+    policy, codes = [0.1, 0.2, 0.3, 7.0], [0.4]
+    values = networks.named("val", [3.0, 0.2, 0.1, *policy, 0.25, *codes], [0.5] * 9)
+    assert values["locLoss_val"] == [3.0]
+    assert values["locLoss_val_segments"] == [0.8, 0.4]
+    assert values["boundariesPerSecond_val"] == 7.0
+    values = networks.named("val", [3.0, 0.0, 0.0, *policy, 0.0, *codes], [0.5] * 9)
+    assert values["locAcc_val"] == [0.5]
+    assert values["locLoss_val_segments"] is values["locAcc_val_segments"] is None
+    assert set(values) & {"predicted", "predicted_val"} == set()
+
+
 # --------------------------------------------------------------------- checkpoints, whole runs
 
 FLAGS = (
@@ -377,6 +405,10 @@ def test_a_checkpoint_of_hcpc_with_learned_boundaries_resumes(tiny_corpus, tmp_p
     ("words", "said"),
     [
         (["--rlSetup", "vanillaReinforce"], "--rlSetup needs --segmentationMode boundaryPredictor"),
+        (
+            ["--segmentationMode", "boundaryPredictor", "--policyWeights", "1"],
+            "--policyWeights needs three values",
+        ),
         (["--targetQuantizerSegment", "gumbel"], "--targetQuantizerSegment: gumbel: isn't support"),
         (["--numCodesCodebook", "9"], "--numCodesCodebook needs --targetQuantizerSegment robust"),
         (
