@@ -1,6 +1,6 @@
 """A grid of settings and seeds: trains its runs, keeps raw values, and makes tables of them.
 
-    python benchmarks/learning.py benchmarks/grids/starts.json [--jobs 2] [--minutes 60]
+    python benchmarks/learning.py benchmarks/grids/starts.json --jobs 2 --minutes 60
     python benchmarks/learning.py benchmarks/grids/starts.json --tables
 
 Trains each run of the grid that has no values yet, takes its measures, and adds them to

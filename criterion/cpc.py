@@ -8,7 +8,7 @@ from torch import nn
 
 from criterion import sampling
 from criterion.prediction import ContrastiveCriterion, CriterionOutput, mean_over_anchors
-from utils.misc import NO_CHANCE, Chance
+from utils.misc import NO_CHANCE, Chance, not_compiled
 
 
 class CPCCriterion(ContrastiveCriterion):
@@ -63,7 +63,7 @@ class CPCCriterion(ContrastiveCriterion):
             return super().draw_negatives(sizes, device, generator, lengths)
         return sampling.anchor_frames(*sizes, device).unsqueeze(2)
 
-    @torch.compiler.disable  # draws, as in the class above
+    @not_compiled  # draws, as in the class above
     def score_candidates(self, predictions, encoded, generator, lengths=None):
         scores = super().score_candidates(predictions, encoded, generator, lengths)
         if not self.adjacent_negatives:

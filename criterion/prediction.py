@@ -16,7 +16,7 @@ from torch import nn
 from criterion import sampling
 from criterion.custom_layers import EqualizedConv1d, EqualizedLinear, stacked_weights
 from transformers import MultiOutputLayer, batched_forward, build_transformer, check_heads
-from utils.misc import UserError, recurrent
+from utils.misc import UserError, not_compiled, recurrent
 
 DROPOUT = 0.5  # fraction of the predicted features dropped with --dropout
 LOOP_OVER_HEADS_ON = ("cpu",)  # device types where batching all heads is no faster
@@ -132,7 +132,7 @@ class ContrastiveCriterion(nn.Module):
         group = self.limit_negatives
         return sampling.draw_negatives(*sizes, self.n_negatives, group=group, **options)
 
-    @torch.compiler.disable  # draws must not depend on --compile; nothing here to fuse
+    @not_compiled  # draws must not depend on --compile; nothing here to fuse
     def score_candidates(self, predictions, encoded, generator, lengths=None):
         """predictions (B, W, P, E), encoded (B, S, E) -> CandidateScores of X anchors.
 

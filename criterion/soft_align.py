@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from criterion.prediction import ContrastiveCriterion, CriterionOutput, mean_over_anchors
-from utils.misc import Chance, UserError
+from utils.misc import Chance, UserError, not_compiled
 
 FORBIDDEN = -1000.0  # log-probability of a masked match
 LOG_ZERO = -1e30  # log-probability of the impossible; finite, so that differences of two aren't NaN
@@ -220,7 +220,7 @@ def build_mask(rules, n_matched, n_predictions):
     return mask
 
 
-@torch.compiler.disable  # a loop over frames, which compiling would unroll
+@not_compiled  # a loop over frames, which compiling would unroll
 def soft_align(log_probs, skips_beg=0, skips_end=0, blank=NO_BLANK):
     """Align symbols to frames: the cost summed over all alignments, and the best symbols.
 

@@ -48,7 +48,7 @@ from utils.misc import SAMPLES_PER_FRAME, UserError, first_few
 from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, DefaultExtension, above, at_least, command
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import add_device, add_extension, add_feature_norm, add_level
 
 NO_TRIPLET = {
@@ -66,8 +66,7 @@ DEBUG_FILES = 1000
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     library = require_fastabx() if args.fastabx else "built in"
     items = read_items(args.path_item_file, args.context == "any")
     if args.debug:

@@ -2,8 +2,8 @@
 
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format npz --strict
     python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --format pt --extension .flac
-    python eval/build_zeroSpeech_features.py AUDIO OUT CLASSIFIER.pt --addCriterion [--oneHot]
-    python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --clusters CLUSTERS [--oneHot]
+    python eval/build_zeroSpeech_features.py AUDIO OUT CLASSIFIER.pt --addCriterion
+    python eval/build_zeroSpeech_features.py AUDIO OUT CHECKPOINT.pt --clusters CLUSTERS --oneHot
 
 `OUT/<name>.<format>` holds the features of `<name><extension>`, T frames of 10 ms with D values
 (`OUT/<folder>/<name>.<format>` where files in several folders have the same name):
@@ -53,7 +53,7 @@ from utils.normalisation import NormalisedFeatures
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import (
     add_device,
     add_extension,
@@ -72,8 +72,7 @@ DECISIVE = (  # flags that the features depend on
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     outputs = name_outputs(args)
     write_features(features_of_model(args, outputs), outputs, WRITERS[args.format], args)
 
@@ -132,9 +131,7 @@ def check_available(args):
 
 
 def build_parser():
-    parser = CommandLine(
-        prog="build_zeroSpeech_features.py", description="Features of all audio files in a folder."
-    )
+    parser = CommandLine(prog="build_zeroSpeech_features.py", description=__doc__)
     add = parser.add_argument
     add("pathDB", help="folder of the audio files; subfolders are included")
     add("pathOut", help="folder to write the features to")

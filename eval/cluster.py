@@ -13,7 +13,6 @@ import itertools
 import os
 import sys
 import time
-from collections import Counter
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -34,11 +33,11 @@ from eval.units import (
 from utils.data.corpus import listed_utterances, scan_corpus
 from utils.files import writing_to
 from utils.kmeans import kmeans
-from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, percent
+from utils.misc import SAMPLES_PER_FRAME, UserError, counted, generator_from, in_turns, percent
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import add_device, add_extension, add_level
 
 FRAMES_PER_CLUSTER, FEWEST_FRAMES = 2000, 200_000  # more hardly move the centers
@@ -48,9 +47,7 @@ LARGE_SHARE = 0.5  # of all frames in one unit: something is wrong
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    device = device_from(args.device)
-    keep_freed_memory()
-    set_threads(device)
+    device = prepare_device(args.device)
     corpus = scan_corpus(args.pathDB, args.file_extension, args.speaker_level, args.ignore_cache)
     args.file_extension = corpus.extension
     files = listed_utterances(corpus, args.seqList)
@@ -166,15 +163,10 @@ def spread_over_speakers(utterances, n_samples, seed):
     """Random utterances of all speakers in turn, `n_samples` in all or a little more."""
     usable = [u for u in utterances if not u.problem and u.samples >= SAMPLES_PER_FRAME]
     order = torch.randperm(len(usable), generator=generator_from(seed, "files to cluster"))
-    n_of = Counter()  # utterances of each speaker so far
-
-    def turn(utterance):
-        n_of[utterance.speaker] += 1
-        return n_of[utterance.speaker]
-
-    in_turns = sorted((usable[i] for i in order.tolist()), key=turn)
-    totals = itertools.accumulate((u.samples for u in in_turns), initial=0)
-    return [u for u, before in zip(in_turns, totals, strict=False) if before < n_samples]
+    order = order[in_turns(torch.tensor([u.speaker for u in usable], dtype=torch.long)[order])]
+    chosen = [usable[i] for i in order.tolist()]
+    totals = itertools.accumulate((u.samples for u in chosen), initial=0)
+    return [u for u, before in zip(chosen, totals, strict=False) if before < n_samples]
 
 
 def mean_and_std(frames):

@@ -2,7 +2,7 @@
 
     python eval/common_voices_eval.py train AUDIO PHONES CHECKPOINT.pt --freeze --output OUT
     python eval/common_voices_eval.py train AUDIO PHONES CHECKPOINT.pt --LSTM --output OUT
-    python eval/common_voices_eval.py per OUT [--pathVal LIST]
+    python eval/common_voices_eval.py per OUT --pathVal LIST
 
 `train` trains a CTC phone recogniser on the contexts of a model, which is frozen with --freeze and
 fine-tuned otherwise; `per` measures the phone error rate (Riviere et al., "Unsupervised pretraining
@@ -38,7 +38,7 @@ from utils.misc import SAMPLES_PER_FRAME, UserError, generator_from, percent
 from utils.run.checkpoint import load_weights, open_checkpoint
 from utils.run.command import CommandLine, at_least, command, extension
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import add_adam, add_device, add_extension, add_reading
 
 BEAM = 20  # phone sequences kept in decoding
@@ -50,8 +50,7 @@ PARALLEL = "module."  # prefix of keys: the original saves the state of DataPara
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     if args.command == "train":
         train(args)
     else:
@@ -84,10 +83,8 @@ def parse_arguments(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(
-        prog="common_voices_eval.py", description="Phone recognition on whole utterances."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandLine)
+    parser = CommandLine(prog="common_voices_eval.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     training = commands.add_parser("train", help="train a phone recogniser")
     add_training_flags(training.add_argument)
     add_machine_flags(training.add_argument)

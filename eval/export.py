@@ -1,6 +1,6 @@
 """A trained model as a folder for the Hugging Face hub, which needs nothing of this program.
 
-    python eval/export.py RUN OUT [--best] [--onnx]
+    python eval/export.py RUN OUT --onnx
 
 OUT then holds config.json, preprocessor_config.json, model.safetensors, the modelling code
 (modeling_cpc.py, and cpc_layers.py in plain PyTorch) and a model card, README.md: read it and set
@@ -76,13 +76,9 @@ def parse_arguments(argv):
     add("out", type=Path, help="folder to write, new or empty")
     add("--best", action="store_true", help="the weights of the best epoch instead of the last")
     add("--onnx", action="store_true", help="write model.onnx, too")
-    add("--corpus", metavar="NAME", help="for the card (default: the last folder of --pathDB)")
-    add("--force", action="store_true", help="write into a folder that holds files")
     args = parser.parse_args(argv)
-    if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
-        raise UserError(
-            f"{args.out}: isn't empty; name another folder, or write there with --force"
-        )
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise UserError(f"{args.out}: isn't empty: name another folder")
     return args
 
 
@@ -99,12 +95,8 @@ def library(name):
 
 PREPROCESSOR = {
     "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-    "feature_size": 1,
     "sampling_rate": SAMPLE_RATE,
     "do_normalize": False,
-    "padding_side": "right",
-    "padding_value": 0.0,
-    "return_attention_mask": False,
 }
 
 

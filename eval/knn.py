@@ -7,10 +7,10 @@ their features.
 import torch
 import torch.nn.functional as F
 
-from utils.misc import UserError
+from utils.misc import UserError, in_turns
 
 MAX_BANK, MAX_QUERIES = 200_000, 10_000  # frames of the training and of the validation set
-TABLE_FLOATS = {"cpu": 2**26, "cuda": 2**28}  # similarities held at once
+TABLE_FLOATS = {"cpu": 2**26, "cuda": 2**28}  # similarities, or pairs of neighbours, held at once
 
 
 def nearest_classes(queries, bank, classes, ks):
@@ -21,7 +21,7 @@ def nearest_classes(queries, bank, classes, ks):
     """
     found = {k: [] for k in ks}
     queries, bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
-    rows = max(1, TABLE_FLOATS[bank.device.type] // len(bank))
+    rows = max(1, TABLE_FLOATS[bank.device.type] // max(len(bank), max(ks) ** 2))
     for part in queries.split(rows):
         nearest = classes[(part @ bank.T).topk(max(ks), dim=1).indices]
         for k in ks:
@@ -31,29 +31,16 @@ def nearest_classes(queries, bank, classes, ks):
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 
-def even_shares(sizes, total):
-    """Shares of `total`, as even as sizes (n,) allow: no share is above its size. (n,) int64."""
-    shares, left = torch.zeros_like(sizes), total
-    for place, index in enumerate(sizes.argsort().tolist()):
-        shares[index] = min(int(sizes[index]), left // (len(sizes) - place))
-        left -= int(shares[index])
-    return shares
-
-
 def choose_bank(classes, speakers, total, generator):
     """Random frames, even over classes and, within each, over speakers: a mask (N,).
 
     classes, speakers: (N,) int64; total: the most frames to choose.
     """
+    order = torch.randperm(len(classes), generator=generator)
+    for groups in (classes * (speakers.max() + 1) + speakers, classes):
+        order = order[in_turns(groups[order])]
     mask = torch.zeros(len(classes), dtype=torch.bool)
-    present, sizes = classes.unique(return_counts=True)
-    for label, share in zip(present, even_shares(sizes, total).tolist(), strict=True):
-        members = (classes == label).nonzero()[:, 0]
-        order = members[torch.randperm(len(members), generator=generator)]
-        sizes = speakers[order].unique(return_counts=True)[1]
-        by_speaker = order[speakers[order].argsort(stable=True)].split(sizes.tolist())
-        for own, n in zip(by_speaker, even_shares(sizes, share).tolist(), strict=True):
-            mask[own[:n]] = True
+    mask[order[:total]] = True
     return mask
 
 

@@ -1,15 +1,12 @@
 """Linear separability: phone or speaker accuracy of a small classifier on frozen features.
 
-    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
-        --pathCheckpoint OUT/speakers                                            # speakers
-    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
-        --pathCheckpoint OUT/phones --pathPhone LABELS [--CTC]                   # phones
-    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \
-        --pathCheckpoint OUT/units --pathPhone LABELS --clusters CLUSTERS        # phones, by units
-    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST ONE.pt OTHER.pt ...
-                                                 # on the concatenated features of both models
+    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \\
+        --pathCheckpoint OUT/speakers
+    python eval/linear_separability.py AUDIO TRAIN_LIST VAL_LIST CHECKPOINT.pt \\
+        --pathCheckpoint OUT/phones --pathPhone LABELS --knn 1,10
 
-Each probe needs its own directory; repeating a probe replaces its results there.
+With --pathPhone, the classes are phones, otherwise speakers. Features of several checkpoints are
+concatenated. Each probe needs its own directory; repeating a probe replaces its results there.
 
 To probe features from which speaker information has been removed (Chorowski et al. 2021,
 arXiv:2106.11603), run `--mode speakers_factorized` first, then `--mode phonemes_nullspace` or
@@ -41,7 +38,7 @@ from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.run.checkpoint import open_checkpoint, save_checkpoint, saved_checkpoints
 from utils.run.command import CommandLine, at_least, command
 from utils.run.flags import stored_arguments
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import (
     add_adam,
     add_device,
@@ -66,9 +63,7 @@ def main(argv=None):
     clusters = open_clusters(args)
     directory = Path(args.pathCheckpoint)
     check_directory(directory, args)
-    keep_freed_memory()
-    device = torch.device(args.device)
-    set_threads(device)
+    device = prepare_device(args.device)
     torch.manual_seed(args.random_seed)
     model, architectures = build_model(args, open_checkpoints(args))
     if clusters:
@@ -184,11 +179,7 @@ def find_device(args):
 
 
 def build_parser():
-    parser = CommandLine(
-        prog="linear_separability.py",
-        description="How well a small classifier recognises phones (with --pathPhone) or speakers "
-        "from the features of a model.",
-    )
+    parser = CommandLine(prog="linear_separability.py", description=__doc__)
     add = parser.add_argument
     add("pathDB", help="root of the audio")
     add("pathTrain", help="list of the training utterances")

@@ -50,7 +50,7 @@ from utils.kmeans import assign
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import device_from, prepare_device
 from utils.run.shared_flags import add_device, add_extension, check_same_flags
 
 DECISIVE = ("clusters", "centers_crc", "pathDB", "file_extension", "dedup", *sorted(FEATURES))
@@ -60,8 +60,7 @@ FORMATS = ("km", "onehot-npy")
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     clusters, module = open_clusters(args)
     args.clusters = os.path.abspath(clusters.path)
     paths = wanted_files(args)
@@ -111,20 +110,28 @@ def parse_arguments(argv=None):
 def build_parser():
     parser = CommandLine(prog="quantize.py", description=__doc__)
     add = parser.add_argument
-    add("clusters", help="folder or file that eval/cluster.py wrote, or .pt, .npy, .txt of centers")
-    add("pathDB", help="folder of the audio files; subfolders are included")
-    add("out", help="folder for the units")
-    add_extension(add)
-    add("--pathSeq", metavar="FILE", help="use only these files, one name per line")
+    add_corpus_flags(add)
     add("--split", type=split, metavar="i-n", help="only part i of n, for several processes")
     add("--format", nargs="+", choices=FORMATS, default=[], metavar="FORMAT",
         help=f"write these, too: {' '.join(FORMATS)}")
     add("--dedup", action="store_true", help="write a unit once instead of for each of its frames")
     add_device(add)
+    add_model_flags(parser)
+    return parser
+
+
+def add_corpus_flags(add):
+    add("clusters", help="folder or file that eval/cluster.py wrote, or .pt, .npy, .txt of centers")
+    add("pathDB", help="folder of the audio files; subfolders are included")
+    add("out", help="folder for the results")
+    add_extension(add)
+    add("--pathSeq", metavar="FILE", help="use only these files, one name per line")
+
+
+def add_model_flags(parser):
     add = parser.add_argument_group("features, where CLUSTERS doesn't say").add_argument
     add("--pathCheckpoint", metavar="FILE", help="the model; also where it is no longer there")
     add_feature_flags(add, default=None)
-    return parser
 
 
 # fmt: on

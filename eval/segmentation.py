@@ -62,7 +62,7 @@ from utils.report.plots import save_figure
 from utils.run.checkpoint import open_checkpoint
 from utils.run.command import CommandLine, above, at_least, command, refuse_any
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import prepare_device
 from utils.run.shared_flags import LEVEL, add_device, add_extension
 
 UNTUNED = 0.05  # the prominence in hCPC
@@ -78,9 +78,7 @@ HEADINGS = {
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    device = device_from(args.device)
-    keep_freed_memory()
-    set_threads(device)
+    device = prepare_device(args.device)
     files = {"phone": args.pathPhone, "word": args.pathWords}
     labels = {unit: read_phone_labels(path) for unit, path in files.items() if path}
     n_phones = labels["phone"].n_phones
@@ -131,10 +129,7 @@ def parse_arguments(argv=None):
 
 
 def build_parser():
-    parser = CommandLine(
-        prog="segmentation.py",
-        description="How well changes of a model's features agree with boundaries of phones.",
-    )
+    parser = CommandLine(prog="segmentation.py", description=__doc__)
     add = parser.add_argument
     add("pathDB", help="root of the audio")
     add("pathList", help="list of the utterances that are measured")
@@ -142,7 +137,6 @@ def build_parser():
     add("--pathPhone", required=True, metavar="FILE", help="phone labels")
     add("--out", required=True, metavar="DIR", help="directory for the results")
     add_extension(add)
-    add_device(add)
     add = parser.add_argument_group("boundaries").add_argument
     add("--get_encoded", action="store_true", help="changes of encoded frames instead of contexts")
     add("--level", choices=LEVEL["choices"], default="frames",
@@ -162,6 +156,7 @@ def build_parser():
         help="symbols or numbers of phones that are silence, where no boundary counts "
         "(default: none)")
     add("--pathWords", metavar="FILE", help="word labels, to measure words as well")
+    add_device(add)
     return parser
 
 

@@ -66,7 +66,7 @@ def joint_counts(labels, units):
 def entropy(counts):
     """Of the distribution that counts of any shape give, in nats."""
     fractions = counts[counts > 0] / counts.sum()
-    return float(-(fractions * np.log(fractions)).sum())
+    return float((fractions * np.log(1 / fractions)).sum())
 
 
 def agreement(counts):

@@ -1,6 +1,6 @@
 """How much discrete units tell about phones and speakers, and their bitrates.
 
-    python eval/unit_quality.py UNITS LABELS [--out OUT]
+    python eval/unit_quality.py units/quantized_outputs.txt LABELS --out OUT
 
 UNITS comes from `eval/quantize.py`, without --dedup; LABELS has a phone per frame of 10 ms, one
 line `name id id ...` per file, and phones.txt beside it may name the phones. All measures grow or
@@ -165,7 +165,7 @@ def show(result):
 
     def cell(name, key):
         value, by_chance = measures[name][key], level[name][key]
-        return "-" if value is None else f"{value:.3f} ({by_chance:.3f})"
+        return "-" if None in (value, by_chance) else f"{value:.3f} ({by_chance:.3f})"
 
     print(f"{'(chance)':<21}" + "".join(f"{name.replace('_', ' '):>26}" for name in SHOWN))
     for key, title in TITLES.items():

@@ -25,9 +25,14 @@ import utils.run.before_torch  # noqa: F401
 import torch
 
 from criterion.seq_alignment import phone_error_rate
-from eval.cluster import add_feature_flags
 from eval.hear_augmentation import each_and_all, open_augmentation, parse_with_augmentation
-from eval.quantize import open_clusters, units_of, wanted_files
+from eval.quantize import (
+    add_corpus_flags,
+    add_model_flags,
+    open_clusters,
+    units_of,
+    wanted_files,
+)
 from eval.units import deduplicated, report_unusable
 from feature_loader import load_waveform
 from utils.data.listing import choose_extension
@@ -35,40 +40,34 @@ from utils.files import check_writable, save_json, writing_to
 from utils.misc import SAMPLE_RATE, UserError, counted, generator_from, percent
 from utils.run.command import CommandLine, at_least, command
 from utils.run.console import progress
-from utils.run.machine import device_from, keep_freed_memory, set_threads
-from utils.run.shared_flags import add_device, add_extension
+from utils.run.machine import prepare_device
+from utils.run.shared_flags import add_device
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     clusters, module = open_clusters(args)
     paths = some_files(args)
     effects = each_and_all(args.augment_type or [])
     augmentation = open_augmentation(args, SAMPLE_RATE)
-
-    def units(path, waveform):
-        return deduplicated(units_of(module, clusters, path, waveform)).tolist()
-
-    clean, augmented, problems = [], {name: [] for name in effects}, []
+    found, problems = {name: [] for name in ("clean", *effects)}, []
     for name, path in progress(paths.items(), what="unit edit distance", unit=" files"):
         path = os.path.join(args.pathDB, path)
         try:
-            waveform = load_waveform(path)
-            of_effects = {
-                effect: units(path, augmentation.copy(waveform, types, name))
-                for effect, types in effects.items()
-            }
-            clean.append(units(path, waveform))
+            copies = {"clean": load_waveform(path)}
+            for effect, types in effects.items():
+                copies[effect] = augmentation.copy(copies["clean"], types, name)
+            units = {kind: units_of(module, clusters, path, copies[kind]) for kind in found}
         except UserError as error:
             problems.append(str(error))
             continue
-        for effect, found in of_effects.items():
-            augmented[effect].append(found)
+        for kind, of_file in units.items():
+            found[kind].append(deduplicated(of_file).tolist())
     report_unusable(problems, len(paths))
-    distances = {name: phone_error_rate(found, clean) for name, found in augmented.items()}
+    clean = found.pop("clean")
+    distances = {effect: phone_error_rate(units, clean) for effect, units in found.items()}
     result = {"files": len(clean), "n_units": len(clusters.centers), "ued": distances}
     with writing_to(args.out):
         save_json(Path(args.out, "unit_robustness.json"), {**result, "flags": vars(args)})
@@ -102,17 +101,11 @@ def parse_arguments(argv=None):
 def build_parser():
     parser = CommandLine(prog="unit_robustness.py", description=__doc__)
     add = parser.add_argument
-    add("clusters", help="folder or file that eval/cluster.py wrote, or .pt, .npy, .txt of centers")
-    add("pathDB", help="folder of the audio files; subfolders are included")
-    add("out", help="folder for the results")
-    add_extension(add)
-    add("--pathSeq", metavar="FILE", help="use only these files, one name per line")
+    add_corpus_flags(add)
     add("--max_files", type=at_least(1), default=100, metavar="N",
         help="measure at most N of them, at random (default: 100)")
     add_device(add)
-    add = parser.add_argument_group("features, where CLUSTERS doesn't say").add_argument
-    add("--pathCheckpoint", metavar="FILE", help="the model; also where it is no longer there")
-    add_feature_flags(add, default=None)
+    add_model_flags(parser)
     parser.set_defaults(split=None)
     return parser
 

@@ -52,7 +52,8 @@ def most_clusters(dataset, phones):
 
 
 def labelled_files(dataset, phones):
-    return [u for u in dataset.utterances if not phones or u.path in phones]
+    usable = (u for u in dataset.utterances if u.samples >= SAMPLES_PER_FRAME)
+    return [u for u in usable if not phones or u.path in phones]
 
 
 def collect(model, dataset, phones, generator):

@@ -1,6 +1,6 @@
 """A submission to the phonetic task of the ZeroSpeech challenge 2021: features, or units.
 
-    python eval/zerospeech2021.py DATASET OUT CHECKPOINT.pt [--getEncoded]
+    python eval/zerospeech2021.py DATASET OUT CHECKPOINT.pt --getEncoded
     python eval/zerospeech2021.py DATASET OUT CHECKPOINT.pt --clusters CLUSTERS --oneHot
     python eval/zerospeech2021.py DATASET OUT units/quantized_outputs.txt
 
@@ -43,7 +43,7 @@ from utils.data.names import known_key, name_of
 from utils.files import save_array, write_lines, writing_to
 from utils.misc import SAMPLES_PER_FRAME, UserError
 from utils.run.command import CommandLine, command
-from utils.run.machine import device_from, keep_freed_memory, set_threads
+from utils.run.machine import prepare_device
 from utils.run.shared_flags import add_device, add_extension
 
 TASK = "phonetic"
@@ -75,8 +75,7 @@ CODE = "Made by eval/zerospeech2021.py of this program: link to your version of 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    set_threads(device_from(args.device))
+    prepare_device(args.device)
     outputs = name_outputs(args)
     features_of = one_hot_units(args) if args.of_units else features_of_model(args, outputs)
     write_features(lambda path: accepted(features_of(path), path), outputs, save_array, args)

@@ -31,7 +31,7 @@ esac
 
 PROBE_FLAGS=(--n_epoch 10)
 if [ -n "${SMALL:-}" ]; then
-    EPOCHS=2 UNITS=16
+    EPOCHS=1 UNITS=16
     PROBE_FLAGS=(--n_epoch 2 --lr 1e-2)
     SYSTEM_FLAGS+=(--rnnMode linear --hiddenEncoder 32 --hiddenGar 32 --negativeSamplingExt 16
         --sizeWindow 10240 --batchSizeGPU 8 --learningRate 2e-3 --random_seed 1)

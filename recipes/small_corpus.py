@@ -1,6 +1,6 @@
 """The demo corpus in the layout of another corpus, on which a recipe can be tried in minutes.
 
-    python recipes/small_corpus.py {librispeech,timit,unwritten} OUT
+    python recipes/small_corpus.py timit OUT
 
 Writes below OUT, with synthetic speech and exact alignments (utils/corpus/make_demo.py):
 
@@ -30,7 +30,7 @@ from utils.run.command import CommandLine, command
 
 SYMBOLS = {number: symbol for symbol, number in PHONE_IDS.items()}
 TRAIN_SPEAKERS, TEST_SPEAKERS = range(4), range(4, 7)
-N_UTTERANCES = 8  # of each speaker
+N_UTTERANCES = 5  # of each speaker
 
 
 def utterances(speakers):

@@ -25,11 +25,11 @@ prepare_part() {
     [ -z "${SMALL:-}" ] || step corpus recipes/small_corpus.py timit "$OUT/corpus"
     mkdir -p "$OUT/lists"
     names TRAIN >"$OUT/lists/all-train.txt"
-    if [ "$TEST_SPEAKERS" = core ]; then
-        names TEST | grep -E "/(${CORE//[[:space:]]/|})/S[IX]" >"$TEST_LIST"
-    else
-        names TEST >"$TEST_LIST"
-    fi
+    case $TEST_SPEAKERS in
+        all) names TEST >"$TEST_LIST" ;;
+        core) names TEST | grep -E "/(${CORE//[[:space:]]/|})/S[IX]" >"$TEST_LIST" ;;
+        *) fail "TEST_SPEAKERS=$TEST_SPEAKERS: all or core" ;;
+    esac
     step lists utils/corpus/make_split.py "$TIMIT" "$OUT/lists" --list "$OUT/lists/all-train.txt" \
         --speaker_level 3 --validation 0.1 --file_extension "$EXTENSION"
     step labels utils/corpus/convert_alignments.py "$TIMIT" "$OUT/labels" --silence h#

@@ -1,4 +1,4 @@
-"""The commands in the READMEs, run in their order: in small, on a tiny corpus."""
+"""The commands in the READMEs, run in their order, in small; see test_recipes.py for recipes."""
 
 import importlib
 import re
@@ -20,10 +20,12 @@ SMALL = {
     "eval/common_voices_eval.py": "--device cpu",
 }
 REPLACED = {  # in any command
-    r"--nEpoch (\d)\d\d?\b": r"--nEpoch \1",
+    r"--nEpoch 300": "--nEpoch 3",
+    r"--nEpoch 310": "--nEpoch 4",
     r"(--linsep_n_epoch|--linsep_classif_each_epochs) \d+": r"\1 1",
     r"-k 50": "-k 5",
 }
+SYMBOLS = ["SIL", "AA", "B", "K", "S"]
 VARIABLES = {
     "DB": "train-clean-100",
     "TRAIN": "lists/train.txt",
@@ -45,10 +47,15 @@ def place(tmp_path_factory):
     """A folder with all that the READMEs take for granted, by the names they use."""
     place = tmp_path_factory.mktemp("readme")
     corpus = write_tiny_corpus(place / "tiny", speakers=3, utterances=6)
-    (place / "train-clean-100").symlink_to(corpus / "audio")
+    for name in ("train-clean-100", "AUDIO"):
+        (place / name).symlink_to(corpus / "audio")
+    phones = [line.split() for line in (corpus / "phones.txt").read_text().splitlines()]
+    (place / "PHONES").write_text(
+        "".join(f"{name} {' '.join(p for p, _ in groupby(labels))}\n" for name, *labels in phones)
+    )
+    (place / "utterance.flac").symlink_to(next(corpus.rglob("*.flac")))
     (place / "alignments").mkdir()
-    for line in (corpus / "phones.txt").read_text().splitlines():
-        name, *labels = line.split()
+    for name, *labels in phones:
         (place / "alignments" / f"{name}.TextGrid").write_text(text_grid(labels))
         timit = place / "TRAIN" / "DR1" / name.split("-")[0]
         timit.mkdir(parents=True, exist_ok=True)
@@ -57,7 +64,19 @@ def place(tmp_path_factory):
         (timit / f"{name}.PHN").write_text(
             "".join(f"{160 * a} {160 * b} {phone}\n" for a, b, phone in intervals(labels))
         )
+    write_demo(place, corpus)
     return place
+
+
+def write_demo(place, corpus):
+    """What `make demo` leaves behind, by its names; its run is that of the README."""
+    demo = place / "demo" / "corpus"
+    demo.mkdir(parents=True)
+    (demo / "audio").symlink_to(corpus / "audio")
+    (demo / "test_split.txt").symlink_to(corpus / "test.txt")
+    (demo / "converted_aligned_phones.txt").symlink_to(corpus / "phones.txt")
+    (demo / "phones.txt").write_text("".join(f"{i} {p}\n" for i, p in enumerate(SYMBOLS)))
+    (place / "demo" / "run").symlink_to(place / "runs" / "acpc")
 
 
 def intervals(labels):
@@ -65,7 +84,7 @@ def intervals(labels):
     end = 0
     for label, run in groupby(labels):
         begin, end = end, end + len(list(run))
-        yield begin, end, ["SIL", "AA", "B", "K", "S"][int(label)]
+        yield begin, end, SYMBOLS[int(label)]
 
 
 def text_grid(labels):
@@ -78,14 +97,14 @@ def text_grid(labels):
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("document", ["README.md", "eval/README.md"])
-def test_commands_of_the_readmes_run(document, place, monkeypatch, capsys):
+def test_commands_of_the_readmes_run(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    for language, block in BLOCK.findall((ROOT / document).read_text()):
-        if language == "python":
-            run_python(block)
-        else:
-            run_shell(block, dict(VARIABLES))
+    for document in ("README.md", "eval/README.md"):  # whose commands use what those before wrote
+        for language, block in BLOCK.findall((ROOT / document).read_text()):
+            if language == "python":
+                run_python(block)
+            else:
+                run_shell(block, dict(VARIABLES))
     assert "Traceback" not in capsys.readouterr().err
 
 

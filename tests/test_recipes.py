@@ -53,7 +53,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_measures_what_it_promises_and_repeats_nothing(recipe, results):
-    folder = results[recipe] / "acpc" / "results_2"
+    folder = results[recipe] / "acpc" / "results_1"
     assert {path.name for path in folder.iterdir()} == set(RECIPES[recipe].split())
     logs = json.loads((folder / "phone" / "checkpoint_logs.json").read_text())
     assert max(logs["locAcc_val"])[0] > 0.1
@@ -76,8 +76,8 @@ def test_every_system_trains(results):
     for system, process in zip(systems, running, strict=True):
         output, _ = process.communicate()
         assert process.returncode == 0, output[-3000:]
-        assert (out / system / "checkpoint_1.pt").exists()
-        assert not (out / system / "results_2").exists()
+        assert (out / system / "checkpoint_0.pt").exists()
+        assert not (out / system / "results_1").exists()
 
 
 def test_subsets_are_joined_and_a_step_that_failed_is_repeated(results, tmp_path):
@@ -86,6 +86,7 @@ def test_subsets_are_joined_and_a_step_that_failed_is_repeated(results, tmp_path
         "LIBRISPEECH": str(corpus / "LibriSpeech"),
         "SUBSETS": "train-clean-100 dev-clean",
         "ALIGNMENTS": str(tmp_path / "absent"),
+        "ITEMS": "published.item",
     }
     failed = run("librispeech", tmp_path / "out", "prepare", status=2, **variables)
     assert "absent" in failed
@@ -107,7 +108,7 @@ def test_the_core_test_set_of_timit_is_without_sa(results, tmp_path):
     variables = {"TIMIT": str(corpus), "TEST_SPEAKERS": "core"}
     run("timit", tmp_path / "out", "prepare", **variables)
     names = (tmp_path / "out" / "lists" / "test-core.txt").read_text().split()
-    assert [name.rpartition("/")[0] for name in names] == ["TEST/DR1/FELC0"] * 6
+    assert [name.rpartition("/")[0] for name in names] == ["TEST/DR1/FELC0"] * 3
     assert not any(name.rpartition("/")[2].startswith("SA") for name in names)
 
 
@@ -115,3 +116,7 @@ def test_what_a_recipe_does_not_know_is_refused(tmp_path):
     assert "SYSTEM=hcpc: cpc, acpc" in run("timit", tmp_path / "out", status=2, SYSTEM="hcpc")
     assert "tarin: prepare, train" in run("timit", tmp_path / "out", "tarin", status=2)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "TRAIN").mkdir()
+    variables = {"TIMIT": str(tmp_path), "TEST_SPEAKERS": "Core"}
+    refused = run("timit", tmp_path / "out", "prepare", status=2, **variables)
+    assert "TEST_SPEAKERS=Core: all or core" in refused

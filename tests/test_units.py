@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ import train
 from eval import cluster, quantize, unit_quality, unit_robustness
 from eval.hear_augmentation import open_augmentation
 from eval.unit_measures import chance, measure, usage
+from eval.unit_watch import measure_units, most_clusters
 from eval.units import read_clusters, read_units
 from feature_loader import build_feature, load_model, load_waveform
 from tests.helpers import assert_close, assert_equal_trees, ends_refused
 from tests.test_probes import save_model
 from tests.test_train import on, trained
+from utils.data.corpus import Utterance
 from utils.data.labels import runs, write_labels
 from utils.files import load_json
 from utils.kmeans import assign, first_centers, kmeans, lloyd
@@ -377,6 +380,18 @@ def test_units_of_augmented_speech(tmp_path, tiny_corpus, model_file, clusters, 
 
 
 # ------------------------------------------------------------------------------------ in training
+
+
+def test_a_file_without_a_frame_is_left_out(tmp_path, tiny_corpus, model_file):
+    path = next((tiny_corpus / "audio").rglob("*.flac"))
+    shutil.copy(path, tmp_path / "long.flac")
+    soundfile.write(tmp_path / "short.flac", np.zeros(100), 16000)
+    n_samples = soundfile.info(path).frames
+    utterances = [Utterance(0, "short.flac", 100), Utterance(0, "long.flac", n_samples)]
+    dataset = SimpleNamespace(utterances=utterances, root=tmp_path)
+    assert most_clusters(dataset, {}) == n_samples // 160
+    model = load_model([model_file])[0]
+    assert "units_perplexity" in measure_units(model, dataset, {}, 4, generator_from(0))
 
 
 def test_units_in_training_are_logged_and_change_nothing_else(tiny_corpus, tmp_path, capsys):

@@ -14,6 +14,7 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,13 @@ from utils.run.resolve import inherit_args
 from utils.run.rules import check_arguments, check_call, complete
 from utils.run.state import learning_rate
 from utils.run.stopping import Stopped, StopSignals
+
+COMMANDS = [
+    str(path.relative_to(ROOT))
+    for folder in ("eval", "utils/corpus", "utils/report", "recipes")
+    for path in sorted(Path(ROOT, folder).glob("*.py"))
+    if "CommandLine(" in path.read_text()
+]
 
 # ------------------------------------------------------------------------------------- arguments
 
@@ -255,6 +263,22 @@ def test_help_begins_with_one_line_of_usage_and_ends_with_four_commands():
     assert calls[1][1] == {"pathCheckpoint"}
     for call in calls:
         check_call(*call)
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_help_of_a_command_begins_with_one_line_of_usage_and_ends_with_examples(path, capsys):
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text, _, examples = capsys.readouterr().out.partition("\nexamples:\n\n")
+    usage, blank, *_ = text.splitlines()
+    assert re.fullmatch(rf"usage: {Path(path).name} \S.* \[flags\]", usage)
+    assert blank == ""
+    assert f"python {path} " in examples
+    if "COMMAND" not in usage:
+        assert set(re.findall(r" (--\w+)", examples)) <= set(re.findall(r" (--\w+)", text))
+    place = re.search(r"^sys\.path\.insert\(0, (.+)\)$", Path(module.__file__).read_text(), re.M)
+    assert eval(place[1], vars(module) | {"os": os, "Path": Path}) == str(ROOT), "starts anywhere"
 
 
 def checked(*words):

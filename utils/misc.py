@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+# `torch.compiler.disable`, but without importing the compiler: that takes as long as PyTorch.
+from torch._compile import _disable_dynamo as not_compiled  # noqa: F401
+
 SAMPLE_RATE = 16_000  # Hz; the only sample rate that encoders accept
 SAMPLES_PER_FRAME = 160  # one frame (encoder output or phone label) is 10 ms
 BOUNDARY_RATE = "boundariesPerSecond"  # begins the names, in the logs, of that of a policy
@@ -64,6 +67,14 @@ def seed_from(*parts):
 def generator_from(*parts, device="cpu"):
     """A new `torch.Generator`, seeded by `seed_from(*parts)`."""
     return torch.Generator(device=device).manual_seed(seed_from(*parts))
+
+
+def in_turns(groups):
+    """The order (N,) in which groups take turns: first the first of each group in `groups` (N,)."""
+    by_group, sizes = groups.argsort(stable=True), groups.unique(return_counts=True)[1]
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    turn = torch.empty_like(by_group).scatter_(0, by_group, torch.arange(len(groups)) - starts)
+    return turn.argsort(stable=True)
 
 
 def recurrent(network, frames, *state):

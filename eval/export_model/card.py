@@ -30,7 +30,7 @@ def write_card(path, checkpoint, config, options):
     """Write README.md for a Checkpoint; options: the arguments of eval/export.py."""
     flags = stored_arguments(checkpoint.state["args"], checkpoint.path)
     logs = logs_until(checkpoint.state["logs"], options.best)
-    corpus = options.corpus or Path(flags.pathDB or "unknown").name
+    corpus = Path(flags.pathDB or "unknown").name
     facts = {
         "corpus": corpus,
         "epochs of training": logs["epoch"][-1] + 1 if logs.get("epoch") else "not recorded",

@@ -21,26 +21,13 @@ class CPCConfig(PretrainedConfig):
     """
 
     model_type = "cpc"
-
-    def __init__(
-        self,
-        conv_dim=256,
-        hidden_size=256,
-        norm="layerNorm",
-        linear_output=False,
-        ar_mode="LSTM",
-        num_ar_layers=1,
-        sampling_rate=16000,
-        **kwargs,
-    ):
-        self.conv_dim = conv_dim
-        self.hidden_size = hidden_size
-        self.norm = norm
-        self.linear_output = linear_output
-        self.ar_mode = ar_mode
-        self.num_ar_layers = num_ar_layers
-        self.sampling_rate = sampling_rate
-        super().__init__(**kwargs)
+    conv_dim = 256
+    hidden_size = 256
+    norm = "layerNorm"
+    linear_output = False
+    ar_mode = "LSTM"
+    num_ar_layers = 1
+    sampling_rate = 16000
 
 
 class CPCModel(PreTrainedModel):

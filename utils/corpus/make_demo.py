@@ -1,6 +1,6 @@
 """Synthesise a speech corpus with exact phone labels, for trying out the program.
 
-    python utils/corpus/make_demo.py OUT [--speakers 20] [--utterances 40] [--seed 1] [--level -13]
+    python utils/corpus/make_demo.py OUT --speakers 20 --utterances 40
 
 Writes below OUT:
 
@@ -266,10 +266,7 @@ def make_corpus(out, settings):
 
 
 def parse_arguments(argv):
-    parser = CommandLine(
-        description=__doc__.splitlines()[0],
-        epilog="The same version, sizes and seed give the same bytes.",
-    )
+    parser = CommandLine(prog="make_demo.py", description=__doc__)
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="a new directory for the corpus")
     add("--speakers", type=at_least(1), default=20, help="number of speakers, half of them women")

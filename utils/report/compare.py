@@ -1,10 +1,10 @@
-"""Several training runs side by side: curves, results, corpora, speed, and flags that differ.
+"""Several training runs side by side: results, curves, speed, and flags that differ.
 
-    python utils/report/compare.py RUN RUN ... [--out comparison.html]
+    python utils/report/compare.py runs/cpc runs/acpc --out comparison.html
 
 Prints a table of the results and writes a page that needs no network. Runs may differ in length,
 criterion and corpus, may still be training, and may be runs of the original program, which recorded
-neither speed nor corpus.
+no speed.
 """
 
 import os
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import utils.run.before_torch  # noqa: F401
 
 from utils.files import write_lines, writing_to
-from utils.misc import UserError, first_few
+from utils.misc import BOUNDARY_RATE, OF_SEGMENTS, UserError, first_few
 from utils.report.elements import (
     chart,
     charts,
@@ -34,7 +34,7 @@ from utils.report.line_chart import Level, Line
 from utils.report.markup import tag
 from utils.report.page import of_epochs, whole_page
 from utils.report.run_record import RunRecord
-from utils.report.sections import CORPUS_COLUMNS, METRICS, flag_value, keys_of_stats
+from utils.report.sections import METRICS, flag_value, keys_of_stats
 from utils.report.summary import read_run
 from utils.report.values import (
     nearest_metrics,
@@ -48,7 +48,7 @@ from utils.run.command import CommandLine, command
 from utils.run.flags import CONTRASTIVE_ONLY, CPCCTC_ONLY, build_parser
 
 N_COLORS = 8  # in page.css; further runs have the same ones, dashed
-LONGEST_NAME = 24  # in the printed table
+LONGEST_NAME = 24  # in the printed table, from its end
 # Where results go: never the same for two runs.
 PLACES = {"pathCheckpoint", "pathCaptureSave", "linsep_logs_dir", "linsep_checkpoint_dir"}
 TRAINING = {  # title -> key in the logs, scale
@@ -56,6 +56,9 @@ TRAINING = {  # title -> key in the logs, scale
     "Training loss": ("locLoss_train",),
     "Validation accuracy (%)": ("locAcc_val", 100),
     "Training accuracy (%)": ("locAcc_train", 100),
+    "Validation loss of segments": ("locLoss_val" + OF_SEGMENTS,),
+    "Validation accuracy of segments (%)": ("locAcc_val" + OF_SEGMENTS, 100),
+    "Boundaries per second": (BOUNDARY_RATE + "_val",),
     "Learning rate": ("learningRate",),
     "Norm of the gradient": ("gradNorm_train",),
 }
@@ -89,11 +92,11 @@ def main(argv=None):
     print_rows(runs, [*result_rows(runs), *speed_rows(runs)])
     with writing_to(args.out, "--out"):
         write_lines(args.out, [comparison(runs)])
-    print(f"curves, corpora, and flags that differ: {args.out}")
+    print(f"curves, and flags that differ: {args.out}")
 
 
 def parse_arguments(argv):
-    parser = CommandLine(prog="compare.py", description=__doc__.partition("\n")[0])
+    parser = CommandLine(prog="compare.py", description=__doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run's --pathCheckpoint; two or more")
     add("--out", default="comparison.html", metavar="FILE", help="the page to write")
@@ -129,6 +132,9 @@ def result_rows(runs):
     yield "  chance", [three_decimals(run.record.chance.loss) for run in runs]
     yield from metric_rows(runs, "validation accuracy", "locAcc_val", 100, percentage, max)
     yield "  chance", [percentage(number(run.record.chance.accuracy, 100)) for run in runs]
+    loss, accuracy = (f"loc{kind}_val{OF_SEGMENTS}" for kind in ("Loss", "Acc"))
+    yield from metric_rows(runs, "loss of segments", loss, 1, three_decimals, min)
+    yield from metric_rows(runs, "accuracy of segments", accuracy, 100, percentage, max)
     for task, metric, key in in_any(runs, probe_metrics):
         title, choose = f"{task} probe: {METRICS[metric]}", min if metric == "per" else max
         yield from metric_rows(runs, title, key, 100, percentage, choose)
@@ -182,8 +188,7 @@ def speed_rows(runs):
 
 
 def print_rows(runs, rows):
-    cut = slice(3 - LONGEST_NAME, None)
-    names = [f"...{n[cut]}" if len(n) > LONGEST_NAME else n for n in (run.name for run in runs)]
+    names = [run.name[-LONGEST_NAME:] for run in runs]
     for title, cells in [("", names), *rows]:
         if any(cells):
             columns = zip(names, cells, strict=True)
@@ -202,7 +207,6 @@ def comparison(runs):
         "Results": results_section(runs),
         "Training": [charts(*(curves(name, runs, *key) for name, key in TRAINING.items()))],
         "Probes, stats, units": [charts(*probe_charts(runs), *stat_charts(runs)) or soft("None.")],
-        "Corpora": [table(["run", *CORPUS_COLUMNS], corpus_rows(runs))],
         "Speed and memory": speed_section(runs),
         "Flags that differ": flags_section(runs),
     }
@@ -248,13 +252,6 @@ def probe_charts(runs):
 
 def stat_charts(runs):
     return (curves(key.replace("_", " "), runs, key) for key in in_any(runs, keys_of_stats))
-
-
-def corpus_rows(runs):
-    for run in runs:
-        audio = flag_value(run.flags["pathDB"])
-        unknown = [f"{audio} (not recorded)", *[None] * (len(CORPUS_COLUMNS) - 1)]
-        yield from ([run.name, *row] for row in run.record.corpus or [unknown])
 
 
 def speed_section(runs):

@@ -3,16 +3,20 @@
 import threading
 from pathlib import Path
 
+from utils.misc import BOUNDARY_RATE, OF_SEGMENTS
 from utils.report.pictures import draw_capture, find_pictures, latest_capture
 from utils.report.sections import OF_PROBES
 from utils.report.values import number
 from utils.run.console import Listener
 
 TAGS = {
-    "locLoss_train": "loss/training",
-    "locLoss_val": "loss/validation",
-    "locAcc_train": "accuracy/training",
-    "locAcc_val": "accuracy/validation",
+    f"loc{short}_{part}{level}": f"{kind}/{title}{level}"
+    for short, kind in (("Loss", "loss"), ("Acc", "accuracy"))
+    for part, title in (("train", "training"), ("val", "validation"))
+    for level in ("", OF_SEGMENTS)
+} | {
+    f"{BOUNDARY_RATE}_train": "boundaries_per_second/training",
+    f"{BOUNDARY_RATE}_val": "boundaries_per_second/validation",
     "learningRate": "optimisation/learning_rate",
     "gradNorm_train": "optimisation/gradient_norm",
 }
@@ -71,7 +75,7 @@ class EventWriter(Listener):
                 continue
             tag = TAGS.get(key) or tag_of(key)
             yield tag, number(value)
-            if key in ("locLoss_val", "locAcc_val") and len(value) > 1:
+            if key in TAGS and "_val" in key and isinstance(value, list) and len(value) > 1:
                 by_step = f"{tag} by {networks.step_name}".translate(UNSUITABLE)
                 yield from ((f"{by_step}/{n:02}", v) for n, v in enumerate(value, 1))
 

@@ -75,7 +75,7 @@ class RunReport:
         self.corpus = [corpus_row(dataset, labels) for dataset in sets]
         self.directory = Path(args.pathCheckpoint)
         self.record = RunRecord(self.directory)
-        self.record.corpus, self.record.chance = self.corpus, chance
+        self.record.chance = chance
 
     def write(self, logs, speed=None):
         """Write `report.html` and `report_data.json` after an epoch, or before the first.

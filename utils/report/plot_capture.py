@@ -78,7 +78,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = CommandLine(description=__doc__.split("\n")[0])
+    parser = CommandLine(prog="plot_capture.py", description=__doc__)
     add = parser.add_argument
     add("directory", metavar="DIR", help="a capture: <pathCaptureSave>/<epoch>")
     add("--windows", type=int, nargs="+", metavar="N", help="which to draw (default: the first 4)")

@@ -59,7 +59,7 @@ class RunRecord:
 
     epochs: dicts of `epoch_speed`, each with its `epoch`; calls: dicts of each `command` that the
     run was started or resumed with and the first `epoch` it finished. Both are in order of epochs.
-    corpus: the rows of `corpus_row`, [] in older records; chance: the Chance of the criterion.
+    chance: the Chance of the criterion.
     reported: the last epoch that `report.html` and the curves show, -1 before the first.
     """
 
@@ -68,7 +68,6 @@ class RunRecord:
         content = self._content()
         self.epochs = _entries(content.get("epochs"), "machine")
         self.calls = _entries(content.get("calls"), "command")
-        self.corpus = _rows(content.get("corpus"))
         self.chance = _chance(content.get("chance"))
         latest = self.epochs[-1]["epoch"] if self.epochs else -1
         reported = content.get("reported")  # older records were written with each report
@@ -100,7 +99,6 @@ class RunRecord:
             "calls": self.calls,
             "epochs": self.epochs,
             "reported": self.reported,
-            "corpus": self.corpus,
             "chance": self.chance._asdict(),
         }
         save_json(self.path, content)
@@ -116,12 +114,6 @@ def _entries(value, text):
         and isinstance(entry.get(text), str)
     ]
     return sorted(valid, key=lambda entry: entry["epoch"])
-
-
-def _rows(value):
-    """The rows of a table of texts; [] if it is damaged."""
-    rows = [row for row in (value if isinstance(value, list) else []) if isinstance(row, list)]
-    return [row for row in rows if all(isinstance(cell, str | None) for cell in row)]
 
 
 def _chance(value):

@@ -44,9 +44,6 @@ OF_TRAINING = frozenset(
 OF_PROBES = re.compile(
     r".+_(num_epoch_trained|(best|baseline)_(val|train)_(acc|per)(_std)?|knn_\d+_val_acc)"
 )
-CORPUS_COLUMNS = "set, files, hours, speakers, windows, length of a window, phone labels".split(
-    ", "
-)
 NUMBERED = re.compile(r"(?P<family>.+)_(?P<number>\d+)")
 
 
@@ -227,7 +224,8 @@ def corpus_row(dataset, labels):
 
 
 def corpus_section(rows):
-    yield table(CORPUS_COLUMNS, rows)
+    head = "set, files, hours, speakers, windows, length of a window, phone labels"
+    yield table(head.split(", "), rows)
 
 
 def speed_section(rows):

@@ -52,7 +52,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = CommandLine(description=__doc__.partition("\n")[0])
+    parser = CommandLine(prog="summary.py", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's --pathCheckpoint")
     parser.add_argument(
         "--untrained", type=Path, nargs="+", default=[], metavar="PROBE",

@@ -22,7 +22,8 @@ class HelpWithDefaults(argparse.HelpFormatter):
     """Help with the default of each flag whose text doesn't name it; keeps lines of an epilog."""
 
     def _get_help_string(self, action):
-        says_nothing = repr(action.default) in ("None", "False", "''", repr(argparse.SUPPRESS))
+        default = action.default
+        says_nothing = default is False or default in (None, "", [], argparse.SUPPRESS)
         if says_nothing or "(default: " in action.help or not action.option_strings:
             return action.help
         return f"{action.help} (default: %(default)s)"
@@ -32,10 +33,37 @@ class HelpWithDefaults(argparse.HelpFormatter):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line: the usage of dozens of flags would bury it."""
+    """A parser whose usage and errors are one line each: dozens of flags would bury them.
 
-    def __init__(self, *, formatter_class=HelpWithDefaults, **options):
-        super().__init__(formatter_class=formatter_class, **options)
+    description: a sentence, or a docstring whose second paragraph, indented, are examples: these
+    come last in its help.
+    """
+
+    def __init__(self, *, formatter_class=HelpWithDefaults, description="", **options):
+        title, *rest = (description or "").split("\n\n")
+        if rest and rest[0].startswith("    "):
+            description = "\n\n".join([title, *rest[1:]])
+            options.setdefault("epilog", f"examples:\n\n{rest[0]}")
+        super().__init__(formatter_class=formatter_class, description=description, **options)
+
+    def format_usage(self):
+        return f"usage: {self.usage or ' '.join(self._usage())}\n"
+
+    def format_help(self):
+        self.usage = self.format_usage().removeprefix("usage: ")
+        return super().format_help()
+
+    def _usage(self):
+        """Yield the words of the usage: what every call needs."""
+        forms = {"?": "[{}]", "+": "{} ...", argparse.PARSER: "{} ..."}
+        yield self.prog
+        for action in self._actions:
+            name = action.metavar or action.dest
+            if action.required and action.option_strings:
+                yield f"{action.option_strings[0]} {name}"
+            elif not action.option_strings:
+                yield forms.get(action.nargs, "{}").format(name)
+        yield "[flags]"
 
     def error(self, message):
         value = re.fullmatch(r"argument (\S+): (.+: must be .+)", message)  # of a type below

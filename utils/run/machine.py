@@ -40,6 +40,14 @@ def device_from(flag):
     return torch.device("cuda" if available and flag != "cpu" else "cpu")
 
 
+def prepare_device(flag):
+    """`device_from`, for a command that computes there: with threads and allocator set for it."""
+    keep_freed_memory()
+    device = device_from(flag)
+    set_threads(device)
+    return device
+
+
 def available_memory(device):
     """Bytes that may still be taken on this device: on a CPU what the system and, in a container,
     its limit leave; half of the machine's memory where the system doesn't say."""
