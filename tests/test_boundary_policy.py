@@ -27,6 +27,7 @@ from utils.capture import CaptureReader
 from utils.kmeans import assign
 from utils.misc import UserError, generator_from
 from utils.run.adam import load_optimizer, parameter_groups
+from utils.run.checkpoint_checks import _are_epoch_means
 from utils.run.flags import build_parser, stored_arguments
 from utils.run.hcpc import take_over
 from utils.run.level_flags import OF_POLICY
@@ -265,6 +266,22 @@ def test_means_of_segments_are_over_the_batches_that_had_some_to_predict():
     assert values["locAcc_val"] == [0.5]
     assert values["locLoss_val_segments"] is values["locAcc_val_segments"] is None
     assert set(values) & {"predicted", "predicted_val"} == set()
+
+
+def test_means_of_the_first_epoch_are_sound_where_validation_had_no_segments_before():
+    """How many losses segments have isn't known then."""
+    before = {"locLoss_val": [4.0], "locAcc_val": [0.1]}
+    for row, n_columns, sound in (
+        (None, 6, True),
+        (None, 4, False),
+        ([1.0], 5, True),
+        ([1.0], 6, False),
+    ):
+        of_segments = {"locLoss_val_segments": row, "locAcc_val_segments": row}
+        logs = {"before_training": before | of_segments}
+        sums, norms = torch.zeros(2, n_columns), torch.zeros(())
+        running = {"sums": sums, "norms": norms, "windows": 8, "batches": 1}
+        assert _are_epoch_means(running, [0, 0, 8], logs, 3) is sound
 
 
 # --------------------------------------------------------------------- checkpoints, whole runs
