@@ -84,6 +84,10 @@ CONFIGURATIONS["acpc"] = f"{CONFIGURATIONS['cpcctc-paper']} --normalizeCPCScore"
 CONFIGURATIONS["macpc"] = (
     f"{CONFIGURATIONS['acpc']} --multiLevel --nPredictsSegment 2 --CPCCTCNumMatchedSegment 4"
 )
+CONFIGURATIONS["hcpc"] = (  # Cuervo et al. (2022)
+    f"{CONFIGURATIONS['cpcctc-paper']} --multiLevel --segmentationMode boundaryPredictor "
+    "--nPredictsSegment 2 --adjacentNegatives --targetQuantizerSegment robustKmeans"
+)
 CONFIGURATIONS |= {  # contexts of augmented copies of all windows, or of half of them
     f"{name}-{suffix}": f"{CONFIGURATIONS[name]} {AUGMENTED} {share}".strip()
     for name in ("cpc", "cpcctc")
@@ -95,6 +99,7 @@ ON_REQUEST = (
     "demo",
     "acpc",
     "macpc",
+    "hcpc",
     *(name for name in CONFIGURATIONS if "-aug" in name),
 )
 PARTS = (

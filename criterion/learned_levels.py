@@ -5,8 +5,8 @@ import torch
 from criterion import reinforce
 from criterion.levels import LevelNetworks
 from criterion.quantised_targets import RobustKmeans
-from utils.misc import BOUNDARY_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, generator_from
-from utils.run.level_flags import further_losses, learns_boundaries
+from utils.misc import OF_SEGMENTS, SAMPLE_RATE, SAMPLES_PER_FRAME, generator_from
+from utils.run.level_flags import PREDICTED, further_losses, learns_boundaries
 
 FRAMES_PER_SECOND = SAMPLE_RATE / SAMPLES_PER_FRAME
 
@@ -20,16 +20,18 @@ def add_parts(criterion, args):
 
 
 class LearnedNetworks(LevelNetworks):
-    """After the losses of the levels come those of the policy and the codes, with weight 1, and the
-    number of boundaries per second, with weight 0; in the logs, they have hCPC's names."""
+    """After the losses of the levels come those of the policy, weighted by --policyWeights, the
+    number of boundaries per second, with weight 0, and that of the codes, with weight 1; in the
+    logs, they have hCPC's names."""
 
     def __init__(self, criterion, model, args):
         super().__init__(criterion, model, args.headWeights)
         self.args, self.more = args, further_losses(args)
         self.learns_boundaries = learns_boundaries(args)
         self.learns_codes = hasattr(criterion.segmentLevelCriterion, "targetQuantizer")
-        weights = [[float(name != BOUNDARY_RATE) for name in self.more]]
-        self.loss_weights = torch.cat([self.loss_weights, torch.tensor(weights)], dim=1)
+        of_policy = [*args.policyWeights, 0.0, 0.0] * self.learns_boundaries
+        weights = torch.tensor([[*of_policy, *[1.0] * self.learns_codes]])
+        self.loss_weights = torch.cat([self.loss_weights, weights], dim=1)
 
     def forward(self, batch, generator=None):
         """A `Batch` -> losses and accuracies, (1, n) each; losses without accuracy get 0."""
@@ -76,10 +78,17 @@ class LearnedNetworks(LevelNetworks):
             reinforce.entropy_loss(choice.log_probs, weight),
             reinforce.density_loss(choice.log_probs[..., 1].exp(), windows, self.args.meanSegment),
             FRAMES_PER_SECOND * choice.boundaries[:, 1:].float().mean(),
+            costs.new_tensor(float(len(costs) > 0)),
         ]
 
     def named(self, part, losses, accuracies):
+        """See Networks. Means over segments are over the batches that had one to predict; without
+        any, None stands for them."""
         n = len(losses) - len(self.more)
-        more = zip(self.more, losses[n:], strict=True)
-        values = {f"{name}_{part}": value for name, value in more}
-        return super().named(part, losses[:n], accuracies[:n]) | values
+        more = dict(zip(self.more, losses[n:], strict=True))
+        predicted = more.pop(PREDICTED, 1.0)
+        values = super().named(part, losses[:n], accuracies[:n])
+        for name in values:
+            if name.endswith(OF_SEGMENTS):
+                values[name] = [mean / predicted for mean in values[name]] if predicted else None
+        return values | {f"{name}_{part}": value for name, value in more.items()}

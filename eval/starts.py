@@ -66,8 +66,8 @@ class StartWatch(Listener):
             what = "no boundaries" if self.collapsed > 0 else "a boundary wherever one may be"
             print(
                 f"note: epoch {epoch}: the boundary policy has collapsed: it finds {what} "
-                f"({rate:.1f} per second in validation). Early in training that often passes; if "
-                "it stays, try a lower --learningRate, another --rlSetup or --clip_grad_norm 1",
+                f"({rate:.1f} per second in validation). Early in training that often passes; "
+                "eval/README.md, Learned boundaries, has flags for small corpora",
                 flush=True,
             )
 

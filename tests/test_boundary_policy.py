@@ -27,6 +27,7 @@ from utils.capture import CaptureReader
 from utils.kmeans import assign
 from utils.misc import UserError, generator_from
 from utils.run.adam import load_optimizer, parameter_groups
+from utils.run.checkpoint_checks import _are_epoch_means
 from utils.run.flags import build_parser, stored_arguments
 from utils.run.hcpc import take_over
 from utils.run.level_flags import OF_POLICY
@@ -239,6 +240,50 @@ def test_codes_are_found_in_the_real_segments_of_the_last_epoch():
     quantiser.begin_epoch(4, generator_from(4))  # nothing to find them in
 
 
+# ---------------------------------------------------------------------------------------- losses
+
+
+def learned_networks(*words):
+    sizes = "--hiddenEncoder 8 --hiddenGar 8 --hiddenEncoderSegment 8 --hiddenGarSegment 8".split()
+    heads = "--rnnMode linear --rnnModeSegment linear".split()
+    args = build_parser().parse_args([*FLAGS, *sizes, *heads, *words])
+    return join_networks(build_criterion(args, 1), build_model(args), args)
+
+
+def test_the_losses_of_a_policy_have_their_weights():
+    networks = learned_networks("--policyWeights", "0.1", "0.2", "0.3")
+    assert_close(networks.loss_weights[0, -6:], [0.1, 0.2, 0.3, 0, 0, 1], 1e-6)
+
+
+def test_means_of_segments_are_over_the_batches_that_had_some_to_predict():
+    networks = learned_networks("--nPredicts", "1", "--CPCCTCNumMatched", "1")
+    policy, codes = [0.1, 0.2, 0.3, 7.0], [0.4]
+    values = networks.named("val", [3.0, 0.2, 0.1, *policy, 0.25, *codes], [0.5] * 9)
+    assert values["locLoss_val"] == [3.0]
+    assert values["locLoss_val_segments"] == [0.8, 0.4]
+    assert values["boundariesPerSecond_val"] == 7.0
+    values = networks.named("val", [3.0, 0.0, 0.0, *policy, 0.0, *codes], [0.5] * 9)
+    assert values["locAcc_val"] == [0.5]
+    assert values["locLoss_val_segments"] is values["locAcc_val_segments"] is None
+    assert set(values) & {"predicted", "predicted_val"} == set()
+
+
+def test_means_of_the_first_epoch_are_sound_where_validation_had_no_segments_before():
+    """How many losses segments have isn't known then."""
+    before = {"locLoss_val": [4.0], "locAcc_val": [0.1]}
+    for row, n_columns, sound in (
+        (None, 6, True),
+        (None, 4, False),
+        ([1.0], 5, True),
+        ([1.0], 6, False),
+    ):
+        of_segments = {"locLoss_val_segments": row, "locAcc_val_segments": row}
+        logs = {"before_training": before | of_segments}
+        sums, norms = torch.zeros(2, n_columns), torch.zeros(())
+        running = {"sums": sums, "norms": norms, "windows": 8, "batches": 1}
+        assert _are_epoch_means(running, [0, 0, 8], logs, 3) is sound
+
+
 # --------------------------------------------------------------------- checkpoints, whole runs
 
 FLAGS = (
@@ -377,6 +422,10 @@ def test_a_checkpoint_of_hcpc_with_learned_boundaries_resumes(tiny_corpus, tmp_p
     ("words", "said"),
     [
         (["--rlSetup", "vanillaReinforce"], "--rlSetup needs --segmentationMode boundaryPredictor"),
+        (
+            ["--segmentationMode", "boundaryPredictor", "--policyWeights", "1"],
+            "--policyWeights needs three values",
+        ),
         (["--targetQuantizerSegment", "gumbel"], "--targetQuantizerSegment: gumbel: isn't support"),
         (["--numCodesCodebook", "9"], "--numCodesCodebook needs --targetQuantizerSegment robust"),
         (

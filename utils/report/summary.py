@@ -126,8 +126,8 @@ def validation_rows(logs):
         ("validation accuracy of segments", "locAcc_val" + OF_SEGMENTS, percent),
     ):
         if key in logs:
-            start = form(mean(before[key])) if key in before else "-"
-            rows.append((name, start, form(mean(logs[key][-1]))))
+            values = before.get(key), logs[key][-1]
+            rows.append((name, *(form(mean(value)) if value else "-" for value in values)))
     return rows
 
 

@@ -137,10 +137,12 @@ def are_training_logs(logs):
 
 
 def _rows(logs, level):
-    """The losses and accuracies by prediction step of a level, in the logs of a training run."""
+    """The losses and accuracies by prediction step of a level, in the logs of a training run;
+    without those of epochs in which validation had no segments to predict."""
     before = logs.get("before_training", {})
     first = [before[f"{key}{level}"] for key in ROW_SERIES if f"{key}{level}" in before]
-    return first + [row for key in ROW_SERIES for row in logs.get(f"{key}{level}", [])]
+    rows = first + [row for key in ROW_SERIES for row in logs.get(f"{key}{level}", [])]
+    return [row for row in rows if not level or row is not None]
 
 
 def _is_row(value):
@@ -168,11 +170,14 @@ def _are_epoch_means(running, position, logs, n_further):
     if position[1:] == [0, 0]:  # between epochs there are none
         return not batches and _is_number(sums) and _is_number(norms)
     of_levels = [rows[0] for level in LEVELS if (rows := _rows(logs, level))]
+    n_known, before = sum(map(len, of_levels)) + n_further, logs.get("before_training", {})
+    unknown = not logs.get("epoch") and None in before.values()  # the number of those of segments
     return (
         windows >= batches > 0
         and torch.is_tensor(sums)
         and torch.is_tensor(norms)
-        and tuple(sums.shape) == (2, sum(map(len, of_levels)) + n_further)
+        and sums.ndim == len(sums) == 2
+        and (sums.size(1) > n_known if unknown else sums.size(1) == n_known)
         and norms.ndim == 0
         and sums.is_floating_point()
         and norms.is_floating_point()

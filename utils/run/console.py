@@ -165,7 +165,7 @@ class Console(Listener):
             f"{title}loss {mean(values[f'locLoss_{part}{level}']):.4f}"
             + f" acc {percent(mean(values[f'locAcc_{part}{level}']))}" * self.has_accuracy
             for level, title in LEVELS.items()
-            if f"locLoss_{part}{level}" in values
+            if values.get(f"locLoss_{part}{level}")
         )
 
     def on_step(self, epoch, batch, n_batches, values, clock):
@@ -211,14 +211,15 @@ class Console(Listener):
         keys = f"locLoss_val{level}", f"locAcc_val{level}"
         epochs, losses, accuracies = (logs[key] for key in ("epoch", *keys))
         rows = [
-            (f"{name} ({epochs[row]})", mean(losses[row]), mean(accuracies[row]))
+            (f"{name} ({epochs[row]})", losses[row], accuracies[row])
             for name, row in (("first epoch", 0), ("best epoch", best_row), ("last epoch", -1))
         ]
         if before := logs.get("before_training"):
-            rows.insert(0, ("before training", *(mean(before[key]) for key in keys)))
+            rows.insert(0, ("before training", *(before[key] for key in keys)))
         print(f"\n{title:<20}{'loss':>10}" + f"{'accuracy':>12}" * self.has_accuracy)
         for name, loss, accuracy in rows:
-            print(f"{name:<20}{loss:>10.4f}" + f"{percent(accuracy):>12}" * self.has_accuracy)
+            cells = [f"{mean(loss):.4f}", percent(mean(accuracy))] if loss else ["-", "-"]
+            print(f"{name:<20}{cells[0]:>10}" + f"{cells[1]:>12}" * self.has_accuracy)
 
 
 def note_if_starved(forward_backward, state):

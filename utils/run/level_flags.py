@@ -13,6 +13,7 @@ HEADING = "two levels"
 LEARNED = "boundaryPredictor"
 SEGMENTATION_MODES = ("cosineDissimilarity", "scpc", LEARNED)
 RL_SETUPS = ("reinforceWBaseline", "vanillaReinforce", "reinforceWAdvantage")
+PREDICTED = "predicted"  # whether a batch has segments to predict; not in the logs
 OF_POLICY = ("piGradLoss", "SegmenterEntropyLoss", "PhoneDensityPriorLoss", BOUNDARY_RATE)
 OF_CODES = ("targetQuantizerLoss",)
 MEAN_PHONE = 7.580728  # frames, in LibriSpeech
@@ -93,6 +94,9 @@ def declare_levels(declare, architecture, inherited, model, cpcctc, heads):
         "as it is (vanillaReinforce), or each segment's own, minus that running mean")
     add("--meanSegment", type=above(0), default=MEAN_PHONE, metavar="FRAMES",
         help="mean segment length that the policy is trained towards: that of LibriSpeech's phones")
+    add("--policyWeights", nargs="+", type=at_least(0, float), default=[1.0] * 3, metavar="W",
+        help="weights of the policy's three losses: piGradLoss (REINFORCE), SegmenterEntropyLoss "
+        "and PhoneDensityPriorLoss, whose gradients reach the encoder as well")
     add("--targetQuantizerSegment", type=target_quantizer, default="none", metavar="KIND",
         help="robustKmeans: from epoch 3 (the fourth) on, each segment to predict is replaced by "
         "the nearest of several codes, which k-means finds at the start of epochs 3 to 49")
@@ -135,10 +139,10 @@ def learns_boundaries(args):
 
 
 def further_losses(args):
-    """Names, in the logs, of the losses of learned boundaries and of codes for segments, and of the
-    number of boundaries per second, which isn't minimised."""
+    """Names, in the logs, of the losses of learned boundaries and of codes for segments, and of
+    numbers that aren't minimised, such as boundaries per second."""
     learns_codes = args.multiLevel and args.targetQuantizerSegment != "none"
-    return OF_POLICY * learns_boundaries(args) + OF_CODES * learns_codes
+    return (*OF_POLICY, PREDICTED) * learns_boundaries(args) + OF_CODES * learns_codes
 
 
 def complete_levels(args, explicit):
@@ -219,9 +223,11 @@ def check_segment_level(args, explicit):
 def check_policy(args, explicit):
     """Refuse what can't work with learned boundaries or, without them, what only they use."""
     if not learns_boundaries(args):
-        of_policy = {"nLayersBoundaryPredictor", "rlSetup", "meanSegment"}
+        of_policy = {"nLayersBoundaryPredictor", "rlSetup", "meanSegment", "policyWeights"}
         refuse_any(explicit & of_policy, f"needs --segmentationMode {LEARNED}")
         return
+    if len(args.policyWeights) != 3:
+        raise UserError("--policyWeights needs three values: of REINFORCE, entropy and density")
     refuse_any(explicit & {"segmentProminence"}, f"has no effect with --segmentationMode {LEARNED}")
     flag = "hiddenGar" if args.segmentOnContext else "hiddenEncoder"
     if getattr(args, flag) % 8:
