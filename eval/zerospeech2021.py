@@ -122,7 +122,8 @@ def build_parser():
     add("pathDB", metavar="DATASET", help="folder of the challenge's audio, with phonetic/ in it")
     add("pathOut", metavar="OUT", help="folder of the submission")
     add("pathCheckpoint", metavar="SOURCE",
-        help="checkpoint, or a run's directory for the newest in it, or units.txt of quantize.py")
+        help="checkpoint, or a run's directory for the newest in it, or quantized_outputs.txt of "
+        "quantize.py")
     add_extension(add, "--extension")
     add_feature_flags(parser.add_argument_group("features").add_argument)
     add_device(add)

@@ -673,6 +673,13 @@ def test_textgrid_in_any_encoding(tmp_path):
         assert (tmp_path / "out" / "phones.txt").read_text() == "0 SIL\n1 A\n2 B_C\n"
 
 
+def test_a_textgrid_whose_name_a_label_file_cannot_hold_is_refused(tmp_path, capsys):
+    (tmp_path / "a second take.TextGrid").write_text(GRID)
+    refused(convert_alignments.main, tmp_path, tmp_path / "out")
+    assert "rename these and their audio: a second take" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("found", "instead", "message"),
     [

@@ -95,6 +95,11 @@ def main(argv=None):
         raise UserError("--channel: for CTM files only, TextGrids have tiers (--tier)")
     utterances = read_textgrids(args) if in_folder else read_ctm(args.alignments, args.channel)
     check_origins(args, utterances)
+    if spaced := [utterance.name for utterance in utterances if len(utterance.name.split()) > 1]:
+        raise UserError(
+            f"{args.alignments}: names with blanks can't be used in label files, rename these "
+            f"and their audio: {first_few(spaced)}"
+        )
     phones = {utterance.name: phones_of(utterance, args) for utterance in utterances}
     too_short = [name for name in phones if not phones[name]]
     phones = {name: row for name, row in phones.items() if row}

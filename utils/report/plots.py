@@ -27,9 +27,10 @@ def draw_curves(logs, path, step="prediction step", with_accuracy=True, chance=N
     chance: the Chance of the criterion, a dotted line
     """
     figure = Figure(figsize=(11, 7.5))
-    margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95}
+    two_levels = bool(logs.get(f"locLoss_val{OF_SEGMENTS}"))  # with another scale at the right
+    margins = {"left": 0.07, "right": 0.93 if two_levels else 0.98, "bottom": 0.07, "top": 0.95}
     (losses, accuracies), (probe, rate) = figure.subplots(
-        2, 2, gridspec_kw={**margins, "wspace": 0.2, "hspace": 0.3}
+        2, 2, gridspec_kw={**margins, "wspace": 0.35 if two_levels else 0.2, "hspace": 0.3}
     )
     epochs = logs["epoch"]
     each = f": mean, and each {step} in validation" if step else ""

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import utils.run.before_torch  # noqa: F401
 
 from utils.files import load_json
-from utils.misc import OF_SEGMENTS, UserError, first_few, mean, percent
+from utils.misc import OF_SEGMENTS, UserError, counted, first_few, mean, percent
 from utils.report.run_record import RunRecord
 from utils.report.values import without_accuracies
 from utils.run.command import CommandLine, command
@@ -44,9 +44,9 @@ def main(argv=None):
     epochs = RunRecord(args.run).epochs
     if epochs:
         windows, seconds = (sum(epoch[key] for epoch in epochs) for key in ("windows", "seconds"))
-        print(f"{len(epochs)} epochs, {windows / seconds:.3g} windows/s in training")
-    print(f"report, checkpoints and logs: {args.run}; pictures:")
+        print(f"{counted(len(epochs), 'epoch')}, {windows / seconds:.3g} windows/s in training")
     found = [*pictures_of_run(args.run, flags), *pictures_in(args.untrained + args.pictures)]
+    print(f"report, checkpoints and logs: {args.run}{'; pictures:' * bool(found)}")
     for picture in dict.fromkeys(found):
         print(f"    {picture}")
 

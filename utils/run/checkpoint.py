@@ -417,6 +417,8 @@ def load_weights(module, state, source):
         raise UserError(
             f"{source}: its weights don't fit this architecture: {' '.join(reasons)[:300]}"
         ) from error
+    if not all(weights.isfinite().all() for weights in module.parameters()):
+        print(f"warning: {source}: some of its weights are NaN or infinite")
 
 
 def load_criterion(criterion, checkpoint, corpus):

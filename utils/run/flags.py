@@ -472,6 +472,8 @@ def stored_arguments(stored, source):
     argv = []
     for name in sorted((ARCHITECTURE | DATA_ORDER | INHERITED) & stored.keys()):
         value = stored[name]
+        if isinstance(value, list) and len(value) == 1 and name not in LISTS:
+            value = value[0]  # as hCPC stores --file_extension
         if value is True:
             argv.append(f"--{name}")
         elif isinstance(value, list) and name in LISTS:
