@@ -84,7 +84,7 @@ def test_kmeans_refuses_too_few_different_points():
     points = torch.randn(3, 5).repeat(10, 1) + 7
     with pytest.raises(UserError, match="only 3 different frames"):
         kmeans(points, 4, generator_from(0))
-    with pytest.raises(UserError, match="only 30 frames"):
+    with pytest.raises(UserError, match="31 clusters of 30 frames"):
         kmeans(points, 31, generator_from(0))
     assert len(first_centers(points, 3, generator_from(0)).unique(dim=0)) == 3
 
