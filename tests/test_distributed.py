@@ -539,9 +539,9 @@ def test_half_an_environment_of_torchrun_is_refused(name, monkeypatch):
     [
         ({}, 2, ""),
         ({"WORLD_SIZE": "1", "RANK": "0"}, 2, ""),  # not by torchrun
-        ({"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, 0, "is 1\n"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, 0, "to 1\n"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2"}, 0, ""),
-        ({"WORLD_SIZE": "6", "RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 0, "is 3\n"),
+        ({"WORLD_SIZE": "6", "RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 0, "to 3\n"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, 0, ""),  # another rank says it
     ],
 )

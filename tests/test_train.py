@@ -865,7 +865,8 @@ def test_a_finished_run_is_known_without_its_audio(tiny_corpus, tmp_path, capsys
 @pytest.mark.parametrize("parser", [build_parser(), linear_separability.build_parser()])
 def test_help_names_every_default_once(parser, monkeypatch):
     monkeypatch.setenv("COLUMNS", "5000")
-    text = parser.format_help().partition("\noptions:")[2].partition("\ncommands:")[0]
+    text = parser.format_help().partition("\noptions:")[2]
+    text = re.split("\n(?:commands|examples):", text)[0]
     explained = dict(re.findall(r"^ +--(\w+)([^\n]*(?:\n {10,}.*)?)", text, flags=re.M))
     for name, line in explained.items():
         default = parser.get_default(name)
