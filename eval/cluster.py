@@ -183,8 +183,9 @@ def collect(module, corpus, files, args, features):
     n_frames = min(args.max_frames, sum(u.samples // SAMPLES_PER_FRAME for u in files))
     if n_frames < args.nClusters:
         raise UserError(
-            f"-k {args.nClusters}: there are only {counted(n_frames, 'usable frame')} in "
-            f"{args.pathDB} (at most --max_frames {args.max_frames} are taken)"
+            f"-k {args.nClusters}: {args.pathDB} has only {counted(n_frames, 'usable frame')}"
+            if n_frames < args.max_frames
+            else f"-k {args.nClusters}: more than --max_frames {args.max_frames}"
         )
     frames, filled, problems = torch.empty(n_frames, module.dim_output), 0, []
     for file in progress(files, what="features", unit=" files"):

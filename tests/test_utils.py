@@ -558,7 +558,7 @@ def test_of_two_exclusive_flags_the_one_given_replaces_the_stored_one(tmp_path):
     assert (args.captureDSfreq, args.captureDStotNr) == (None, 3)
 
 
-@pytest.mark.parametrize("stored", [{"nPredicts": "many"}, {"arMode": 3}, {"nEpoch": [1]}])
+@pytest.mark.parametrize("stored", [{"nPredicts": "many"}, {"arMode": 3}, {"nEpoch": [1, 2]}])
 def test_damaged_stored_arguments_are_refused_by_name(stored):
     with pytest.raises(UserError, match=f"some.pt: .*--{next(iter(stored))}"):
         stored_arguments(stored, "some.pt")
