@@ -1,7 +1,6 @@
 """Tests of augmentation: effects on audio, what is drawn for a batch, and its way through a run."""
 
 import math
-import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -20,7 +19,16 @@ from dataset import AudioDataset, Batch, BatchLoader
 from eval import hear_augmentation
 from model import build_model
 from tests.helpers import REAL_SPEECH, assert_close, ends_refused, needs_real_speech
-from tests.test_train import EXAMPLE, SMALL, assert_same, checkpoint, on, run, trained
+from tests.test_train import (
+    EXAMPLE,
+    SMALL,
+    assert_same,
+    checkpoint,
+    on,
+    run,
+    signal_in_step,
+    trained,
+)
 from utils.data import effects
 from utils.data.corpus import scan_corpus
 from utils.data.windows import Layout
@@ -417,15 +425,7 @@ def test_a_run_stopped_inside_an_epoch_resumes_bit_for_bit(
 ):
     words = [*words, "--max_size_loaded", "100000"]
     whole = trained(tiny_corpus, tmp_path / "whole", *words)
-    train_step, steps = train.train_step, []
-
-    def stop_in_step_five(*item):
-        steps.append(1)
-        if len(steps) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        train_step(*item)
-
-    monkeypatch.setattr(train, "train_step", stop_in_step_five)
+    signal_in_step(5, monkeypatch)
     flags = ["--pathCheckpoint", tmp_path / "parts"]
     assert run(*on(tiny_corpus), *SMALL, "--nEpoch", 2, *words, *flags) == 128 + signal.SIGTERM
     assert run(*flags) == 0

@@ -1,7 +1,6 @@
 """Two levels, of frames and of segments: golden values of hCPC, slow references, whole runs."""
 
 import json
-import os
 import shutil
 import signal
 from functools import partial
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 import feature_loader
-import train
 from criterion import CPCCriterion, CPCCTCCriterion, build_criterion, join_networks, sampling
 from dataset import Batch
 from eval import segmentation
@@ -31,7 +29,16 @@ from tests.helpers import (
     needs_real_speech,
 )
 from tests.test_hcpc import load_golden_state
-from tests.test_train import SMALL, assert_same, capture_flags, checkpoint, on, run, trained
+from tests.test_train import (
+    SMALL,
+    assert_same,
+    capture_flags,
+    checkpoint,
+    on,
+    run,
+    signal_in_step,
+    trained,
+)
 from train import main
 from utils.capture import CaptureReader
 from utils.files import load_json
@@ -465,15 +472,7 @@ def test_a_run_of_two_levels_resumes_exactly_inside_an_epoch(tiny_corpus, tmp_pa
         "--captureSetStats", f"reprDiff:cosine,seg_ctx,0.05,{tmp_path / 'stats'}",
     ]  # fmt: skip
     whole = trained(tiny_corpus, tmp_path / "whole", *SMALL_LEVELS, *hooks)
-    train_step, steps = train.train_step, []
-
-    def stop_in_step_three(*item):
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        train_step(*item)
-
-    monkeypatch.setattr(train, "train_step", stop_in_step_three)
+    signal_in_step(3, monkeypatch)
     words = [*on(tiny_corpus), *SMALL, *SMALL_LEVELS, "--pathCheckpoint", tmp_path / "parts"]
     assert run(*words, "--nEpoch", 2) == 128 + signal.SIGTERM
     state = torch.load(tmp_path / "parts" / "checkpoint_resume.pt", weights_only=True)

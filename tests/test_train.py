@@ -76,6 +76,19 @@ def trained(corpus, directory, *words, epochs=2):
     return checkpoint(directory, epochs - 1)
 
 
+def signal_in_step(step, monkeypatch, number=signal.SIGTERM):
+    """Send this process a signal when that training step, counted from 1, begins."""
+    train_step, steps = train.train_step, []
+
+    def counted_step(*item):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        train_step(*item)
+
+    monkeypatch.setattr(train, "train_step", counted_step)
+
+
 def checkpoint(directory, epoch):
     return torch.load(Path(directory, f"checkpoint_{epoch}.pt"), weights_only=True)
 
@@ -168,15 +181,7 @@ def test_a_run_stopped_inside_an_epoch_resumes_from_that_step(
 ):
     words = ["--samplingType", "sequential", "--max_size_loaded", "60000", *EXAMPLE]
     whole = trained(tiny_corpus, tmp_path / "whole", *words)
-    train_step, steps = train.train_step, []
-
-    def stop_in_step_five(*item):
-        steps.append(1)
-        if len(steps) == 5:
-            os.kill(os.getpid(), number)
-        train_step(*item)
-
-    monkeypatch.setattr(train, "train_step", stop_in_step_five)
+    signal_in_step(5, monkeypatch, number)
     directory = tmp_path / "parts"
     flags = [*on(tiny_corpus), *SMALL, "--pathCheckpoint", directory, "--nEpoch", 2, *words]
     assert run(*flags) == 128 + number
