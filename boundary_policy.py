@@ -22,7 +22,7 @@ HIGHEST, LOWEST, DECAY = 2.0, 0.5, 0.999992163431717  # temperature, by updates
 
 
 class Choice(NamedTuple):
-    """What a policy did in a batch."""
+    """Decisions of a policy in a batch, and their probabilities."""
 
     boundaries: torch.Tensor  # (B, S) int64, 1 at the first frame of each segment
     actions: torch.Tensor  # (B, S) int64, the same but for first frames, where 0 changes nothing

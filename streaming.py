@@ -162,7 +162,7 @@ def needs_whole_file(module):
 
 @torch.no_grad()
 def forward_part(module, audio, frames):
-    """What `module` computes from some encoded frames (a slice) of audio (n,), as batch of one."""
+    """Outputs of `module` for some encoded frames (a slice) of audio (n,), as a batch of one."""
 
     def only_these(encoder, inputs, encoded):
         return encoded[:, :, frames]

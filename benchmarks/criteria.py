@@ -170,7 +170,7 @@ def score_inputs(batch):
 
 
 def score_in_chunks(pool, predictions, candidates, fused=False):
-    scores = sampling.score_candidates(pool, predictions, candidates, N_PREDICTIONS, fused)
+    scores = sampling.score_candidates(pool, predictions, candidates, N_PREDICTIONS, fused=fused)
     positives = scores.positives.diagonal(dim1=1, dim2=2)
     return -F.logsigmoid(positives - scores.negatives).mean(0).sum()
 

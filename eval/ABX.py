@@ -149,7 +149,7 @@ def show(scores, triplets, measured_on, out):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and what to do."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = build_parser().parse_args(argv)
     if args.distance_mode == "euclidian":
         args.distance_mode = "euclidean"

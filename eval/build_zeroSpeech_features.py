@@ -37,8 +37,8 @@ from feature_loader import (
     load_model,
     load_phone_classifier,
 )
+from utils.data.corpus import listed_files
 from utils.data.listing import choose_extension
-from utils.data.names import files_by_shortest_key
 from utils.files import (
     atomic_path,
     load_json,
@@ -81,7 +81,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and what to do."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = build_parser().parse_args(argv)
     check_available(args)
     return complete(args)
@@ -137,6 +137,7 @@ def build_parser():
     add("pathOut", help="folder to write the features to")
     add("pathCheckpoint", help="checkpoint, or a run's directory for the newest in it")
     add_extension(add, "--extension")
+    add("--seqList", metavar="FILE", help="use only these files, one name per line")
     add("--format", choices=["npz", "fea", "npy", "pt", "af"], default="fea",
         help="of the feature files; fea is text")
     add_feature_flags(parser.add_argument_group("features").add_argument)
@@ -253,8 +254,8 @@ def speakers_of(paths, level):
 
 
 def name_outputs(args):
-    """The output file of each audio file: path below `pathDB` -> Path."""
-    paths = files_by_shortest_key(args.pathDB, args.extension)
+    """The output file of each listed audio file: path below `pathDB` -> Path."""
+    paths = listed_files(args.pathDB, args.extension, args.seqList)
     return {path: Path(args.pathOut, f"{name}.{args.format}") for name, path in paths.items()}
 
 

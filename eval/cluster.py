@@ -95,7 +95,7 @@ def warn_of_large_unit(share):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = build_parser().parse_args(argv)
     args.pathCheckpoint = os.path.abspath(open_checkpoint(args.pathCheckpoint).path)
     args.out = os.path.abspath(args.out)

@@ -61,7 +61,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked, with absolute paths. Raises UserError with the flag, what to do."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = build_parser().parse_args(argv)
     for name in ("output", "pathDB", "pathPhone", "pathTrain", "pathVal"):
         if vars(args).get(name) is not None:

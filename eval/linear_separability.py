@@ -92,7 +92,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = build_parser().parse_args(argv)
     if args.size_window is not None:
         check_window(args.size_window)
@@ -349,9 +349,7 @@ def open_clusters(args):
 
 
 def transform_of(args, clusters, model, device):
-    """What is done to the features: they become units, or move towards --centerpushFile; None if
-    they stay as they are.
-    """
+    """The function that makes units of features or moves them to --centerpushFile, or None."""
     if clusters:
         return partial(cluster_features, clusters=clusters)
     if not args.centerpushFile:

@@ -169,6 +169,9 @@ class Probe:
         self.n_classes, self.device, self.transform = n_classes, torch.device(device), transform
         of_model = model.dim_encoded if options.get_encoded else model.dim_context
         self.n_features = n_features or of_model
+        self.layer = layer_name(options.get_encoded, options.level)
+        if n_features:
+            self.layer = f"units of {self.layer}"
         in_run = "" if options.cpc_epoch is None else f" of CPC epoch {options.cpc_epoch}"
         self.name = f"{task} probe{in_run}"
         self.metric_name = "per" if options.ctc else "acc"
@@ -335,7 +338,7 @@ class Probe:
         else:
             self.baseline = int(validation.class_counts[majority_class]) / validation.n_frames
         self.measured_on = {
-            "layer": layer_name(self.options.get_encoded, self.options.level),
+            "layer": self.layer,
             "dimensions": self.n_features,
             "training": self._set_sizes(self.train_set, training),
             "validation": self._set_sizes(self.validation_set, validation),
@@ -399,7 +402,7 @@ class Probe:
         when = f" in epoch {best.epoch} (of 0 to {self.options.n_epochs - 1})"
         print(
             f"{self.name}: {self._metric_text(result.metric)}{spread}{training}"
-            f"{'' if several else when}; majority {self.task} of the training set: "
+            f"{'' if several else when}; always the majority {self.task} of the training set: "
             f"{percent(self.baseline)}",
             flush=True,
         )

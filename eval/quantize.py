@@ -42,9 +42,8 @@ from eval.units import (
     unit_line,
 )
 from utils.data.audio import read_header
-from utils.data.corpus import listed_utterances, scan_corpus
+from utils.data.corpus import listed_files
 from utils.data.listing import choose_extension
-from utils.data.names import files_by_shortest_key
 from utils.files import lines_of, load_json, save_array, save_json, write_lines, writing_to
 from utils.kmeans import assign
 from utils.misc import UserError, counted, first_few
@@ -90,7 +89,7 @@ def split(text):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = build_parser().parse_args(argv)
     if not os.path.isdir(args.pathDB):
         raise UserError(f"{args.pathDB}: no such directory")
@@ -161,11 +160,7 @@ def open_clusters(args):
 
 def wanted_files(args):
     """Name -> path below `pathDB`, in the order of names; the part of them that --split names."""
-    paths = files_by_shortest_key(args.pathDB, args.file_extension)
-    if args.pathSeq:
-        corpus = scan_corpus(args.pathDB, args.file_extension)
-        listed = {u.path for u in listed_utterances(corpus, args.pathSeq)}
-        paths = {name: path for name, path in paths.items() if path in listed}
+    paths = listed_files(args.pathDB, args.file_extension, args.pathSeq)
     part, n_parts = map(int, (args.split or "1-1").split("-"))
     size = len(paths) // n_parts
     end = None if part == n_parts else part * size  # the last part has the remainder, too

@@ -111,7 +111,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = build_parser().parse_args(argv)
     if args.prominence is not None and args.pathTune:
         raise UserError("--pathTune chooses the prominence: leave it out, or --prominence")

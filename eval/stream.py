@@ -44,7 +44,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    """The arguments, checked. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     parser = CommandLine(prog="stream.py", description=__doc__)
     add = parser.add_argument
     add("checkpoint", help="checkpoint, or a run's directory for the newest in it")

@@ -1,13 +1,13 @@
-"""How much discrete units tell about phones and speakers, and their bitrates.
+"""The information that discrete units carry about phones and speakers, and their bitrates.
 
-    python eval/unit_quality.py units/quantized_outputs.txt LABELS --out OUT
+    python eval/unit_quality.py UNITS LABELS --out OUT
 
-UNITS comes from `eval/quantize.py`, without --dedup; LABELS has a phone per frame of 10 ms, one
-line `name id id ...` per file, and phones.txt beside it may name the phones. All measures grow or
-fall with the number of units, so the level of chance is beside each: that of the same units,
-shifted in time. `OUT/unit_quality.json` holds all figures (eval/unit_measures.py explains them) and
-the most frequent phones of each unit, `OUT/unit_phones.txt` these as a table, and
-`OUT/unit_quality.png` a picture of them.
+UNITS is the folder that `eval/quantize.py` wrote, or its `quantized_outputs.txt`, without --dedup;
+LABELS has a phone per frame of 10 ms, one line `name id id ...` per file, and phones.txt beside it
+may name the phones. All measures grow or fall with the number of units, so the level of chance is
+beside each: that of the same units, shifted in time. `OUT/unit_quality.json` holds all figures
+(eval/unit_measures.py explains them) and the most frequent phones of each unit,
+`OUT/unit_phones.txt` these as a table, and `OUT/unit_quality.png` a picture of them.
 """
 
 import os
@@ -47,6 +47,8 @@ PHONES_PER_UNIT = 5  # in the table
 @command
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if os.path.isdir(args.units):
+        args.units = os.path.join(args.units, "quantized_outputs.txt")
     names, labels, units, starts = aligned(args)
     by_name = [os.path.dirname(n) or n.split(args.separator)[0] for n in names]
     speakers, speaker_ids = np.unique(by_name, return_inverse=True)
@@ -84,7 +86,8 @@ def main(argv=None):
 def build_parser():
     parser = CommandLine(prog="unit_quality.py", description=__doc__)
     add = parser.add_argument
-    add("units", help="one line per file: `name<TAB>unit,unit,...`")
+    add("units", help="one line per file: `name<TAB>unit,unit,...`, or the folder of "
+        "quantized_outputs.txt")
     add("labels", help="phone labels: one line `name id id ...` per file, an id per 10 ms")
     add("--silence", nargs="*", metavar="PHONE",
         help=f"symbols or ids that are no speech (default: {SILENCE})")

@@ -85,7 +85,7 @@ def some_files(args):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     args = parse_with_augmentation(build_parser(), argv)
     if not os.path.isdir(args.pathDB):
         raise UserError(f"{args.pathDB}: no such directory")

@@ -92,7 +92,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv=None):
-    """The arguments, checked and completed. Raises UserError with the flag and the way out."""
+    """The arguments, checked and completed. Raises UserError for those that can't work."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if not os.path.isdir(Path(args.pathDB, TASK)):

@@ -6,6 +6,15 @@ fail() {
     exit 2
 }
 
+# --help: the beginning of the recipe, and the variables below.
+case " $* " in
+    *" -h "* | *" --help "*)
+        sed -n '2,/^source/{/^set /d;/^source/d;s/^# \{0,1\}//;p;}' "$0"
+        sed -n '/^[A-Z_]*=${/p' "${BASH_SOURCE[0]}"
+        exit
+        ;;
+esac
+
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 [ -x "$PYTHON" ] || PYTHON=python
@@ -56,6 +65,19 @@ step() {
     "$PYTHON" "$ROOT/$script" "$@"
     mkdir -p "$OUT/steps"
     printf '%s' "$words" >"$OUT/steps/$name"
+}
+
+# check_pairs AUDIO ALIGNMENTS: warn of files of one of the folders that have none in the other
+check_pairs() {
+    local single
+    single=$(comm -3 <(stems "$1") <(stems "$2") | tr -d '\t')
+    [ -z "$single" ] ||
+        echo "warning: $(wc -l <<<"$single") names are in only one of $1 and $2:" $(head -5 <<<"$single")
+}
+
+# The names of the files below a folder, without extension and hidden files.
+stems() {
+    find -L "$1" -type f ! -name '[_.]*' | sed 's|.*/||; s|\.[^.]*$||' | LC_ALL=C sort -u
 }
 
 # train AUDIO TRAIN_LIST VAL_LIST [FLAG ...]

@@ -33,6 +33,7 @@ link_speakers() {
 prepare_part() {
     [ -z "${SMALL:-}" ] || step corpus recipes/small_corpus.py unwritten "$OUT/corpus"
     [ "$AUDIO" != "$OUT/audio" ] || link_speakers
+    check_pairs "$AUDIO" "$ALIGNMENTS"
     step lists utils/corpus/make_split.py "$AUDIO" "$OUT/lists" --validation 0.1
     step labels utils/corpus/convert_alignments.py "$ALIGNMENTS" "$OUT/labels" --tier "$TIER"
     step items utils/corpus/make_abx_item.py "$LABELS" "$OUT/labels/phones.txt" "$OUT/all.item" \

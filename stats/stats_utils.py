@@ -11,7 +11,7 @@ from stats.empty_stat import Stat
 from stats.phone_similarity_stat import PhoneSimilarityStat
 from stats.repr_diff_stat import ReprDiffStat
 from stats.stats_collector import StatsCollector
-from utils.misc import UserError
+from utils.misc import UserError, counted
 from utils.run.captured import capturable_names
 from utils.stat_specs import split_specs
 
@@ -85,7 +85,7 @@ def _parse_one(spec):
     stat, arguments = STATS[name], arguments.split(",")
     if len(arguments) != len(_names_of(stat, arguments)):
         raise UserError(
-            f"--captureSetStats: {spec!r} has {len(arguments)} arguments, where "
+            f"--captureSetStats: {spec!r} has {counted(len(arguments), 'argument')}, where "
             f"{usage(name)} has {len(_names_of(stat, arguments))}"
         )
     return stat(*arguments)

@@ -86,7 +86,7 @@ def test_golden_hcpc_policy(params, path, mode):
 
 
 class Call(dict):
-    """The golden values of a call: what has none of its own is that of the first."""
+    """The golden values of a call; those it lacks are the first call's."""
 
     def __init__(self, golden, suffix):
         self.files = [name for name in golden.files if not name.endswith(".call2")]

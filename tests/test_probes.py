@@ -735,6 +735,7 @@ def test_command_probes_units(probe_command, phones, tmp_path, capsys):
         "PhoneCriterionClassifier.weight"
     ]
     assert weight.shape[1] == 2
+    assert logs["measured_on"]["layer"] == "units of context"
     assert logs["best_val_acc"] >= logs["baseline_val_acc"]
     np.save(tmp_path / "narrow.npy", np.zeros((2, 15)))
     for said, words in {

@@ -57,13 +57,6 @@ def place(tmp_path_factory):
     (place / "alignments").mkdir()
     for name, *labels in phones:
         (place / "alignments" / f"{name}.TextGrid").write_text(text_grid(labels))
-        timit = place / "TRAIN" / "DR1" / name.split("-")[0]
-        timit.mkdir(parents=True, exist_ok=True)
-        (audio,) = corpus.rglob(f"{name}.flac")
-        (timit / f"{name}.flac").symlink_to(audio)
-        (timit / f"{name}.PHN").write_text(
-            "".join(f"{160 * a} {160 * b} {phone}\n" for a, b, phone in intervals(labels))
-        )
     write_demo(place, corpus)
     return place
 

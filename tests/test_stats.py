@@ -316,7 +316,7 @@ def test_several_stats_with_underscores_in_their_arguments(tmp_path):
         ("alignOccupancy:d_boundary:cosine,ctx_repr,d", "no stat 'boundary'.*boundaries:METRIC"),
         ("reprDiff:cosine,ctx_repr,0.05", "3 arguments.*reprDiff:METRIC,REPR,STEP,DIRECTORY has 4"),
         ("phoneSim:ctx_repr,d,d", "3 arguments"),
-        ("reprDiff", "1 arguments"),
+        ("reprDiff", "1 argument,"),
         ("reprDiff:cosin,ctx_repr,0.05,d", "no metric 'cosin'; there are cosine, euclid"),
         ("reprDiff:cosine,context,0.05,d", "no representation 'context'; there are conv_repr, ctx"),
         ("reprDiff:cosine,ctx_repr,0,d", "step of reprDiff must be a number above 0, not '0'"),

@@ -300,7 +300,7 @@ def test_quality_of_the_units_of_a_corpus(tmp_path, tiny_corpus, clusters, capsy
     quantized(clusters, tiny_corpus / "audio", tmp_path / "q")
     units, labels = tmp_path / "q/quantized_outputs.txt", tiny_corpus / "phones.txt"
     capsys.readouterr()
-    unit_quality.main([str(units), str(labels)])
+    unit_quality.main([str(units.parent), str(labels)])
     said = capsys.readouterr().out
     result = load_json(tmp_path / "q/unit_quality.json")
     assert result["n_speakers"] == 3

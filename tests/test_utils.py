@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -242,6 +243,22 @@ def test_flags_can_be_abbreviated_as_if_there_were_none_that_turn_switches_off()
         match="match --noise_band, .*, --normMode, .*--noSegmentation .--help",
     ):
         build_parser().parse_args(["--no", "batchNorm"])
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("cluster", "RUN OUT DB --getEncoded --seqNorm --pathSeq LIST"),
+        ("build_zeroSpeech_features", "DB OUT RUN --encoder_layer --seq_norm --seqL LIST"),
+        ("ABX", "from_checkpoint RUN ITEMS DB --getEncoded --seqNorm --maxSizeS 64000 --out OUT"),
+    ],
+)
+def test_commands_take_each_others_spellings_of_flags(module, words):
+    args = vars(importlib.import_module(f"eval.{module}").build_parser().parse_args(words.split()))
+    assert args.get("seqNorm", args.get("seq_norm"))
+    assert any(args.get(name) for name in ("get_encoded", "getEncoded", "encoder_layer"))
+    assert args.get("seqList", "LIST") == "LIST"
+    assert args.get("max_size_seq", 64000) == 64000
 
 
 def test_help_explains_every_flag_once():

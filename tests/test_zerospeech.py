@@ -1,5 +1,6 @@
 """Tests of build_zeroSpeech_features.py and zerospeech2021.py."""
 
+import os
 import re
 
 import numpy as np
@@ -76,7 +77,10 @@ def test_features_of_a_folder_in_each_format(tmp_path, audio, model_file, capsys
     ],
 )
 def test_flags_of_the_features(tmp_path, audio, model_file, words, options):
-    assert build(audio, tmp_path / "out", model_file, "--format", "pt", *words) == 0
+    (tmp_path / "list").write_text("b\n")
+    words = ["--format", "pt", "--seqList", tmp_path / "list", *words]
+    assert build(audio, tmp_path / "out", model_file, *words) == 0
+    assert os.listdir(tmp_path / "out") == ["b.pt"]
     features = torch.load(tmp_path / "out" / "b.pt", weights_only=True)
     model, *_ = load_model([model_file])
     assert_close(features, build_feature(model, audio / "b.wav", **options)[0])

@@ -55,7 +55,7 @@ def write_card(path, checkpoint, config, options):
 
 
 def method(flags):
-    """What trained the model: its name, and how a sentence about the model goes on."""
+    """The criterion that trained the model: its name, and the rest of a sentence about it."""
     if flags.supervised:
         return "Supervised", "learned from labels, by the network of contrastive predictive coding"
     if flags.CPCCTC:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from utils.data.listing import list_audio_files
-from utils.data.names import keys_of, known_key, refuse_ambiguous
+from utils.data.names import files_by_shortest_key, keys_of, known_key, refuse_ambiguous
 from utils.files import lines_of
 from utils.misc import SAMPLE_RATE, UserError, counted, first_few, generator_from, nfc
 from utils.run.distributed import ALONE
@@ -222,6 +222,16 @@ def listed_utterances(corpus, path=None):
     if path is None:
         return list(corpus.utterances)
     return select_utterances(corpus.utterances, read_utterance_list(path), path)
+
+
+def listed_files(root, extension, path=None):
+    """Name -> path below `root`, as `files_by_shortest_key`, of the files in the list at `path`."""
+    files = files_by_shortest_key(root, extension)
+    if path is None:
+        return files
+    utterances = [Utterance(0, file, samples=0) for file in files.values()]
+    listed = {u.path for u in select_utterances(utterances, read_utterance_list(path), path)}
+    return {name: file for name, file in files.items() if file in listed}
 
 
 def split_utterances(

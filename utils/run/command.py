@@ -17,6 +17,14 @@ from utils.run.console import discard_output
 EXIT_USER_ERROR = 2  # exit status after a UserError
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # exit status when the reader of the output has gone
 
+# The originals' commands spell some flags differently: each command takes all its spellings.
+SPELLINGS = (
+    {"--get_encoded", "--getEncoded", "--encoder_layer"},
+    {"--max_size_seq", "--maxSizeSeq"},
+    {"--seq_norm", "--seqNorm"},
+    {"--seqList", "--pathSeq"},
+)
+
 
 class HelpWithDefaults(argparse.HelpFormatter):
     """Help with the default of each flag whose text doesn't name it; keeps an epilog's lines."""
@@ -73,6 +81,11 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Like argparse's, but refuses an unknown flag here, where subcommands see it, too."""
+        for spellings in SPELLINGS:
+            for flag in spellings & self._option_string_actions.keys():
+                self._option_string_actions |= dict.fromkeys(
+                    spellings, self._option_string_actions[flag]
+                )
         namespace, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
@@ -87,9 +100,11 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"unrecognized flag {name}: did you mean {known[nearest[0]]}?")
 
     def _get_option_tuples(self, option_string):
-        """Flags that `option_string` abbreviates, but no hidden ones, which make it ambiguous."""
+        """Flags that `option_string` abbreviates, without what would make it ambiguous: hidden
+        ones, and a second spelling of one."""
         found = super()._get_option_tuples(option_string)
-        return [match for match in found if match[0].help != argparse.SUPPRESS]
+        found = {id(match[0]): match for match in found if match[0].help != argparse.SUPPRESS}
+        return list(found.values())
 
 
 def refuse_any(flags, reason):

@@ -5,7 +5,7 @@ No network is built here: a checkpoint's stored flags and the shapes of its weig
 
 import os
 
-from utils.misc import UserError
+from utils.misc import UserError, first_few
 from utils.run.checkpoint import NULLSPACE, newest_checkpoint, open_checkpoint, stored_models
 from utils.run.flags import (
     ARCHITECTURE,
@@ -38,7 +38,7 @@ def resolve(args, explicit):
         # These have the checkpoint's values, so values on the command line contradict nothing.
         explicit = explicit - ARCHITECTURE - DATA_ORDER
     elif args.load:
-        explicit = explicit - adopt_architecture(args)
+        explicit = explicit - adopt_architecture(args, explicit)
     began_with_load = "models" in checkpoint.state if checkpoint else bool(args.load)
     complete(args, explicit, began_with_load)
     check_arguments(args, explicit, checkpoint is not None, began_with_load)
@@ -107,10 +107,10 @@ def is_gone(path):
     return isinstance(path, str) and bool(path) and not os.path.exists(path)
 
 
-def adopt_architecture(args):
+def adopt_architecture(args, explicit):
     """Set the architecture flags to those of the model (and criterion) that `--load` names.
 
-    Returns the names of these flags.
+    Prints what changes, with a warning for flags in `explicit`. Returns the names of these flags.
     """
     for path in args.load:
         if not os.path.exists(path):
@@ -134,8 +134,17 @@ def adopt_architecture(args):
     adopted |= zip(("hiddenGar", "hiddenEncoder"), widths, strict=True)
     for name, value in sorted(adopted.items()):
         if getattr(args, name) != value:
-            print(f"--{name}: {value}, as in the loaded model (instead of {getattr(args, name)})")
+            prefix = "warning: " if name in explicit else ""
+            instead = f"(instead of {getattr(args, name)})"
+            print(f"{prefix}--{name}: {value}, as in the loaded model {instead}")
             setattr(args, name, value)
+    own = sorted(ARCHITECTURE - MODEL - {"speaker_level"} - adopted.keys())
+    other = [f"--{name}" for name in own if getattr(args, name) != getattr(parts[0], name)]
+    if other:
+        print(
+            "note: the criterion is new, with other flags than the loaded run's: "
+            f"{first_few(other)}; --loadCriterion takes over the old one"
+        )
     return adopted.keys() | of_model
 
 

@@ -235,7 +235,7 @@ class RunState(Listener):
         return contents | {key: value for key, value in rest.items() if value}
 
     def machine(self):
-        """What a run's results depend on, bit for bit, besides its seed and data."""
+        """The settings that a run's results depend on, bit for bit, besides its seed and data."""
         return {
             "device": self.device.type,
             "processes": self.world.size,
