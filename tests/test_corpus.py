@@ -1011,12 +1011,12 @@ def test_a_second_call_converts_what_is_missing_or_old(tmp_path, capsys):
     for name in "abc":
         write_tone(tmp_path / "in" / f"{name}.wav", 8000)
     adjust(tmp_path / "in", tmp_path / "out", "--file_extension", ".wav")
-    assert "3 files converted, 0 existed" in capsys.readouterr().out
+    assert "3 files converted (3 of 8000 Hz), 0 existed" in capsys.readouterr().out
     (tmp_path / "out" / "a.wav").unlink()
     os.utime(tmp_path / "out" / "b.wav", (0, 0))
     (tmp_path / "out" / ".writing-x.wav").touch()  # what a killed call leaves
     adjust(tmp_path / "in", tmp_path / "out", "--file_extension", ".wav")
-    assert "2 files converted, 1 existed" in capsys.readouterr().out
+    assert "2 files converted (2 of 8000 Hz), 1 existed" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "out")) == ["a.wav", "b.wav", "c.wav"]
 
 
@@ -1043,7 +1043,7 @@ def test_unreadable_files_are_named_and_the_others_converted(tmp_path, capsys):
     (tmp_path / "in" / "none.flac").touch()
     refused(adjust_sample_rate.main, tmp_path / "in", tmp_path / "out", "--file_extension", ".flac")
     output = capsys.readouterr()
-    assert "1 files converted" in output.out
+    assert "1 file converted" in output.out
     assert "2 of 3 files can't be converted: more/bad.flac: can't be decoded" in output.err
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["good.flac"]
 

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -76,7 +77,10 @@ def report(args, results):
     """Print what was done, with warnings; results: (path, Result) pairs."""
     outcomes = [result.outcome for _, result in results]
     n_converted, n_existing = outcomes.count(CONVERTED), outcomes.count(EXISTING)
-    print(f"{n_converted} files converted, {n_existing} existed already: {args.path_out}")
+    rates = Counter(r.rate for _, r in results if r.outcome == CONVERTED).most_common()
+    origins = f" ({', '.join(f'{n} of {rate} Hz' for rate, n in rates)})" if rates else ""
+    converted = counted(n_converted, "file") + f" converted{origins}"
+    print(f"{converted}, {n_existing} existed already: {args.path_out}")
     clipped = [f"{path} ({result.clipped})" for path, result in results if result.clipped]
     if clipped:
         print(
@@ -161,6 +165,7 @@ class Result(NamedTuple):
     outcome: str  # CONVERTED, EXISTING or the reason it can't be converted
     clipped: str = ""  # how many of its samples were clipped, if any were
     is_silent: bool = False
+    rate: int = 0  # Hz, of the original
 
     @property
     def failed(self):
@@ -181,9 +186,9 @@ def convert_file(args, path, resample):
                 for _ in blocks:  # what is copied must be usable, too
                     pass
                 shutil.copyfile(source, temporary)
-                return Result(CONVERTED, "", tally.is_silent)
+                return Result(CONVERTED, "", tally.is_silent, audio.samplerate)
             write_audio(temporary, blocks, rate, audio.channels)
-            return Result(CONVERTED, tally.clipped, tally.is_silent)
+            return Result(CONVERTED, tally.clipped, tally.is_silent, audio.samplerate)
     except (OSError, soundfile.SoundFileError, UserError) as error:
         return Result(reason(error))
 
