@@ -55,6 +55,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check --quiet .
 	$(RUN) -m pytest
 
 test-extras: .venv-extras/installed

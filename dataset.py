@@ -122,7 +122,7 @@ class AudioDataset:
         print(f"{self.title}: skipped {len(new)} of {self._n_files} files: {first_few(named, 20)}")
 
     def warn_of_silence(self, paths):
-        """Warn, once per file, of decoded files that hold nothing to learn from."""
+        """Warn, once per file, of silent audio."""
         new = sorted(set(paths) - self._silent)
         self._silent.update(new)
         if new:
@@ -224,7 +224,7 @@ def allowed_bad_files(n_files, fraction):
 
 
 def refuse_too_many(problems, n_files):
-    """Raise UserError if `problems`, of unusable files, are more than training tolerates."""
+    """Raise UserError if more files are unusable (`problems`) than training tolerates."""
     if len(problems) > allowed_bad_files(n_files, 0.01):
         raise UserError(f"too many unusable files: {first_few(problems)}")
 
@@ -381,7 +381,7 @@ class BatchLoader:
                         yield own
                         own = None
                 skip = max(0, skip - plan.n_batches)
-                del pack  # before the next but one is allocated
+                del pack  # free it before the next pack but one is allocated
             if own and not self.training:
                 yield own
             if first == (epoch, 0, 0):

@@ -118,7 +118,7 @@ def _network(state, arguments):
 
 
 def load_criterion_state(path: AnyPath) -> tuple[dict, dict]:
-    """Two dicts: the weights of a checkpoint's criterion, and the flags it was trained with.
+    """Return (weights of a checkpoint's criterion, flags it was trained with), two dicts.
 
     Raises UserError if the file holds no criterion.
     """

@@ -337,7 +337,7 @@ class CPCModel(nn.Module):
         self.gAR.hidden = state
 
     def reset_hidden(self):
-        """Let the next batch start from the zero state."""
+        """Start the next batch from the zero state."""
         self.set_hidden_state(None)
 
 
@@ -419,7 +419,7 @@ def build_model(args, frame_model=None):
 
 @contextlib.contextmanager
 def preserved_state(model, criterion=None):
-    """A block that starts with a reset hidden state and leaves the networks as they were.
+    """A block that starts from a zero hidden state and leaves the networks as they were.
 
     Restores the hidden state, the train or eval modes and `requires_grad`, but not weights and
     buffers, which the block must not change.

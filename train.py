@@ -1,4 +1,4 @@
-"""Train CPC or CPC-CTC on speech, and look at what it learns.
+"""Train CPC or CPC-CTC on speech, and inspect what it learns.
 
     python train.py --pathDB AUDIO --pathTrain LIST --pathVal LIST --pathCheckpoint RUN --CPCCTC
     python train.py --pathCheckpoint RUN                             # resume a run that was stopped
@@ -332,7 +332,7 @@ def run_hooks(hooks, state, epoch, listeners):
 
 
 def publish(listeners, epoch, values, clock):
-    """Hand an epoch's values to all that display or store them."""
+    """Pass an epoch's values to every listener."""
     for listener in listeners:
         listener.on_epoch(epoch, values, clock)
 
@@ -348,7 +348,7 @@ def finish_epoch(state, epoch, files, save_now):
     if world.is_rank_zero:
         speed = epoch_speed(state.clock, state.device, world.size)
         files.write(state.logs, speed, if_due=not (is_last or save_now))
-    # All wait for rank 0 here: a rank that exited earlier, after an error, would end it as well.
+    # All ranks wait for rank 0 here: one that exits early, after an error, would end it as well.
     lost = f"{state.directory}: the last epoch's checkpoint couldn't be written"
     world.raise_everywhere(UserError(lost) if is_last and not is_saved else None)
 

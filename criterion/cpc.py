@@ -32,7 +32,7 @@ class CPCCriterion(ContrastiveCriterion):
         self.adjacent_negatives = adjacent_negatives
 
     def chance(self):
-        """The Chance of scores that ignore the frame: one of N + 1 candidates is right."""
+        """The Chance of scores without information: one of N + 1 candidates is right."""
         return Chance(math.log(self.n_negatives + 1), 1 / (self.n_negatives + 1))
 
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None, lengths=None):

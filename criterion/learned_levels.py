@@ -82,8 +82,8 @@ class LearnedNetworks(LevelNetworks):
         ]
 
     def named(self, part, losses, accuracies):
-        """See Networks. Means over segments are over the batches that had one to predict; without
-        any, None stands for them."""
+        """See Networks. Means of segments are over the batches with segments to predict, or None
+        if there were none."""
         n = len(losses) - len(self.more)
         more = dict(zip(self.more, losses[n:], strict=True))
         predicted = more.pop(PREDICTED, 1.0)

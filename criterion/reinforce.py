@@ -16,7 +16,7 @@ EPOCHS_OF_BONUS, LOWEST_BONUS = 20, 0.25  # of entropy, which falls linearly fro
 
 
 def policy_gradient_loss(setup, log_probs, costs, n_anchors, baseline):
-    """Its gradient makes segmentations of high costs less likely.
+    """REINFORCE: its gradient makes segmentations of high costs less likely.
 
     log_probs (B, n): of the choices that made each segment; costs (X,): of what is predicted from
     each of the first n_anchors (B,) segments of row 0, of row 1 and so on; baseline: a typical cost
@@ -32,7 +32,7 @@ def policy_gradient_loss(setup, log_probs, costs, n_anchors, baseline):
 
 @torch.no_grad()
 def update_baseline(baseline, costs):
-    """Move the buffer `baseline`, (1,), which begins as the first of them, to the mean of costs."""
+    """Update `baseline` (1,), the running mean of costs, which starts as the first batch's."""
     mean = mean_over_ranks(costs.mean().view(1).to(baseline.dtype))
     baseline.copy_(torch.where(baseline == 0, mean, torch.lerp(mean, baseline, MEMORY)))
 

@@ -91,7 +91,7 @@ class CPCCTCCriterion(ContrastiveCriterion):
     def forward(self, context, encoded, speaker, capture=frozenset(), generator=None, lengths=None):
         """context (B, S, C), encoded (B, S, E), speaker (B,) -> CriterionOutput with (1, M).
 
-        The losses divide the total loss, their sum, among the matched frames. P is K plus the self
+        The total loss is split among the matched frames: the losses sum to it. P is K plus the self
         loop and the blank. capture: any of "pred", the predictions (B, W, E, P); "cpcctc_align",
         the most likely prediction for each frame ahead (B, W, M) int64; "cpcctc_log_scores"
         (B, W, M, P); "anchor_costs", the mean cost of that alignment (X,). generator:

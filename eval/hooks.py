@@ -145,7 +145,7 @@ class CaptureHook(Hook):
 
 
 class ModelHook(Hook):
-    """Measures the model as it is, on rank 0: `measure(epoch, model)` returns the values to log."""
+    """Evaluates the model on rank 0: `measure(epoch, model)` returns the values to log."""
 
     first = 1
 
@@ -252,7 +252,7 @@ def capture_hook(args, corpus, labels, stats, *, device, world, checkpoint=None)
 
 
 def capture_list(args, corpus):
-    """The utterances of --pathCaptureDS, thinned out as the flags say."""
+    """The utterances of --pathCaptureDS, subsampled by --captureDSfreq or --captureDStotNr."""
     utterances = listed_utterances(corpus, args.pathCaptureDS)
     if args.captureDSfreq is not None:
         return keep_percentage(utterances, args.captureDSfreq)

@@ -1,4 +1,4 @@
-"""Tells a run that starts dead from one that starts slowly, while its first epoch runs.
+"""Distinguishes a dead start of a run from a slow one, while its first epoch runs.
 
 Also names a boundary policy that has collapsed.
 
@@ -21,7 +21,7 @@ COLLAPSED = 1, 20  # boundaries per second: hardly any, and nearly as many as ma
 
 
 def varying_energy(frames):
-    """The share of the energy of `frames` (N, C) that differs from frame to frame, from 0 to 1."""
+    """The fraction, 0 to 1, of the energy of `frames` (N, C) that differs from frame to frame."""
     frames = frames.detach().double()
     return float(frames.var(0, correction=0).sum() / frames.square().mean(0).sum().clamp(min=1e-30))
 

@@ -27,7 +27,8 @@ prepare_part() {
     names TRAIN >"$OUT/lists/all-train.txt"
     case $TEST_SPEAKERS in
         all) names TEST >"$TEST_LIST" ;;
-        core) names TEST | grep -E "/(${CORE//[[:space:]]/|})/S[IX]" >"$TEST_LIST" ;;
+        core) names TEST | grep -iE "/(${CORE//[[:space:]]/|})/S[IX]" >"$TEST_LIST" ||
+            fail "TIMIT=$TIMIT: has no speaker of the core test set in TEST" ;;
         *) fail "TEST_SPEAKERS=$TEST_SPEAKERS: all or core" ;;
     esac
     step lists utils/corpus/make_split.py "$TIMIT" "$OUT/lists" --list "$OUT/lists/all-train.txt" \

@@ -21,7 +21,6 @@ SMALL = {
 }
 REPLACED = {  # in any command
     r"--nEpoch 300": "--nEpoch 3",
-    r"--nEpoch 310": "--nEpoch 4",
     r"(--linsep_n_epoch|--linsep_classif_each_epochs) \d+": r"\1 1",
     r"-k 50": "-k 5",
 }
@@ -38,7 +37,7 @@ VARIABLES = {
     "RUN": "original/run",
     "CHECKPOINT": "original/run",
     "OUT": "original/out",
-    "ITEM": "abx.item",
+    "ITEM": "dev.item",
 }
 
 
@@ -47,7 +46,7 @@ def place(tmp_path_factory):
     """A folder with all that the READMEs take for granted, by the names they use."""
     place = tmp_path_factory.mktemp("readme")
     corpus = write_tiny_corpus(place / "tiny", speakers=3, utterances=6)
-    for name in ("train-clean-100", "AUDIO"):
+    for name in ("train-clean-100", "dev-clean", "AUDIO"):
         (place / name).symlink_to(corpus / "audio")
     phones = [line.split() for line in (corpus / "phones.txt").read_text().splitlines()]
     (place / "PHONES").write_text(
@@ -57,6 +56,7 @@ def place(tmp_path_factory):
     (place / "alignments").mkdir()
     for name, *labels in phones:
         (place / "alignments" / f"{name}.TextGrid").write_text(text_grid(labels))
+    (place / "dev-alignments").symlink_to(place / "alignments")
     write_demo(place, corpus)
     return place
 

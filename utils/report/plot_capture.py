@@ -5,7 +5,7 @@
 CAPTURE/10 is the directory of one epoch below `--pathCaptureSave`. A picture shows whatever was
 captured of: the spectrogram (if the audio is found), boundaries of phones and of the model's
 segments, the similarity of every pair of frames in encoding and context, the CPC-CTC prediction
-that each matched frame is aligned to, and the log-scores that the alignment follows, at some
+that each matched frame is aligned to, and the log scores that the alignment follows, at some
 consecutive anchors, as in J. Chorowski et al., "Aligned contrastive predictive coding", Interspeech
 2021.
 """
@@ -43,8 +43,8 @@ DRAWN = (
 )
 TITLES = {"conv_repr": "encoder", "ctx_repr": "context"}
 SECONDS_PER_FRAME = SAMPLES_PER_FRAME / SAMPLE_RATE
-N_ANCHORS = 8  # consecutive anchors whose log-scores are drawn
-LOG_ZERO = -500  # lower log-scores are those of a mask, -1000
+N_ANCHORS = 8  # consecutive anchors whose log scores are drawn
+LOG_ZERO = -500  # lower log scores are those of a mask, -1000
 WIDTH, LEFT, RIGHT = 15.0, 0.9, 1.2  # inches: of the figure, and its margins
 
 
@@ -87,7 +87,7 @@ def parse_arguments(argv):
         "(default: phones.txt beside the run's phone labels, if it exists)")
     add("--pathDB", metavar="DIR", help="root of the audio (default: that of the captured run)")
     add("--position", type=int, metavar="FRAME",
-        help=f"first of the {N_ANCHORS} anchors whose log-scores are drawn "
+        help=f"first of the {N_ANCHORS} anchors whose log scores are drawn "
         "(default: those in the middle of the window)")
     return parser.parse_args(argv)
 
@@ -216,7 +216,7 @@ def draw_window(window, waveform, symbols, flags, title, position=None):
     """The figure of a `CapturedWindow`, or None if nothing of it can be drawn.
 
     waveform: (n,) or None; symbols: phone class -> symbol, where known
-    flags: those of the captured run; position: the first anchor whose log-scores are drawn
+    flags: those of the captured run; position: the first anchor whose log scores are drawn
     """
     tensors = window.tensors
     phones = phone_segments(tensors["phone_align"], symbols) if "phone_align" in tensors else []

@@ -135,7 +135,7 @@ add("--additive_noise_snr", type=between(-100, 100, float), effect="additive", m
 add("--noise_band", type=band, effect="additive", metavar="LOW-HIGH",
     help="additive: only noise between these frequencies in Hz, such as 80-240")
 add("--pathDBNoise", effect="additive", metavar="DIR", help="additive: recordings of noise "
-    "(default: babble of other speakers of the training set, coloured noise if there are none)")
+    "(default: babble of other speakers; coloured noise where there is only one)")
 add("--pathSeqNoise", effect="additive", metavar="FILE",
     help="additive: list of these recordings (default: all)")
 add("--noise_extension", type=extension, metavar="EXT", help="file name extension of noise and "
