@@ -51,6 +51,7 @@ def main(argv=None):
     corpus = scan_corpus(args.pathDB, args.file_extension, args.speaker_level, args.ignore_cache)
     args.file_extension = corpus.extension
     files = listed_utterances(corpus, args.seqList)
+    report_unusable([f"{u.path}: {u.problem}" for u in files if u.problem], len(files))
     files = spread_over_speakers(files, SAMPLES_PER_FRAME * args.max_frames, args.seed)
     features, start = FEATURES | vars(args), time.monotonic()
     features = {name: features[name] for name in FEATURES}

@@ -66,12 +66,12 @@ def main(argv=None):
     record_flags(args, clusters)
     out = Path(args.out, f"quantized_outputs{f'_split_{args.split}' * bool(args.split)}.txt")
     with writing_to(args.out):
-        counts = quantize(module, clusters, paths, out, args)
+        counts, n_files = quantize(module, clusters, paths, out, args)
         for kind in args.format:
             WRITERS[kind](out, paths, len(clusters.centers), args)
     n_used = int((counts > 0).sum())
     print(
-        f"{counted(int(counts.sum()), 'unit')} of {counted(len(paths), 'file')}, {n_used} of "
+        f"{counted(int(counts.sum()), 'unit')} of {counted(n_files, 'file')}, {n_used} of "
         f"{len(counts)} different ones: {out}"
     )
     warn_of_large_unit(counts.max() / max(counts.sum(), 1))
@@ -170,7 +170,8 @@ def wanted_files(args):
 def quantize(module, clusters, paths, out, args):
     """Write the units of all files, resuming what an interrupted call wrote.
 
-    Returns how often each unit occurs, (K,). Raises UserError if too many files are unusable.
+    Returns how often each unit occurs, (K,), and the number of files that have theirs. Raises
+    UserError if too many are unusable.
     """
     counts, problems = np.zeros(len(clusters.centers), dtype=np.int64), []
     partial = out.with_name(f"{out.name}.part")
@@ -194,7 +195,7 @@ def quantize(module, clusters, paths, out, args):
             file.flush()
     report_unusable(problems, len(paths))
     os.replace(partial, out)
-    return counts
+    return counts, len(paths) - len(problems)
 
 
 def units_of(module, clusters, path, waveform=None):

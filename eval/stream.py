@@ -67,7 +67,11 @@ def read_pieces(stream, as_floats):
     """Yield the samples of a binary stream as they come, (n,) float32."""
     kind, scale = ("<f4", 1) if as_floats else ("<i2", 2**15)
     size, rest = np.dtype(kind).itemsize, b""
+    is_first = True
     while content := stream.read1(BYTES_AT_ONCE):
+        if is_first and content.startswith((b"RIFF", b"fLaC", b"OggS")):
+            raise UserError("standard input is an audio file: only its raw samples can be read")
+        is_first = False
         content = rest + content
         end = len(content) // size * size
         rest = content[end:]

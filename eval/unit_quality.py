@@ -52,6 +52,8 @@ def main(argv=None):
     names, labels, units, starts = aligned(args)
     by_name = [os.path.dirname(n) or n.split(args.separator)[0] for n in names]
     speakers, speaker_ids = np.unique(by_name, return_inverse=True)
+    if len(speakers) == len(names) > 1:
+        print("warning: each file has its own speaker: --separator ends speakers' names")
     n_phones = int(labels.max()) + 1
     symbols = symbols_beside(args.labels, n_phones)
     default = [SILENCE] if args.silence is None else []
@@ -156,7 +158,7 @@ def check_lengths(n_labels, n_units, names, args):
             f"{args.labels} has labels, {such}; {lasts or 'are they of other audio?'}"
         )
     n_cut = counted(int((difference > 0).sum()), "file")
-    print(f"{n_cut} have more or fewer units than labels, {such}: cut to the shorter")
+    print(f"cut to the shorter of units and labels: {n_cut}, {such}")
 
 
 # -------------------------------------------------------------------------------------- results

@@ -23,6 +23,7 @@ EPOCHS=${EPOCHS:-200}
 UNITS=${UNITS:-50}             # clusters
 NOISE=${NOISE:-}               # folder of noise for SYSTEM=augmented; empty: babble
 TRAIN_FLAGS=${TRAIN_FLAGS:-}   # more flags of train.py, such as "--precision bf16"
+PROBE_FLAGS=${PROBE_FLAGS:-}   # more flags of eval/linear_separability.py
 
 PAPER=(--CPCCTC --nPredicts 6 --CPCCTCNumMatched 12 --nLevelsGRU 2 --limitNegsInBatch 8 --dropout
     --schedulerRamp 10 --batchSizeGPU 32)
@@ -38,10 +39,9 @@ case $SYSTEM in
     *) fail "SYSTEM=$SYSTEM: cpc, acpc, acpc-paper, augmented or macpc" ;;
 esac
 
-PROBE_FLAGS=(--n_epoch 10)
 if [ -n "${SMALL:-}" ]; then
     EPOCHS=1 UNITS=16
-    PROBE_FLAGS=(--n_epoch 2 --lr 1e-2)
+    PROBE_FLAGS="--n_epoch 2 --lr 1e-2"
     SYSTEM_FLAGS+=(--rnnMode linear --hiddenEncoder 32 --hiddenGar 32 --negativeSamplingExt 16
         --sizeWindow 10240 --batchSizeGPU 8 --learningRate 2e-3 --random_seed 1)
     [ "$SYSTEM" != macpc ] || SYSTEM_FLAGS+=(--rnnModeSegment linear)
@@ -72,7 +72,7 @@ check_pairs() {
     local single
     single=$(comm -3 <(stems "$1") <(stems "$2") | tr -d '\t')
     [ -z "$single" ] ||
-        echo "warning: $(wc -l <<<"$single") names are in only one of $1 and $2:" $(head -5 <<<"$single")
+        echo "warning: names in only one of $1 and $2: $(wc -l <<<"$single")," $(head -5 <<<"$single")
 }
 
 # The names of the files below a folder, without extension and hidden files.
@@ -90,7 +90,7 @@ train() {
 # probe TASK AUDIO TRAIN_LIST VAL_LIST [FLAG ...]
 probe() {
     step "probe-$1-$SYSTEM" eval/linear_separability.py "$2" "$3" "$4" "$CHECKPOINT" \
-        --pathCheckpoint "$RESULTS/$1" "${PROBE_FLAGS[@]}" "${@:5}"
+        --pathCheckpoint "$RESULTS/$1" "${@:5}" $PROBE_FLAGS
 }
 
 # abx ITEMS AUDIO
@@ -119,7 +119,11 @@ run_parts() {
     [ $# -gt 0 ] || set -- prepare train evaluate
     for part in "$@"; do
         case $part in
-            prepare | train | evaluate) "${part}_part" ;;
+            prepare | train) "${part}_part" ;;
+            evaluate)
+                evaluate_part
+                "$PYTHON" "$ROOT/recipes/results.py" "$OUT"/*/results_"$EPOCHS"
+                ;;
             *) fail "$part: prepare, train or evaluate" ;;
         esac
     done

@@ -11,6 +11,7 @@ ALIGNMENTS=${ALIGNMENTS:-alignments}  # SPEAKER_ANYTHING.TextGrid
 SEPARATOR=${SEPARATOR:-_}             # ends the speaker in the name of a file
 TIER=${TIER:-phones}
 LOAD=${LOAD:-}                        # checkpoint to begin with, such as one of LibriSpeech
+PROBE_FLAGS=${PROBE_FLAGS:---lr 1e-2 --batchSizeGPU 32}  # for a small corpus, as in the demo
 AUDIO=${AUDIO:-$OUT/audio}            # where speakers have folders already: this instead of CORPUS
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -26,7 +27,7 @@ link_speakers() {
         [ -e "$file" ] || fail "CORPUS=$CORPUS: holds no .wav files"
         speaker=${file##*/} speaker=${speaker%%"$SEPARATOR"*}
         mkdir -p "$AUDIO/$speaker"
-        ln -sf "$file" "$AUDIO/$speaker/"
+        [ -e "$AUDIO/$speaker/${file##*/}" ] || ln -sf "$file" "$AUDIO/$speaker/"
     done
 }
 

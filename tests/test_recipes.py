@@ -64,8 +64,11 @@ def test_a_recipe_measures_what_it_promises_and_repeats_nothing(recipe, results)
         phone = json.loads(found.read_text())["phone"]
         assert phone["strict"]["r_value"] > phone["strict"]["chance"]["as_many"]["r_value"]
     again = run(recipe, results[recipe], SMALL="1").splitlines()
-    assert len(again) == len(list((results[recipe] / "steps").iterdir()))
-    assert all(line.endswith(": done before") for line in again)
+    n_steps = len(list((results[recipe] / "steps").iterdir()))
+    assert all(line.endswith(": done before") for line in again[:n_steps])
+    phone_probe = f"{100 * logs['best_val_acc']:.1f} ({100 * logs['baseline_val_acc']:.1f})"
+    assert again[n_steps].strip() == "acpc"
+    assert again[n_steps + 1].split(maxsplit=2) == ["phone", "probe", phone_probe]
 
 
 def test_every_system_trains(results):

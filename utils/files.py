@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import tempfile
 import warnings
 import zipfile
@@ -214,7 +215,7 @@ def load_tensors(path, device="cpu"):
             f"{path}: refused, since it holds more than plain tensors: loading it could run code"
         ) from error
     except Exception as error:  # damaged bytes can raise anything, even struct.error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = re.split(r"\n|\. ", str(error) or type(error).__name__)[0]
         raise UserError(
             f"{path}: can't be loaded, it is damaged or no PyTorch file ({reason})"
         ) from error

@@ -56,6 +56,8 @@ def main(argv=None):
         f"{len(lines)} items of {len(labels)} utterances and {counted(len(speakers), 'speaker')} "
         f"({first_few(sorted(speakers))}, by their names up to {args.separator!r}): {args.out}"
     )
+    if len(speakers) == len(labels) > 1:
+        print("warning: each utterance has its own speaker: --separator ends speakers' names")
     unused = [symbol for number, symbol in symbol_of.items() if number not in used]
     if unused:
         print(

@@ -71,7 +71,8 @@ def inherit_args(args, explicit, stored, source):
     for name in sorted(taken):
         value = getattr(checkpoint_args, name)
         if name in explicit and getattr(args, name) != value:
-            warnings.append(f"--{name}: using the checkpoint's value, {value}")
+            shown = "off" if value in (None, False) else value
+            warnings.append(f"--{name}: using the checkpoint's value, {shown}")
         setattr(args, name, value)
     labels = args.path_phone_data
     if args.onlyCapture and "path_phone_data" not in explicit and is_gone(labels):
