@@ -219,7 +219,7 @@ def train_one_epoch(state, loader, forward_backward, listeners):
                 values = state.networks.named("train", *means.means_since_mark())
                 for listener in listeners:
                     listener.on_step(epoch, means.batches, n_batches, values, clock)
-            if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0:
+            if means.batches % STEPS_BETWEEN_STOP_CHECKS == 0 or means.batches == n_batches:
                 state.save_is_agreed = world.stop_if_asked(state.save_pace.is_due)
     state.check_finite()
     clock.stop()
@@ -319,6 +319,7 @@ def run_hooks(hooks, state, epoch, listeners):
     networks = state.networks
     for hook in hooks:
         if hook.due(epoch):
+            state.world.raise_everywhere(lost_lock())
             try:
                 with preserved_state(networks.model, networks.criterion):
                     values = hook.run(epoch, networks.model, networks.criterion)
@@ -361,7 +362,7 @@ def prepare_machine(args, world, device):
     if args.random_seed is None:
         args.random_seed = world.on_rank_zero(lambda: random.SystemRandom().randrange(2**31))
     machine.keep_freed_memory()
-    machine.set_threads(device, args.threads, world.local_size)
+    machine.set_threads(device, args.threads, world.n_sharing)
     machine.set_precision(args.precision)
 
 

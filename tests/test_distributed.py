@@ -259,7 +259,7 @@ def test_shared_memory_without_room_is_replaced_by_a_file(tmp_path, monkeypatch,
         (tmp_path / name).mkdir()
     assert Path(distributed._reserve(10**9)).parent == tmp_path / "tmp"
     assert not list((tmp_path / "shm").iterdir())
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.startswith(f"note: {tmp_path}/shm: No space left on device: the 1.0 GB of audio")
 
 
@@ -720,10 +720,16 @@ def hung(words):
     train.main(words)
 
 
+def files_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("at", ["save", "hooks"])
 def test_a_hung_process_whose_run_was_taken_over_writes_nothing_more(
-    tiny_corpus, tmp_path, monkeypatch, capfd
+    tiny_corpus, tmp_path, monkeypatch, capfd, at
 ):
-    words = words_of(tiny_corpus, tmp_path, "--resume_every", 1)
+    more = ["--resume_every", 1] if at == "save" else hooks(tiny_corpus, tmp_path)
+    words = words_of(tiny_corpus, tmp_path, *more)
     first = multiprocessing.get_context("spawn").Process(target=hung, args=(words,))
     first.start()
     _, status = os.waitpid(first.pid, os.WUNTRACED)
@@ -736,13 +742,13 @@ def test_a_hung_process_whose_run_was_taken_over_writes_nothing_more(
         printed = capfd.readouterr()
         assert f"process {first.pid} on node1" in printed.err
         assert f"taken over from process {first.pid} on node1" in printed.out
-        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        before = files_below(tmp_path)
     finally:
         os.kill(first.pid, signal.SIGCONT)
         first.join()
     assert first.exitcode == 2
     assert "checkpoint.lock is gone" in capfd.readouterr().err
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == files_below(tmp_path)
 
 
 NETWORK = "10.231.77"  # of the two hosts

@@ -14,7 +14,7 @@ import torch
 
 from tests.common import ROOT
 from utils.run import console, machine
-from utils.run.distributed import ALONE
+from utils.run.distributed import ALONE, World, processes_on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -96,6 +96,12 @@ def test_a_resumed_run_keeps_its_threads_where_they_fit(
 ):
     machine.keep_threads(before, device, n_threads, n_processes)
     assert six_processors == expected
+
+
+def test_tasks_with_processors_of_their_own_share_none():
+    world = World(size=4, local_size=3, machine=0)
+    world.all_gather = lambda own: [own, (0, [2, 3]), (0, own[1]), (1, own[1])]
+    assert processes_on([0, 1], world) == 2
 
 
 def test_a_resumed_run_mentions_a_larger_number_of_threads(six_processors, capsys):

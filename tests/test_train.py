@@ -302,6 +302,24 @@ def test_a_run_is_saved_every_ten_minutes(tiny_corpus, tmp_path, monkeypatch, ha
         assert at - max(before for before, _ in [(0, 0), *saves] if before < at) == 11
 
 
+def test_epochs_of_few_steps_are_saved_in_time(tiny_corpus, tmp_path, monkeypatch, hand):
+    """Here of a few, each of ten minutes: in the first step after an epoch in which it was due."""
+    saves, train_step, save = [], train.train_step, run_state.save_checkpoint
+
+    def ten_minutes(*item):
+        train_step(*item)
+        hand[0] += 600
+
+    def noted(directory, contents, epoch):
+        saves.append(epoch)
+        return save(directory, contents, epoch)
+
+    monkeypatch.setattr(train, "train_step", ten_minutes)
+    monkeypatch.setattr(run_state, "save_checkpoint", noted)
+    trained(tiny_corpus, tmp_path, "--save_step", 100, "--batchSizeGPU", 16, epochs=4)
+    assert saves == [0, None, None, 3]
+
+
 def test_curves_and_report_are_drawn_once_a_minute(tiny_corpus, tmp_path, monkeypatch, hand):
     """And at the end; logs and record are written after each epoch."""
     drawn, train_one_epoch = [], train.train_one_epoch

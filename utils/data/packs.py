@@ -88,7 +88,7 @@ class PackDecoding:
             self.audio = allocate_audio(size, dataset.dtype)
         self.own = range(world.local_rank, len(files), world.local_size)
         decode = functools.partial(_decode, dataset, self.layout, self.audio)
-        n_threads = min(dataset.n_threads, processors_each(world.local_size))
+        n_threads = min(dataset.n_threads, processors_each(world.n_sharing))
         self.workers = Workers(decode, self.own, n_threads)
         self.planning = Workers(plan, [self.layout], 1) if plan else None
 

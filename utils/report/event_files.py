@@ -8,6 +8,7 @@ from utils.report.pictures import draw_capture, find_pictures, latest_capture
 from utils.report.sections import OF_PROBES
 from utils.report.values import number
 from utils.run.console import Listener
+from utils.run.lock import lost_lock
 
 TAGS = {
     f"loc{short}_{part}{level}": f"{kind}/{title}{level}"
@@ -81,7 +82,7 @@ class EventWriter(Listener):
 
     def write(self, step, scalars, logs=None):
         """Write scalars; logs: those of one epoch, whose pictures are written as well."""
-        if self.failed:
+        if self.failed or lost_lock():
             return
         try:
             with self.state.world.stop.deferred():

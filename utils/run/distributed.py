@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import sys
 import tempfile
 from datetime import timedelta
 
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.misc import ReportedElsewhere, UserError, first_few
 from utils.run import console
+from utils.run.machine import affinity
 from utils.run.place import find_place, is_task_of_srun
 from utils.run.stopping import Stopped, let_signals_in
 
@@ -37,6 +39,7 @@ class World:
 
     rank, size: the number of this process, and how many there are
     local_rank, local_size: the same on this machine, whose number is `machine`
+    n_sharing: how many of these may run on the same processors; Slurm may give each task its own
     stop: the StopSignals in force
     group: the processes' own group for messages (gloo, on the CPU)
     """
@@ -46,7 +49,7 @@ class World:
     ):
         self.rank, self.size, self.machine = rank, size, machine
         self.local_rank, self.local_size = local_rank, local_size
-        self.stop, self.group = stop, group
+        self.n_sharing, self.stop, self.group = local_size, stop, group
 
     @property
     def is_rank_zero(self):
@@ -201,7 +204,7 @@ def _reserve(n_bytes):
                     f"note: {reasons[0]}: the {n_bytes / 1e9:.1f} GB of audio that processes "
                     f"share are in a file in {directory}, which is slower if that is on a disk; "
                     "containers have --shm-size, and a smaller --max_size_loaded needs less",
-                    flush=True,
+                    file=sys.stderr,  # on all machines: ranks but the first are silent
                 )
             return path
         except OSError as error:
@@ -257,8 +260,16 @@ def joined_world(stop, device):
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size)
         group = dist.new_group(backend="gloo", timeout=LONGEST_PROBE)
         let_signals_in()
-        yield World(*place, stop, group)
+        world = World(*place, stop, group)
+        world.n_sharing = processes_on(affinity(), world)
+        yield world
     dist.destroy_process_group()  # after an error it might wait for a process that is gone
+
+
+def processes_on(processors, world):
+    """How many processes of this machine may run on exactly these processors."""
+    own = world.machine, processors
+    return world.all_gather(own).count(own)
 
 
 def _meet(place):

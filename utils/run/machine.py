@@ -77,8 +77,14 @@ def _left_in_container():
 
 def n_processors():
     """The number of processors that this process may use: affinity mask and containers' quotas."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return math.ceil(min(own, _quota()))
+    return math.ceil(min(len(affinity()), _quota()))
+
+
+def affinity():
+    """The numbers of the processors that this process may run on, a sorted list."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _quota(root="/"):
@@ -114,15 +120,15 @@ def _quota_of(group):
 
 
 def processors_each(n_processes=1, most=math.inf):
-    """Processors, of at most `most`, that each of the machine's `n_processes` may use."""
+    """Processors, of at most `most`, for each of `n_processes` that share them."""
     return max(1, min(most, n_processors()) // n_processes)
 
 
 def set_threads(device, n_threads=0, n_processes=1):
     """Set the number of CPU threads for computing.
 
-    0: PyTorch's choice, at most one per processor, divided among the machine's processes; on CUDA
-    at most 4.
+    0: PyTorch's choice, at most one per processor, divided among the `n_processes` that share
+    these; on CUDA at most 4.
     """
     if n_threads:
         torch.set_num_threads(n_threads)

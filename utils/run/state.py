@@ -271,7 +271,7 @@ class RunState(Listener):
             raise UserError(f"{checkpoint.path}: training can't resume from it: {error}") from error
         before, now = state["machine"], self.machine()
         if all(before.get(part) == now[part] for part in ("device", "processes")):
-            flags = self.args.threads, self.world.local_size
+            flags = self.args.threads, self.world.n_sharing
             machine.keep_threads(before.get("threads"), self.device, *flags)
         self.note_machine_change(before)
         self.note_data_change(state["fingerprint"])
