@@ -279,21 +279,27 @@ def test_what_takes_long_is_done_less_often():
         assert pace.is_due
 
 
-def test_a_run_is_saved_every_ten_minutes(tiny_corpus, tmp_path, monkeypatch, hand):
-    """At the step after the one in which all agree on it: here every step, of a minute each."""
+def saves_of_steps(minutes, hand, monkeypatch):
+    """A list of (minute, epoch) of the saves to come, of runs whose steps take that long."""
     saves, train_step, save = [], train.train_step, run_state.save_checkpoint
 
-    def minute(*item):
+    def slow(*item):
         train_step(*item)
-        hand[0] += 60
+        hand[0] += 60 * minutes
 
     def noted(directory, contents, epoch):
         saves.append((round(hand[0] / 60), epoch))
         return save(directory, contents, epoch)
 
-    monkeypatch.setattr(train, "train_step", minute)
-    monkeypatch.setattr(train, "STEPS_BETWEEN_STOP_CHECKS", 1)
+    monkeypatch.setattr(train, "train_step", slow)
     monkeypatch.setattr(run_state, "save_checkpoint", noted)
+    return saves
+
+
+def test_a_run_is_saved_every_ten_minutes(tiny_corpus, tmp_path, monkeypatch, hand):
+    """At the step after the one in which all agree on it: here every step, of a minute each."""
+    saves = saves_of_steps(1, hand, monkeypatch)
+    monkeypatch.setattr(train, "STEPS_BETWEEN_STOP_CHECKS", 1)
     trained(tiny_corpus, tmp_path, "--batchSizeGPU", 1, epochs=3)
     inside, of_epochs = [[at for at, e in saves if (e is None) == yes] for yes in (True, False)]
     assert len(of_epochs) == 3
@@ -303,21 +309,10 @@ def test_a_run_is_saved_every_ten_minutes(tiny_corpus, tmp_path, monkeypatch, ha
 
 
 def test_epochs_of_few_steps_are_saved_in_time(tiny_corpus, tmp_path, monkeypatch, hand):
-    """Here of a few, each of ten minutes: in the first step after an epoch in which it was due."""
-    saves, train_step, save = [], train.train_step, run_state.save_checkpoint
-
-    def ten_minutes(*item):
-        train_step(*item)
-        hand[0] += 600
-
-    def noted(directory, contents, epoch):
-        saves.append(epoch)
-        return save(directory, contents, epoch)
-
-    monkeypatch.setattr(train, "train_step", ten_minutes)
-    monkeypatch.setattr(run_state, "save_checkpoint", noted)
+    """In the first step after an epoch in which it was due."""
+    saves = saves_of_steps(10, hand, monkeypatch)
     trained(tiny_corpus, tmp_path, "--save_step", 100, "--batchSizeGPU", 16, epochs=4)
-    assert saves == [0, None, None, 3]
+    assert [epoch for _, epoch in saves] == [0, None, None, 3]
 
 
 def test_curves_and_report_are_drawn_once_a_minute(tiny_corpus, tmp_path, monkeypatch, hand):
