@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from datetime import timedelta
 
 import torch
@@ -26,6 +27,7 @@ from utils.run.place import find_place, is_task_of_srun
 from utils.run.stopping import Stopped, let_signals_in
 
 FIRST_MEETING = timedelta(minutes=2)  # until all processes are there, and again until connected
+SECONDS_OF_A_CALL = 5  # until rank 0 is called again
 LONGEST_PROBE = timedelta(days=30)  # how long the other ranks wait for the one that trains it
 INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable that names the network between machines
 # Freeing a wrapped network can hang: it waits, holding the GIL, for a thread of the process group,
@@ -280,6 +282,8 @@ def _meet(place):
     if place.size > place.local_size:
         _check_host_name()
     try:
+        if place.rank:
+            _wait_for_first()
         store, *_ = next(dist.rendezvous("env://", timeout=FIRST_MEETING))
         meeting = dist.PrefixStore("meeting", store)
         names = [f"process {rank}" for rank in range(place.size)]
@@ -287,7 +291,7 @@ def _meet(place):
         meeting.wait(names, FIRST_MEETING)
         gloo_timeout = FIRST_MEETING / 5  # five times that is how long Gloo waits to be called
         connections = dist.ProcessGroupGloo(meeting, place.rank, place.size, gloo_timeout)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"process {place.rank} of {place.size} can't reach all others, the first one at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
@@ -296,6 +300,20 @@ def _meet(place):
         ) from error
     store.set_timeout(dist.constants.default_pg_timeout)
     return store, connections
+
+
+def _wait_for_first():
+    """Wait until rank 0 can be called: PyTorch would print a page for each call that fails."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + FIRST_MEETING.total_seconds()
+    while True:
+        try:
+            socket.create_connection(address, SECONDS_OF_A_CALL).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _check_host_name():
