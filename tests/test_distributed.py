@@ -353,6 +353,41 @@ def killed(words):
     return interrupted(words, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def stopped_by_torchrun(words):
+    """`train.main` of which process 1 signals torchrun, and waits until that passes it on."""
+    number, *words = words
+
+    def signal_torchrun():
+        arrived, arrival = os.pipe()
+        os.set_blocking(arrival, False)
+        signal.set_wakeup_fd(arrival)  # gets a byte when a signal comes, in whichever thread
+        os.kill(os.getppid(), int(number))
+        select.select([arrived], [], [], 60)
+
+    return interrupted(words, signal_torchrun)
+
+
+def torchrun(main, words):
+    """The command by which torchrun, as in README.md, runs `main(words)` in two processes."""
+    logs = Path(words[words.index("--pathCheckpoint") + 1], "torchrun")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--log-dir", logs]
+    command += ["--nproc-per-node", "2", "--max-restarts", "0"]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    if main is train.main:
+        return [*command, "train.py", *words]
+    program = "from utils.run.launch import run_program; "
+    program += f"from {main.__module__} import {main.__name__} as main; run_program(main)"
+    return [*command, "--no-python", sys.executable, "-c", program, *words]
+
+
+def assert_ended_like(undisturbed, directory):
+    """The run, without captures and probes, ended bit for bit as with them."""
+    end, expected = checkpoint(directory, 1), checkpoint(undisturbed, 1)
+    assert_same(end, expected, without=["args", "logs"])
+    for key, series in end["logs"].items():
+        assert_equal_trees(series, expected["logs"][key], key)
+
+
 def test_two_processes_stop_together_and_resume_exactly(tiny_corpus, tmp_path, undisturbed, capfd):
     words = words_of(tiny_corpus, tmp_path, *EXAMPLE)
     assert launch(2, asked_to_stop, words) == 143
@@ -363,10 +398,17 @@ def test_two_processes_stop_together_and_resume_exactly(tiny_corpus, tmp_path, u
     printed = capfd.readouterr()
     assert printed.out.count("stopped by SIGTERM") == 1
     assert printed.err == ""
-    end, expected = checkpoint(tmp_path, 1), checkpoint(undisturbed, 1)
-    assert_same(end, expected, without=["args", "logs"])
-    for key, series in end["logs"].items():
-        assert_equal_trees(series, expected["logs"][key], key)
+    assert_ended_like(undisturbed, tmp_path)
+
+
+def test_a_run_of_torchrun_stops_and_resumes_exactly(tiny_corpus, tmp_path, undisturbed, capfd):
+    words = words_of(tiny_corpus, tmp_path, *EXAMPLE)
+    stopping = torchrun(stopped_by_torchrun, [str(int(signal.SIGUSR1)), *words])
+    assert subprocess.run(stopping, cwd=ROOT).returncode == 1
+    assert checkpoint_resume(tmp_path)["running"]["windows"] > 0
+    assert subprocess.run(torchrun(train.main, words), cwd=ROOT).returncode == 0
+    assert capfd.readouterr().out.count("stopped by SIGUSR1") == 1
+    assert_ended_like(undisturbed, tmp_path)
 
 
 def asked_to_stop_at_the_start(words):

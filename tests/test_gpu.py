@@ -1,11 +1,15 @@
 """Tests on a GPU, skipped where there is none. test_cuda.py imitates some of it."""
 
+import functools
 import hashlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,18 +18,22 @@ import torch.distributed as dist
 import train
 import transformers
 from benchmarks import criteria, train_step
+from benchmarks.data import SECONDS, timed, write_corpus
 from criterion import sampling
 from criterion.networks import Networks
 from criterion.prediction import PredictionNetwork
 from criterion.seq_alignment import beam_search_batch
 from dataset import Batch
+from eval import hooks as epoch_hooks
 from tests.helpers import ROOT, assert_close
 from tests.test_distributed import (
     asked_to_stop,
     hooks,
     interrupted,
+    stopped_by_torchrun,
     tiny_batch,
     tiny_step,
+    torchrun,
     words_of,
 )
 from tests.test_fused_scores import (
@@ -48,6 +56,7 @@ from tests.test_train import (
     trained,
 )
 from utils.data.batches import on_device
+from utils.misc import SAMPLE_RATE
 from utils.run.cuda_graph import WARM_UP, RecordedPasses
 from utils.run.distributed import World
 from utils.run.launch import launch
@@ -493,9 +502,23 @@ def usr1(words):
 
 
 def without_memory(words):
-    """`train.main`, where the second of two ranks has no memory on its GPU."""
-    if os.environ["RANK"] == "1":
-        torch.cuda.set_per_process_memory_fraction(1e-4, 1)
+    """`train.main` of which process 1 has no memory left in its third step."""
+    return interrupted(words, lambda: torch.empty(2**50, device="cuda"))
+
+
+def with_a_long_probe(words):
+    """`train.main` with a probe that takes twice as long as NCCL would wait for another process."""
+    join, run_probe, limit = dist.init_process_group, epoch_hooks.run_probe, 10
+
+    def run_long(*args, **options):
+        end = time.monotonic() + 2 * limit
+        while True:
+            result = run_probe(*args, **options)
+            if time.monotonic() > end:
+                return result
+
+    dist.init_process_group = functools.partial(join, timeout=timedelta(seconds=limit))
+    epoch_hooks.run_probe = run_long
     return train.main(words)
 
 
@@ -511,27 +534,102 @@ def test_two_gpus_keep_equal_weights_stop_and_resume(stop, status, tiny_corpus, 
     assert len(checkpoint(tmp_path, 1)["logs"]["epoch"]) == 2
 
 
+def launched(main, words):
+    """The command that runs `main(words)` in two processes, by `launch`."""
+    program = "import sys; from utils.run.launch import launch; "
+    program += f"from {main.__module__} import {main.__name__} as main; "
+    program += "sys.exit(launch(2, main, sys.argv[1:]))"
+    return [sys.executable, "-c", program, *words]
+
+
 @two_gpus
-def test_a_lack_of_memory_on_one_of_two_gpus_ends_both(tiny_corpus, tmp_path, capfd):
-    big = ["--hiddenEncoder", 512, "--hiddenGar", 512]
-    words = words_of(tiny_corpus, tmp_path, *big, "--device", "cuda", "--nGPU", "2")
-    assert launch(2, without_memory, words) == 2
-    assert "CUDA out of memory" in capfd.readouterr().err
+@pytest.mark.parametrize(("command", "status"), [(launched, 2), (torchrun, 1)])
+def test_a_lack_of_memory_on_one_of_two_gpus_ends_both(command, status, tiny_corpus, tmp_path):
+    """Within a minute of the message: the pipe is open until the last process ends."""
+    words = command(without_memory, words_of(tiny_corpus, tmp_path, "--device", "cuda"))
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any("CUDA out of memory" in line for line in process.stderr)
+        process.communicate(timeout=60)
+        assert process.returncode == status
+    finally:
+        process.terminate()
+
+
+@two_gpus
+def test_a_probe_may_last_longer_than_nccl_waits(tiny_corpus, tmp_path):
+    words = ["--device", "cuda", "--nGPU", 2, "--nEpoch", 4, "--linsep_logs_dir", tmp_path / "logs"]
+    words += ["--supervised_classif_metric", "--speaker_sep", "--linsep_classif_each_epochs", 2]
+    words = words_of(tiny_corpus, tmp_path, *words, "--linsep_n_epoch", 1)
+    assert launch(2, with_a_long_probe, words) == 0
+    assert (tmp_path / "logs" / "2" / "speaker" / "logs.json").is_file()
+    assert len(checkpoint(tmp_path, 3)["logs"]["epoch"]) == 4
+
+
+def by_torchrun(main, words):
+    """The exit status of `torchrun`."""
+    return subprocess.run(torchrun(main, words), cwd=ROOT, timeout=300).returncode
 
 
 @two_gpus
 def test_torchrun_starts_two_gpus(tiny_corpus, tmp_path):
     """As the own launcher does; an error ends them, too."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
-    ends = []
-    for place, start in (("own", [sys.executable, "train.py", "--nGPU", "2"]), ("run", torchrun)):
-        words = words_of(tiny_corpus, tmp_path / place, "--device", "cuda")
-        assert subprocess.run([*start, *words], cwd=ROOT, timeout=300).returncode == 0
-        ends.append(checkpoint(tmp_path / place, 1)["gEncoder"])
-    for name, weight in ends[0].items():
-        assert_close(ends[1][name].float(), weight.float(), 1e-3, name)
-    broken = [*torchrun, *words, "--nEpoch", "3", "--learningRate", "1e30"]
-    assert subprocess.run(broken, cwd=ROOT, timeout=300).returncode != 0
+    own, words = (words_of(tiny_corpus, tmp_path / p, "--device", "cuda") for p in ("own", "run"))
+    assert launch(2, train.main, own) == 0
+    assert by_torchrun(train.main, words) == 0
+    expected, found = (checkpoint(tmp_path / place, 1)["gEncoder"] for place in ("own", "run"))
+    for name, weight in expected.items():
+        assert_close(found[name].float(), weight.float().cpu(), 1e-3, name)
+    assert by_torchrun(train.main, [*words, "--nEpoch", "3", "--learningRate", "1e30"]) == 1
+
+
+@two_gpus
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_two_gpus_of_torchrun_stop_and_resume(number, tiny_corpus, tmp_path):
+    """And end, with equal weights on both, like a run that never stopped."""
+    whole, parts = (
+        words_of(tiny_corpus, tmp_path / place, *EXAMPLE, "--device", "cuda")
+        for place in ("whole", "parts")
+    )
+    assert by_torchrun(train.main, whole) == 0
+    assert by_torchrun(stopped_by_torchrun, [str(int(number)), *parts]) == 1
+    assert (tmp_path / "parts" / "checkpoint_resume.pt").exists()
+    assert by_torchrun(with_equal_weights, parts) == 0
+    expected, found = (checkpoint(tmp_path / place, 1)["logs"] for place in ("whole", "parts"))
+    for key in ("locLoss_train", "locLoss_val"):
+        for losses, losses_of_whole in zip(found[key], expected[key], strict=True):
+            assert losses == pytest.approx(losses_of_whole, rel=1e-3)
+
+
+def test_the_loop_with_packs_is_nearly_as_fast_as_its_steps(tmp_path, monkeypatch):
+    """An epoch has 90 % of the windows per second of as many steps on its last batch."""
+    n_files, ratios, last = 400, [], []
+    write_corpus(tmp_path / "audio", n_files)
+    train_one_epoch, step = train.train_one_epoch, train.train_step
+
+    def noted(*item):
+        last[:] = item
+        step(*item)
+
+    def steps_alone(state, n_steps):
+        for _ in range(n_steps):
+            step(*last)
+        state.check_finite()  # waits for the device, as the loop does at its end
+
+    def in_turns(state, *rest):
+        values, whole = timed(train_one_epoch, state, *rest)
+        _, alone = timed(steps_alone, state, state.epoch_means.batches)
+        ratios.append(alone / whole)
+        return values
+
+    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(train, "train_one_epoch", in_turns)
+    size = n_files * SECONDS * SAMPLE_RATE // 5
+    words = [*GPU, *EXAMPLE, "--samplingType", "uniform", "--max_size_loaded", size, "--nEpoch", 4]
+    assert run("--pathDB", tmp_path / "audio", "--pathCheckpoint", tmp_path / "run", *words) == 0
+    position = last[2]
+    assert position.pack >= 3
+    assert statistics.median(ratios[1:]) >= 0.9, ratios  # the first epoch warms up
 
 
 @pytest.mark.parametrize("words", [[], ["--compile", "--precision", "bf16"]])
