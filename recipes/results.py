@@ -41,7 +41,7 @@ def figures(folder):
     """Yield (title, text) of each figure in a folder of results."""
     for task in ("phone", "speaker"):
         for logs in contents(folder, f"{task}/checkpoint_logs.json"):
-            yield f"{task} probe", figure(logs["best_val_acc"], logs["baseline_val_acc"])
+            yield f"{task} probe", figure(logs.get("best_val_acc"), logs.get("baseline_val_acc"))
     for scores in contents(folder, "abx/ABX_scores.json"):
         for kind in ("within", "across"):
             if kind in scores:
