@@ -11,14 +11,14 @@ EXTRAS = .venv-extras/bin/python
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check --requirement requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
 # A second environment, in which .venv is visible: PyTorch isn't installed twice.
 .venv-extras/installed: requirements-extras.txt .venv/installed
 	$(RUN) -m venv --clear --without-pip .venv-extras
 	$(RUN) -c "$(SITE)" > `$(EXTRAS) -c "$(SITE)"`/venv.pth
-	$(EXTRAS) -m pip install --quiet --no-compile --disable-pip-version-check \
+	$(EXTRAS) -m pip install --quiet --disable-pip-version-check \
 		--constraint requirements.txt --requirement requirements-extras.txt
 	touch $@
 SITE = import sysconfig; print(sysconfig.get_path('purelib'))
