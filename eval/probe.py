@@ -149,7 +149,7 @@ class Probe:
 
     After each epoch `logs` holds lists over the epochs, with the keys of `checkpoint_logs.json`,
     and `best` the best epoch so far. `transform` is applied to the features, (B, S, D), and gives
-    `n_features` dimensions (default: D).
+    `n_features` dimensions, those of units (default: D, of features).
     """
 
     def __init__(

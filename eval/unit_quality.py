@@ -31,7 +31,7 @@ from utils.data.labels import (
     read_phone_labels,
     symbols_beside,
 )
-from utils.data.names import known_key
+from utils.data.names import known_key, speakers_by_name
 from utils.files import save_json, write_lines, writing_to
 from utils.misc import UserError, counted, first_few
 from utils.run.command import CommandLine, at_least, command
@@ -50,10 +50,8 @@ def main(argv=None):
     if os.path.isdir(args.units):
         args.units = os.path.join(args.units, "quantized_outputs.txt")
     names, labels, units, starts = aligned(args)
-    by_name = [os.path.dirname(n) or n.split(args.separator)[0] for n in names]
+    by_name = list(speakers_by_name(names, args.separator).values())
     speakers, speaker_ids = np.unique(by_name, return_inverse=True)
-    if len(speakers) == len(names) > 1:
-        print("warning: each file has its own speaker: --separator ends speakers' names")
     n_phones = int(labels.max()) + 1
     symbols = symbols_beside(args.labels, n_phones)
     default = [SILENCE] if args.silence is None else []

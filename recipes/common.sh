@@ -16,7 +16,7 @@ case " $* " in
 esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}  # where the project's packages are installed
 [ -x "$PYTHON" ] || PYTHON=python
 SYSTEM=${SYSTEM:-acpc}         # cpc, acpc, acpc-paper, augmented, macpc
 EPOCHS=${EPOCHS:-200}
@@ -65,19 +65,6 @@ step() {
     "$PYTHON" "$ROOT/$script" "$@"
     mkdir -p "$OUT/steps"
     printf '%s' "$words" >"$OUT/steps/$name"
-}
-
-# check_pairs AUDIO ALIGNMENTS: warn of files of one of the folders that have none in the other
-check_pairs() {
-    local single
-    single=$(comm -3 <(stems "$1") <(stems "$2") | tr -d '\t')
-    [ -z "$single" ] ||
-        echo "warning: names in only one of $1 and $2: $(wc -l <<<"$single")," $(head -5 <<<"$single")
-}
-
-# The names of the files below a folder, without extension and hidden files.
-stems() {
-    find -L "$1" -type f ! -name '[_.]*' | sed 's|.*/||; s|\.[^.]*$||' | LC_ALL=C sort -u
 }
 
 # train AUDIO TRAIN_LIST VAL_LIST [FLAG ...]

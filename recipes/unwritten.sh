@@ -31,10 +31,23 @@ link_speakers() {
     done
 }
 
+# Warn of audio without alignment, and the reverse.
+check_pairs() {
+    local single
+    single=$(comm -3 <(stems "$AUDIO") <(stems "$ALIGNMENTS") | tr -d '\t')
+    [ -z "$single" ] || echo "warning: names in only one of $AUDIO and $ALIGNMENTS:" \
+        "$(wc -l <<<"$single")," $(head -5 <<<"$single")
+}
+
+# The names of the files below a folder, without extension and hidden files.
+stems() {
+    find -L "$1" -type f ! -name '[_.]*' | sed 's|.*/||; s|\.[^.]*$||' | LC_ALL=C sort -u
+}
+
 prepare_part() {
     [ -z "${SMALL:-}" ] || step corpus recipes/small_corpus.py unwritten "$OUT/corpus"
     [ "$AUDIO" != "$OUT/audio" ] || link_speakers
-    check_pairs "$AUDIO" "$ALIGNMENTS"
+    check_pairs
     step lists utils/corpus/make_split.py "$AUDIO" "$OUT/lists" --validation 0.1
     step labels utils/corpus/convert_alignments.py "$ALIGNMENTS" "$OUT/labels" --tier "$TIER"
     step items utils/corpus/make_abx_item.py "$LABELS" "$OUT/labels/phones.txt" "$OUT/all.item" \

@@ -19,6 +19,7 @@ import utils.run.before_torch  # noqa: F401
 
 from utils.data.corpus import read_utterance_list
 from utils.data.labels import FRAMES_PER_SECOND, SILENCE, read_phone_labels, read_symbols, runs
+from utils.data.names import speakers_by_name
 from utils.files import write_lines, writing_to
 from utils.misc import UserError, counted, first_few, nfc
 from utils.run.command import CommandLine, command
@@ -40,13 +41,14 @@ def main(argv=None):
             f"warning: {args.phones} has no {first_few(absent)}: --silence names the symbols that "
             "aren't speech; other symbols for silence count as phones"
         )
+    speaker_of = speakers_by_name(labels, args.separator)
     lines, used = [], set()
     for name, ids in labels.items():
         unknown = set(ids.tolist()) - symbol_of.keys()
         if unknown:
             raise UserError(f"{args.labels}: {name} has label {min(unknown)}, not in {args.phones}")
         used.update(ids.tolist())
-        lines += item_lines(name, ids.tolist(), symbol_of, silence, args)
+        lines += item_lines(name, speaker_of[name], ids.tolist(), symbol_of, silence, args)
     if not lines:
         raise UserError(f"{args.labels}: no phone has a phone other than silence on both sides")
     with writing_to(args.out):
@@ -56,8 +58,6 @@ def main(argv=None):
         f"{len(lines)} items of {len(labels)} utterances and {counted(len(speakers), 'speaker')} "
         f"({first_few(sorted(speakers))}, by their names up to {args.separator!r}): {args.out}"
     )
-    if len(speakers) == len(labels) > 1:
-        print("warning: each utterance has its own speaker: --separator ends speakers' names")
     unused = [symbol for number, symbol in symbol_of.items() if number not in used]
     if unused:
         print(
@@ -104,7 +104,7 @@ def listed_labels(labels, args):
     return labels
 
 
-def item_lines(name, ids, symbol_of, silence, args):
+def item_lines(name, speaker, ids, symbol_of, silence, args):
     """The item file's lines for one utterance."""
     phones = list(runs(ids))
     for before, phone, after in zip(phones, phones[1:], phones[2:], strict=False):
@@ -113,7 +113,6 @@ def item_lines(name, ids, symbol_of, silence, args):
             first, end = phone[:2] if args.extent == "phone" else (before[0], after[1])
             previous_phone, symbol, next_phone = (symbol_of[label] for label in labels)
             times = f"{first / FRAMES_PER_SECOND:.2f} {end / FRAMES_PER_SECOND:.2f}"
-            speaker = os.path.dirname(name) or name.split(args.separator)[0]
             yield f"{name} {times} {symbol} {previous_phone} {next_phone} {speaker}"
 
 

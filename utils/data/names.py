@@ -65,3 +65,14 @@ def files_by_shortest_key(root, extension):
         key[0] if counts[key[0]] == 1 else key[-1]: path
         for key, path in zip(keys, paths, strict=True)
     }
+
+
+def speakers_by_name(names, separator):
+    """Name -> speaker: its folder, or the part of a name without folder before `separator`.
+
+    Warns if no two of several names have the same.
+    """
+    speakers = {name: os.path.dirname(name) or name.split(separator)[0] for name in names}
+    if len({*speakers.values()}) == len(speakers) > 1:
+        print("warning: each utterance has its own speaker: --separator ends speakers' names")
+    return speakers
